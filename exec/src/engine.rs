@@ -1,0 +1,307 @@
+//! Runs programs: checks them against the budget, replays them step by step, holds every step against the predicted
+//! memory, and reports what was measured.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use batchmax_kernels::threads::Threads;
+use batchmax_sim::load::{Group, Load, Schedule};
+use batchmax_sim::memory::{Buffers, kv_peaks, kv_trace};
+use batchmax_sim::op::Phase;
+use batchmax_sim::profile::Model;
+use batchmax_sim::program::Program;
+use batchmax_sim::timeline::Timeline;
+use batchmax_sim::units::{Bytes, Seconds, Tokens};
+
+use crate::clock::Clock;
+use crate::error::ExecError;
+use crate::interpreter::{Interpreter, SequenceState, Slots};
+use crate::kv_store::{KvStore, kv_format};
+use crate::machine;
+use crate::sampling::{Sampler, Sampling};
+use crate::weights::Weights;
+
+/// A model, its weights and the threads that run it.
+pub struct Engine {
+    /// The model.
+    pub model: Model,
+    /// Its weights.
+    pub weights: Weights,
+    /// The threads.
+    pub threads: Threads,
+}
+
+/// How to run.
+#[derive(Clone, Debug, Default)]
+pub struct RunOptions {
+    /// Hard limit of the caches; `None`: the predicted peak, to the byte.
+    pub kv_budget: Option<Bytes>,
+    /// The choice of tokens.
+    pub sampling: Sampling,
+    /// Tokens that end an answer; empty: answers have the length that was asked for.
+    pub stop_tokens: Vec<u32>,
+    /// Keep logits and positions for a dump.
+    pub keep_details: bool,
+    /// Keep every launch's time.
+    pub keep_samples: bool,
+}
+
+/// One sequence's outcome.
+#[derive(Clone, Debug)]
+pub struct SequenceResult {
+    /// Generated tokens, the stop token left out.
+    pub generated: Vec<u32>,
+    /// Gap between the two best logits at each.
+    pub gaps: Vec<f32>,
+    /// Logits at the last prompt position, if details were kept.
+    pub prompt_logits: Option<Vec<f32>>,
+    /// Positions kept per layer and KV head after the prefill, if details were kept.
+    pub kept: Option<Vec<Vec<Vec<Tokens>>>>,
+}
+
+/// What a run measured.
+#[derive(Debug)]
+pub struct RunResult {
+    /// Per sequence, in the order of the prompts.
+    pub sequences: Vec<SequenceResult>,
+    /// Wall time of the prefill steps.
+    pub prefill: Seconds,
+    /// Wall time of the decode steps.
+    pub decode: Seconds,
+    /// Op by op.
+    pub timeline: Timeline,
+    /// Largest cache during the prefill, by the pool's own count.
+    pub kv_prefill_peak: Bytes,
+    /// Largest cache during the decode.
+    pub kv_decode_peak: Bytes,
+    /// Largest resident size of the process.
+    pub peak_rss: Bytes,
+    /// The clock, with samples where they were kept.
+    pub clock: Clock,
+}
+
+/// The load of prompts of these lengths, each answered with `osl` tokens; neighbours of equal length form a group.
+#[must_use]
+pub fn load_of(prompts: &[Vec<u32>], osl: Tokens, schedule: Schedule) -> Load {
+    let mut groups: Vec<Group> = Vec::new();
+    for prompt in prompts {
+        let isl = prompt.len() as Tokens;
+        match groups.last_mut() {
+            Some(group) if group.isl == isl => group.sequences += 1,
+            _ => groups.push(Group { sequences: 1, isl, osl }),
+        }
+    }
+    Load { groups, schedule }
+}
+
+impl Engine {
+    /// With `threads` threads.
+    #[must_use]
+    pub fn new(model: Model, weights: Weights, threads: usize) -> Self {
+        Self { model, weights, threads: Threads::new(threads) }
+    }
+
+    /// Replays `program` over `prompts`. `progress` sees (steps done, steps in all); `stop` ends the run early.
+    pub fn run(
+        &self,
+        program: &Program,
+        prompts: &[Vec<u32>],
+        options: &RunOptions,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<RunResult, ExecError> {
+        self.check(program, prompts)?;
+        let trace = kv_trace(program);
+        let mut interpreter = self.interpreter(program, prompts, options)?;
+        let mut clock = Clock::new(program, options.keep_samples);
+        let (total, _) = program.steps();
+        let (mut done, mut phase) = (0usize, Phase::Prefill);
+        let mut peaks = [Bytes(0); 2];
+        let mut kept = None;
+        let ended = program.visit_steps(|view| {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Ended::Error(ExecError::Interrupted));
+            }
+            if view.pass.phase != phase {
+                kept.get_or_insert_with(|| self.kept(&interpreter, options));
+                phase = view.pass.phase;
+                interpreter.kv.pool.reset_peak();
+            }
+            interpreter.step(&view, &mut clock)?;
+            let held = interpreter.kv.held();
+            peaks[phase as usize] =
+                peaks[phase as usize].max(Bytes(interpreter.kv.pool.peak_bytes()));
+            if held != trace[done] {
+                let (step, predicted) = (done, trace[done]);
+                return Err(Ended::Error(ExecError::KvMismatch { step, held, predicted }));
+            }
+            done += 1;
+            progress(done as u64, total);
+            let finished =
+                |s: &SequenceState| s.generated.iter().any(|t| options.stop_tokens.contains(t));
+            if !options.stop_tokens.is_empty() && interpreter.sequences.iter().all(finished) {
+                return Err(Ended::Early);
+            }
+            Ok(())
+        });
+        match ended {
+            Ok(()) | Err(Ended::Early) => {}
+            Err(Ended::Error(error)) => return Err(error),
+        }
+        let kept = kept.unwrap_or_else(|| self.kept(&interpreter, options));
+        let sequences = finish(interpreter.sequences, kept, &options.stop_tokens);
+        Ok(RunResult {
+            sequences,
+            prefill: clock.phase(Phase::Prefill),
+            decode: clock.phase(Phase::Decode),
+            timeline: clock.timeline(program),
+            kv_prefill_peak: peaks[0],
+            kv_decode_peak: peaks[1],
+            peak_rss: machine::peak_rss(),
+            clock,
+        })
+    }
+
+    /// Replays a program whose caches already hold `resident` tokens per sequence: one point of a profile.
+    pub fn probe(&self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
+        let prompts: Vec<Vec<u32>> = program
+            .header
+            .load
+            .groups
+            .iter()
+            .flat_map(|g| std::iter::repeat_n(vec![1u32; g.isl as usize], g.sequences as usize))
+            .collect();
+        let options = RunOptions { kv_budget: Some(Bytes(u64::MAX)), ..RunOptions::default() };
+        let mut interpreter = self.interpreter(program, &prompts, &options)?;
+        let layers = layer_count(program);
+        interpreter.kv.fill(layers, resident)?;
+        for sequence in &mut interpreter.sequences {
+            sequence.seen = resident;
+            sequence.generated.push(1);
+        }
+        let mut clock = Clock::new(program, true);
+        program.visit_steps(|view| interpreter.step(&view, &mut clock))?;
+        Ok(clock)
+    }
+
+    fn check(&self, program: &Program, prompts: &[Vec<u32>]) -> Result<(), ExecError> {
+        let load = &program.header.load;
+        let expected: Vec<Tokens> = load
+            .groups
+            .iter()
+            .flat_map(|g| std::iter::repeat_n(g.isl, g.sequences as usize))
+            .collect();
+        let got: Vec<Tokens> = prompts.iter().map(|p| p.len() as Tokens).collect();
+        if expected != got {
+            let describe = |lengths: &[Tokens]| {
+                format!("{} of {} tokens in all", lengths.len(), lengths.iter().sum::<Tokens>())
+            };
+            return Err(ExecError::WrongPrompts {
+                expected: describe(&expected),
+                got: describe(&got),
+            });
+        }
+        let vocab = self.model.vocab;
+        match prompts.iter().flatten().find(|id| **id >= vocab) {
+            Some(&id) => Err(ExecError::UnknownToken { id, vocab }),
+            None => Ok(()),
+        }
+    }
+
+    fn interpreter(
+        &self,
+        program: &Program,
+        prompts: &[Vec<u32>],
+        options: &RunOptions,
+    ) -> Result<Interpreter<'_>, ExecError> {
+        let peaks = kv_peaks(program);
+        let needed = peaks.prefill.max(peaks.decode);
+        let budget = options.kv_budget.unwrap_or(needed);
+        if needed > budget {
+            return Err(ExecError::OverBudget { needed, budget });
+        }
+        let model = &self.model;
+        let format =
+            kv_format(program.header.kv.dtype).ok_or_else(|| ExecError::NotExecutable {
+                model: model.name.clone(),
+                part: format!("a cache in {} (it has f32, f16 and bf16)", program.header.kv.dtype),
+            })?;
+        let kv = KvStore::new(
+            model.layers as usize,
+            prompts.len(),
+            model.kv_heads as usize,
+            model.head_dim as usize,
+            format,
+            budget,
+        );
+        let sequences = prompts
+            .iter()
+            .enumerate()
+            .map(|(i, prompt)| SequenceState {
+                prompt: prompt.clone(),
+                seen: 0,
+                generated: Vec::new(),
+                gaps: Vec::new(),
+                sampler: Sampler::new(options.sampling, i),
+                prompt_logits: None,
+            })
+            .collect();
+        Ok(Interpreter {
+            model,
+            weights: &self.weights,
+            threads: &self.threads,
+            kv,
+            slots: Slots::new(model, &Buffers::of(program)),
+            sequences,
+            keep_prompt_logits: options.keep_details,
+        })
+    }
+
+    fn kept(&self, interpreter: &Interpreter<'_>, options: &RunOptions) -> Vec<Option<Kept>> {
+        (0..interpreter.sequences.len())
+            .map(|s| options.keep_details.then(|| interpreter.kv.kept(s)))
+            .collect()
+    }
+}
+
+type Kept = Vec<Vec<Vec<Tokens>>>;
+
+/// Why a walk over the steps ended before its end.
+enum Ended {
+    Early,
+    Error(ExecError),
+}
+
+impl From<ExecError> for Ended {
+    fn from(error: ExecError) -> Self {
+        Self::Error(error)
+    }
+}
+
+fn layer_count(program: &Program) -> u32 {
+    let mut layers = 0;
+    program.visit_passes(|_, pass, _| layers = layers.max(pass.layer_count()));
+    layers
+}
+
+fn finish(
+    sequences: Vec<SequenceState>,
+    kept: Vec<Option<Kept>>,
+    stop_tokens: &[u32],
+) -> Vec<SequenceResult> {
+    sequences
+        .into_iter()
+        .zip(kept)
+        .map(|(mut s, kept)| {
+            if let Some(end) = s.generated.iter().position(|t| stop_tokens.contains(t)) {
+                s.generated.truncate(end);
+                s.gaps.truncate(end);
+            }
+            SequenceResult {
+                generated: s.generated,
+                gaps: s.gaps,
+                prompt_logits: s.prompt_logits,
+                kept,
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,77 @@
+//! Why a run could not start or go on: one line, with the way out.
+
+use std::path::PathBuf;
+
+use batchmax_kernels::kv::PoolFull;
+use batchmax_sim::units::Bytes;
+
+use crate::load::LoadError;
+
+/// An executor error.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// The checkpoint can't be read.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The model has a part that this executor can't run.
+    #[error("{model}: the executor can't run {part}; hint: plan and what-if can still predict it")]
+    NotExecutable {
+        /// The model.
+        model: String,
+        /// Which part.
+        part: String,
+    },
+    /// The caches would not fit their budget.
+    #[error(
+        "the caches need {needed} at their peak, {budget} are allowed; \
+         hint: lower --batch or the policy's budget, or raise --kv-memory"
+    )]
+    OverBudget {
+        /// Predicted peak.
+        needed: Bytes,
+        /// The hard limit.
+        budget: Bytes,
+    },
+    /// The pool refused a block: the hard limit held, the prediction did not.
+    #[error("{0}; hint: the program holds more than was predicted, please report it")]
+    PoolFull(#[from] PoolFull),
+    /// Predicted and held bytes differ.
+    #[error(
+        "step {step}: {held} of cache are held, {predicted} were predicted; please report it with the command"
+    )]
+    KvMismatch {
+        /// Step of the unrolled program.
+        step: usize,
+        /// By the pool.
+        held: Bytes,
+        /// By the simulator.
+        predicted: Bytes,
+    },
+    /// The prompts are not those the program was lowered for.
+    #[error("the program is for {expected}, the prompts are {got}")]
+    WrongPrompts {
+        /// By the program.
+        expected: String,
+        /// By the caller.
+        got: String,
+    },
+    /// A token that the model does not know.
+    #[error("token id {id} is outside the vocabulary of {vocab}")]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// Rows of the embedding.
+        vocab: u32,
+    },
+    /// A file can't be read or written.
+    #[error("{}: {problem}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        problem: std::io::Error,
+    },
+    /// The caller asked to stop.
+    #[error("interrupted; nothing was written")]
+    Interrupted,
+}

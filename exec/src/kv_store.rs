@@ -1,0 +1,106 @@
+//! The caches of all sequences: a length of their own per sequence, layer and KV head, in blocks of one pool with a hard
+//! byte budget.
+
+use batchmax_kernels::kv::{BlockPool, HeadCache, KvFormat};
+use batchmax_sim::op::{DType, Lane};
+use batchmax_sim::units::{Bytes, Tokens};
+
+/// The caches, by layer; inside a layer sequence after sequence, inside a sequence KV head after KV head.
+pub struct KvStore {
+    /// The blocks.
+    pub pool: BlockPool,
+    layers: Vec<Vec<HeadCache>>,
+    kv_heads: usize,
+}
+
+/// The cache format of a type, if the kernels have it.
+#[must_use]
+pub fn kv_format(dtype: DType) -> Option<KvFormat> {
+    match dtype {
+        DType::F32 => Some(KvFormat::F32),
+        DType::F16 => Some(KvFormat::F16),
+        DType::Bf16 => Some(KvFormat::Bf16),
+        _ => None,
+    }
+}
+
+impl KvStore {
+    /// Empty caches for `sequences` sequences.
+    #[must_use]
+    pub fn new(
+        layers: usize,
+        sequences: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        format: KvFormat,
+        budget: Bytes,
+    ) -> Self {
+        let layer =
+            || std::iter::repeat_with(HeadCache::default).take(sequences * kv_heads).collect();
+        Self {
+            pool: BlockPool::new(head_dim, format, budget.0),
+            layers: std::iter::repeat_with(layer).take(layers).collect(),
+            kv_heads,
+        }
+    }
+
+    /// The pool, and the heads of each sequence of `lanes` in one layer, in order, each with its lane and its index.
+    pub fn select<'a>(
+        &'a mut self,
+        layer: usize,
+        lanes: &'a [Lane],
+    ) -> (&'a mut BlockPool, Vec<(u32, &'a Lane, &'a mut [HeadCache])>) {
+        let mut picked = Vec::with_capacity(lanes.iter().map(|l| l.sequences as usize).sum());
+        let mut sequences = self.layers[layer].chunks_mut(self.kv_heads).enumerate();
+        for lane in lanes {
+            // Lanes come in the order of their sequences, so one sweep finds them all.
+            for (index, heads) in sequences.by_ref() {
+                let index = index as u32;
+                if index >= lane.first {
+                    picked.push((index, lane, heads));
+                }
+                if index + 1 >= lane.first + lane.sequences {
+                    break;
+                }
+            }
+        }
+        (&mut self.pool, picked)
+    }
+
+    /// The heads of one sequence in one layer.
+    #[must_use]
+    pub fn heads(&self, layer: usize, sequence: usize) -> &[HeadCache] {
+        &self.layers[layer][sequence * self.kv_heads..(sequence + 1) * self.kv_heads]
+    }
+
+    /// Positions kept by each KV head of each layer of a sequence.
+    #[must_use]
+    pub fn kept(&self, sequence: usize) -> Vec<Vec<Vec<Tokens>>> {
+        (0..self.layers.len())
+            .map(|layer| self.heads(layer, sequence).iter().map(|h| h.positions.clone()).collect())
+            .collect()
+    }
+
+    /// Bytes held now.
+    #[must_use]
+    pub fn held(&self) -> Bytes {
+        Bytes(self.pool.held_bytes())
+    }
+}
+
+impl KvStore {
+    /// Gives every cache of the first `layers` layers `tokens` made-up tokens, so that a profile can time an op over a
+    /// long cache without reading a prompt.
+    pub fn fill(
+        &mut self,
+        layers: u32,
+        tokens: Tokens,
+    ) -> Result<(), batchmax_kernels::kv::PoolFull> {
+        for layer in self.layers.iter_mut().take(layers as usize) {
+            for head in layer {
+                head.fill(&mut self.pool, tokens as usize)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,26 @@
+//! Runs what the simulator predicts: replays a [`batchmax_sim::program::Program`] on real hardware and times it.
+//!
+//! - [`load`], [`fetch`]: weights and tokenisers from GGUF files and safetensors directories;
+//! - [`weights`]: packed for the kernels, or synthetic;
+//! - [`kv_store`]: caches in blocks under a hard byte budget;
+//! - [`interpreter`]: one `match` over the op kinds, no policy by name;
+//! - [`engine`]: a whole run, held against its predicted memory at every step;
+//! - [`clock`]: measured times in the simulator's own [`batchmax_sim::timeline::Timeline`];
+//! - [`profile`]: times single passes over a grid, for calibration.
+#![forbid(unsafe_code)]
+
+pub mod clock;
+pub mod engine;
+pub mod error;
+pub mod fetch;
+pub mod interpreter;
+pub mod kv_store;
+pub mod load;
+pub mod machine;
+pub mod profile;
+pub mod sampling;
+pub mod weights;
+
+pub use engine::{Engine, RunOptions, RunResult, load_of};
+pub use error::ExecError;
+pub use sampling::Sampling;

@@ -1,0 +1,156 @@
+//! Times single passes over a grid, so that the simulator can be calibrated for this machine.
+//!
+//! A finished profile is a list of points; a started one can be saved and resumed probe by probe.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use batchmax_sim::cost::calibrated::{KernelProfile, Point, Provenance, features, fit};
+use batchmax_sim::op::{Family, Phase};
+use batchmax_sim::probe::Probe;
+use batchmax_sim::program::Pass;
+use batchmax_sim::units::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::engine::Engine;
+use crate::error::ExecError;
+
+/// What a profile has measured so far.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Measurements {
+    /// Machine, date, versions.
+    pub measured: Provenance,
+    /// Size of the grid: a file of another grid is not resumed.
+    pub probes: usize,
+    /// Probes done.
+    pub done: usize,
+    /// Bytes of the process before any weights.
+    pub runtime_bytes: Bytes,
+    /// Seconds of each timed step beyond its ops.
+    pub overheads_s: Vec<f64>,
+    /// The points.
+    pub points: Vec<(Family, Point)>,
+}
+
+impl Measurements {
+    /// Nothing measured yet.
+    #[must_use]
+    pub fn new(measured: Provenance, probes: usize, runtime_bytes: Bytes) -> Self {
+        Self {
+            measured,
+            probes,
+            done: 0,
+            runtime_bytes,
+            overheads_s: Vec::new(),
+            points: Vec::new(),
+        }
+    }
+
+    /// Whether these can go on with a grid on this machine.
+    #[must_use]
+    pub fn matches(&self, measured: &Provenance, probes: usize) -> bool {
+        let same_machine = Provenance { date: measured.date.clone(), ..self.measured.clone() };
+        same_machine == *measured && self.probes == probes && self.done <= probes
+    }
+
+    /// Times the probes that are missing. `progress` sees these measurements after every probe and may save them.
+    pub fn go_on(
+        &mut self,
+        engine: &Engine,
+        probes: &[Probe],
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(&Self),
+    ) -> Result<(), ExecError> {
+        for probe in &probes[self.done..] {
+            if stop.load(Ordering::Relaxed) {
+                return Err(ExecError::Interrupted);
+            }
+            self.time(engine, probe)?;
+            self.done += 1;
+            progress(self);
+        }
+        Ok(())
+    }
+
+    fn time(&mut self, engine: &Engine, probe: &Probe) -> Result<(), ExecError> {
+        // The first pass touches fresh memory; a run does so once, not at every step.
+        let short = probe.weight < 4000.0;
+        if short {
+            engine.probe(&probe.program, probe.resident)?;
+        }
+        let clock = engine.probe(&probe.program, probe.resident)?;
+        let timeline = clock.timeline(&probe.program);
+        for phase in [Phase::Prefill, Phase::Decode] {
+            let overhead = timeline.overhead[phase as usize].0;
+            if overhead > 0.0 {
+                self.overheads_s.push(overhead);
+            }
+        }
+        probe.program.visit_passes(|index, pass, _| self.take(index, pass, &clock));
+        Ok(())
+    }
+
+    fn take(&mut self, pass_index: u32, pass: &Pass, clock: &crate::clock::Clock) {
+        for (block_index, block) in pass.blocks() {
+            for (op_index, op) in block.ops.iter().enumerate() {
+                let samples = clock.samples(pass_index, block_index, op_index as u32);
+                let features = features(op, 0);
+                let (Some((seconds, spread)), Some((at, _))) =
+                    (median_and_spread(samples), features.parts.first())
+                else {
+                    continue;
+                };
+                let work = op.work(0);
+                let point = Point {
+                    key: features.key,
+                    at: *at,
+                    flops: work.flops.0,
+                    bytes: work.bytes().0 as f64,
+                    seconds,
+                    spread,
+                };
+                self.points.push((op.family(pass.phase), point));
+            }
+        }
+    }
+}
+
+/// Median and interquartile range over the median.
+fn median_and_spread(samples: &[f64]) -> Option<(f64, f64)> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = |q: f64| sorted.get(((sorted.len() - 1) as f64 * q).round() as usize).copied();
+    if sorted.is_empty() {
+        return None;
+    }
+    let median = at(0.5)?;
+    Some((median, (at(0.75)? - at(0.25)?) / median))
+}
+
+/// Fits the kernel profile of a device to its measurements. Points of equal kernel and sizes become one, their median.
+#[must_use]
+pub fn calibrate(measurements: &Measurements, device: &str) -> KernelProfile {
+    type Equal = BTreeMap<String, Vec<Point>>;
+    let mut families: BTreeMap<Family, Equal> = BTreeMap::new();
+    for (family, point) in &measurements.points {
+        let equal = format!("{:?} {:.3?}", point.key, point.at);
+        families.entry(*family).or_default().entry(equal).or_default().push(*point);
+    }
+    let merged = |mut points: Vec<Point>| {
+        points.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+        points[points.len() / 2]
+    };
+    let families = families
+        .into_iter()
+        .map(|(family, equal)| fit(family, equal.into_values().map(merged).collect()))
+        .collect();
+    let overhead = median_and_spread(&measurements.overheads_s).map_or(0.0, |(m, _)| m);
+    KernelProfile {
+        device: device.to_owned(),
+        measured: measurements.measured.clone(),
+        step_overhead_s: overhead,
+        runtime_bytes: measurements.runtime_bytes,
+        families,
+    }
+}

@@ -1,0 +1,284 @@
+//! A model's weights, packed for the kernels: read from a checkpoint or made up.
+
+use batchmax_kernels::gemm::{Packed, WeightFormat};
+use batchmax_kernels::rope::{RopeLayout, RopeTable};
+use batchmax_sim::op::DType;
+use batchmax_sim::profile::{Model, RopeScaling};
+use batchmax_sim::units::Bytes;
+
+use crate::error::ExecError;
+use crate::load::{Checkpoint, Role};
+
+/// One decoder layer.
+pub struct LayerWeights {
+    /// Norm before attention.
+    pub attention_norm: Vec<f32>,
+    /// Q, K and V, fused.
+    pub qkv: Packed,
+    /// Their bias.
+    pub qkv_bias: Option<Vec<f32>>,
+    /// Norms of queries and keys per head.
+    pub qk_norm: Option<(Vec<f32>, Vec<f32>)>,
+    /// Attention's output.
+    pub output: Packed,
+    /// Norm behind attention.
+    pub post_attention_norm: Option<Vec<f32>>,
+    /// Norm before the feed-forward block.
+    pub ffn_norm: Vec<f32>,
+    /// Gate and up, fused.
+    pub gate_up: Packed,
+    /// Down.
+    pub down: Packed,
+    /// Norm behind the feed-forward block.
+    pub post_ffn_norm: Option<Vec<f32>>,
+}
+
+/// All weights of a model.
+pub struct Weights {
+    /// Embedding; also the head where they are tied.
+    pub embedding: Packed,
+    /// The head, unless tied.
+    pub head: Option<Packed>,
+    /// Norm before the head.
+    pub final_norm: Vec<f32>,
+    /// The layers.
+    pub layers: Vec<LayerWeights>,
+    /// Rotary table.
+    pub rope: RopeTable,
+    /// Which channels form a rotated pair.
+    pub rope_layout: RopeLayout,
+    /// Whether the values mean anything.
+    pub synthetic: bool,
+}
+
+/// The packed format of a weight type.
+pub fn format_of(dtype: DType) -> Option<WeightFormat> {
+    match dtype {
+        DType::F32 => Some(WeightFormat::F32),
+        DType::Bf16 => Some(WeightFormat::Bf16),
+        _ => None,
+    }
+}
+
+/// Says which part of a model this executor can't run, if any.
+pub fn check_executable(model: &Model, weights: DType) -> Result<(), ExecError> {
+    let part = if let Some(part) = &model.not_executable {
+        part.clone()
+    } else if let RopeScaling::Other { name } = &model.rope_scaling {
+        format!("rope scaling \"{name}\"")
+    } else if !model.gated_ffn {
+        "a feed-forward block without gate".to_owned()
+    } else if format_of(weights).is_none() {
+        format!("weights in {weights} (it has f32 and bf16)")
+    } else if !model.head_dim.is_multiple_of(8) || model.head_dim > 256 {
+        format!("heads of {} channels (multiples of 8 up to 256 work)", model.head_dim)
+    } else {
+        return Ok(());
+    };
+    Err(ExecError::NotExecutable { model: model.name.clone(), part })
+}
+
+impl Weights {
+    /// Reads and packs a checkpoint. The largest tensors come first, so that the staging copy of a tensor never adds to
+    /// the final peak.
+    pub fn load(checkpoint: &Checkpoint, dtype: DType) -> Result<Self, ExecError> {
+        let model = checkpoint.model();
+        check_executable(model, dtype)?;
+        let format = format_of(dtype).unwrap_or(WeightFormat::F32);
+        let embedding = matrix(checkpoint, format, &[Role::Embedding], None)?;
+        let head = if checkpoint.shape(Role::Head, None)?.is_some() {
+            Some(matrix(checkpoint, format, &[Role::Head], None)?)
+        } else {
+            None
+        };
+        let mut layers = Vec::with_capacity(model.layers as usize);
+        for layer in 0..model.layers {
+            layers.push(load_layer(checkpoint, format, layer)?);
+        }
+        let layout = if checkpoint.rope_is_interleaved() {
+            RopeLayout::Interleaved
+        } else {
+            RopeLayout::Half
+        };
+        Ok(Self {
+            embedding,
+            head,
+            final_norm: vector(checkpoint, Role::FinalNorm, None)?,
+            layers,
+            rope: rope_table(model, checkpoint.rope_factors().as_deref()),
+            rope_layout: layout,
+            synthetic: false,
+        })
+    }
+
+    /// Small pseudo-random weights of the model's shape: they take the time and the memory of real ones.
+    pub fn synthetic(model: &Model, dtype: DType) -> Result<Self, ExecError> {
+        check_executable(model, dtype)?;
+        let format = format_of(dtype).unwrap_or(WeightFormat::F32);
+        let hidden = model.hidden as usize;
+        let attention = (model.heads * model.head_dim) as usize;
+        let (qkv, ffn) = (model.qkv_width() as usize, model.ffn as usize);
+        let made = |n: usize, k: usize, seed: u64| {
+            // Variance 1/k keeps the residual stream of one size through the layers.
+            let scale = (3.0 / k as f32).sqrt();
+            Packed::synthetic(n, k, format, seed, scale)
+        };
+        let ones = |n: usize| vec![1.0f32; n];
+        let layers = (0..model.layers)
+            .map(|layer| {
+                let seed = u64::from(layer) * 8;
+                LayerWeights {
+                    attention_norm: ones(hidden),
+                    qkv: made(qkv, hidden, seed + 10),
+                    qkv_bias: model.attention_bias.then(|| vec![0.0; qkv]),
+                    qk_norm: model
+                        .qk_norm
+                        .then(|| (ones(model.head_dim as usize), ones(model.head_dim as usize))),
+                    output: made(hidden, attention, seed + 11),
+                    post_attention_norm: model.post_norms.then(|| ones(hidden)),
+                    ffn_norm: ones(hidden),
+                    gate_up: made(2 * ffn, hidden, seed + 12),
+                    down: made(hidden, ffn, seed + 13),
+                    post_ffn_norm: model.post_norms.then(|| ones(hidden)),
+                }
+            })
+            .collect();
+        let vocab = model.vocab as usize;
+        Ok(Self {
+            embedding: made(vocab, hidden, 1),
+            head: (!model.tied_embeddings).then(|| made(vocab, hidden, 2)),
+            final_norm: ones(hidden),
+            layers,
+            rope: rope_table(model, None),
+            rope_layout: RopeLayout::Half,
+            synthetic: true,
+        })
+    }
+
+    /// Bytes of the packed matrices.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        let layers: usize = self
+            .layers
+            .iter()
+            .map(|l| l.qkv.bytes() + l.output.bytes() + l.gate_up.bytes() + l.down.bytes())
+            .sum();
+        let head = self.head.as_ref().map_or(0, Packed::bytes);
+        Bytes((layers + self.embedding.bytes() + head) as u64)
+    }
+}
+
+fn load_layer(
+    checkpoint: &Checkpoint,
+    format: WeightFormat,
+    layer: u32,
+) -> Result<LayerWeights, ExecError> {
+    let at = Some(layer);
+    let optional = |role: Role| -> Result<Option<Vec<f32>>, ExecError> {
+        match checkpoint.shape(role, at)? {
+            Some(_) => Ok(Some(vector(checkpoint, role, at)?)),
+            None => Ok(None),
+        }
+    };
+    let qkv_bias = match optional(Role::QueryBias)? {
+        Some(mut bias) => {
+            bias.extend(vector(checkpoint, Role::KeyBias, at)?);
+            bias.extend(vector(checkpoint, Role::ValueBias, at)?);
+            Some(bias)
+        }
+        None => None,
+    };
+    let qk_norm = match (optional(Role::QueryNorm)?, optional(Role::KeyNorm)?) {
+        (Some(q), Some(k)) => Some((q, k)),
+        _ => None,
+    };
+    Ok(LayerWeights {
+        attention_norm: vector(checkpoint, Role::AttentionNorm, at)?,
+        qkv: matrix(checkpoint, format, &[Role::Query, Role::Key, Role::Value], at)?,
+        qkv_bias,
+        qk_norm,
+        output: matrix(checkpoint, format, &[Role::Output], at)?,
+        post_attention_norm: optional(Role::PostAttentionNorm)?,
+        ffn_norm: vector(checkpoint, Role::FfnNorm, at)?,
+        gate_up: matrix(checkpoint, format, &[Role::Gate, Role::Up], at)?,
+        down: matrix(checkpoint, format, &[Role::Down], at)?,
+        post_ffn_norm: optional(Role::PostFfnNorm)?,
+    })
+}
+
+fn vector(checkpoint: &Checkpoint, role: Role, layer: Option<u32>) -> Result<Vec<f32>, ExecError> {
+    let mut values = Vec::new();
+    checkpoint.read_rows(role, layer, &mut |_, row| values.extend_from_slice(row))?;
+    Ok(values)
+}
+
+/// Matrices of the same width below each other, packed.
+fn matrix(
+    checkpoint: &Checkpoint,
+    format: WeightFormat,
+    roles: &[Role],
+    layer: Option<u32>,
+) -> Result<Packed, ExecError> {
+    let mut staged = Vec::new();
+    let (mut n, mut k) = (0, 0);
+    for role in roles {
+        let (rows, width) =
+            checkpoint.read_rows(*role, layer, &mut |_, row| staged.extend_from_slice(row))?;
+        n += rows;
+        k = width;
+    }
+    Ok(Packed::pack(n, k, format, |i, out| out.copy_from_slice(&staged[i * k..(i + 1) * k])))
+}
+
+/// Rotary frequencies, with the model's scaling. `factors` divide the frequencies one by one (GGUF `rope_freqs`).
+fn rope_table(model: &Model, factors: Option<&[f32]>) -> RopeTable {
+    let rotary = ((f64::from(model.head_dim) * model.rotary_share) as usize) & !1;
+    let inverse: Vec<f32> = (0..rotary / 2)
+        .map(|i| {
+            let frequency = model.rope_theta.powf(-2.0 * i as f64 / rotary as f64);
+            let scaled = match (&model.rope_scaling, factors) {
+                (_, Some(factors)) => frequency / f64::from(factors.get(i).copied().unwrap_or(1.0)),
+                (scaling, None) => scale_frequency(frequency, scaling),
+            };
+            scaled as f32
+        })
+        .collect();
+    RopeTable::new(&inverse, model.context as usize, 1.0)
+}
+
+fn scale_frequency(frequency: f64, scaling: &RopeScaling) -> f64 {
+    match scaling {
+        RopeScaling::None | RopeScaling::Other { .. } => frequency,
+        RopeScaling::Linear { factor } => frequency / factor,
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            let wavelength = std::f64::consts::TAU / frequency;
+            let turns = f64::from(*original_context) / wavelength;
+            let blend =
+                ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+            frequency * blend + frequency / factor * (1.0 - blend)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn llama3_scaling_keeps_high_and_divides_low_frequencies() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 8192,
+        };
+        // Wavelength 6.28 tokens: far under 8192 / 4.
+        assert!((scale_frequency(1.0, &scaling) - 1.0).abs() < 1e-12);
+        // Wavelength 62,832 tokens: over 8192.
+        assert!((scale_frequency(1e-4, &scaling) - 1.25e-5).abs() < 1e-15);
+        // Half-way: wavelength 8192 / 2.5, blend 0.5.
+        let middle = std::f64::consts::TAU * 2.5 / 8192.0;
+        let expected = middle * 0.5 + middle / 8.0 * 0.5;
+        assert!((scale_frequency(middle, &scaling) - expected).abs() < 1e-12);
+    }
+}

@@ -1,0 +1,117 @@
+//! What the executor's tests share: the default model, a way to run a policy over prompts, the reference values.
+
+#![allow(dead_code, reason = "every test binary uses another part")]
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use batchmax_exec::load::Checkpoint;
+use batchmax_exec::weights::Weights;
+use batchmax_exec::{Engine, RunOptions, RunResult, fetch, load_of};
+use batchmax_sim::kv::KvLayout;
+use batchmax_sim::load::Schedule;
+use batchmax_sim::lower::{Setup, lower};
+use batchmax_sim::op::DType;
+use batchmax_sim::policy::Policy;
+use batchmax_sim::profile::{Catalog, Model};
+use serde_json::Value;
+
+/// The default model's file: given, fetched before, or fetched now. `None` (loudly) where it can't be had.
+pub fn default_model() -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os("BATCHMAX_TEST_MODEL") {
+        return Some(PathBuf::from(path));
+    }
+    let data = std::env::var_os("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|h| Path::new(&h).join(".local/share")))?;
+    match fetch::fetch_default(&data.join("batchmax"), &mut |_| {}) {
+        Ok(path) => Some(path),
+        Err(error) => {
+            eprintln!("SKIPPED: the default model can't be had: {error}");
+            None
+        }
+    }
+}
+
+/// The default model with f32 weights on two threads.
+pub fn engine() -> Option<Engine> {
+    let checkpoint = Checkpoint::open(&default_model()?).expect("the fetched model opens");
+    let weights = Weights::load(&checkpoint, DType::F32).expect("the fetched model loads");
+    Some(Engine::new(checkpoint.model().clone(), weights, 2))
+}
+
+/// A small made-up model of the default one's kind.
+pub fn small() -> Engine {
+    let mut model = small_model();
+    model.name = "small".to_owned();
+    let weights = Weights::synthetic(&model, DType::F32).expect("executable");
+    Engine::new(model, weights, 2)
+}
+
+/// Its shape.
+pub fn small_model() -> Model {
+    let mut model = Catalog::built_in().model("smollm2-135m").expect("built in");
+    model.layers = 3;
+    model.vocab = 512;
+    model.hidden = 192;
+    model.ffn = 320;
+    model.heads = 6;
+    model.kv_heads = 2;
+    model.head_dim = 32;
+    model
+}
+
+/// The CPU's types with a cache of `kv`.
+pub fn setup(kv: DType) -> Setup {
+    Setup {
+        kv: KvLayout { dtype: kv, block_tokens: 32 },
+        weights: DType::F32,
+        activations: DType::F32,
+    }
+}
+
+/// Runs a policy over prompts and keeps everything.
+pub fn run(
+    engine: &Engine,
+    policy: &dyn Policy,
+    prompts: &[Vec<u32>],
+    osl: u32,
+    schedule: Schedule,
+    kv: DType,
+) -> RunResult {
+    let load = load_of(prompts, osl, schedule);
+    let program = lower(&engine.model, policy, &load, setup(kv)).expect("lowers");
+    let options = RunOptions { keep_details: true, ..RunOptions::default() };
+    engine
+        .run(&program, prompts, &options, &AtomicBool::new(false), &mut |_, _| {})
+        .expect("runs within its own prediction")
+}
+
+/// Deterministic token ids.
+pub fn made_up(length: usize, seed: u32, vocab: u32) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12_345);
+    (0..length)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) % vocab
+        })
+        .collect()
+}
+
+/// A file of reference values.
+pub struct Golden(Value);
+
+impl Golden {
+    /// From `tests/golden/` at the root.
+    pub fn read(name: &str) -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name);
+        let text =
+            std::fs::read_to_string(path).expect("the reference values are in the repository");
+        Self(serde_json::from_str(&text).expect("JSON"))
+    }
+
+    /// The prompts.
+    pub fn prompts(&self) -> &[Value] {
+        self.0["prompts"].as_array().expect("prompts")
+    }
+}

@@ -1,0 +1,150 @@
+//! The executor against reference values of SmolLM2-135M-Instruct (f32 weights and cache): logits, kept positions, greedy
+//! tokens. `tests/golden/README.md` says where the values come from and which tolerances they suggest.
+
+mod common;
+
+use batchmax_sim::load::Schedule;
+use batchmax_sim::op::DType;
+use batchmax_sim::policy::{BatchMax, Budget, By, Full, Instant, Policy, SnapKv, StreamingLlm};
+use common::{Golden, engine, run};
+use serde_json::Value;
+
+/// One-shot eviction by a score, nothing protected, nothing in decode: kvpress' regime.
+fn one_shot(by: By, keep: u32) -> BatchMax {
+    BatchMax {
+        budget: Budget::Tokens(keep),
+        chunk: 8192,
+        by,
+        sinks: 0,
+        recent: 0,
+        window: 32,
+        pool: 5,
+        slack: 0,
+        decode: false,
+    }
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().expect("list").iter().map(|v| v.as_f64().expect("number")).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().expect("list").iter().map(|v| v.as_u64().expect("id") as u32).collect()
+}
+
+/// Tokens must agree up to the first step whose two best logits are closer than `gap`.
+fn assert_greedy(what: &str, ours: &[u32], golden: &Value, gap: f64) {
+    let (theirs, gaps) = (ids(&golden["greedy32"]), numbers(&golden["greedy_gap"]));
+    let sure = gaps.iter().position(|g| *g < gap).unwrap_or(gaps.len());
+    assert_eq!(ours[..sure], theirs[..sure], "{what}: first {sure} tokens");
+}
+
+/// Largest difference of the best fifty logits.
+fn worst_logit(logits: &[f32], golden: &Value) -> f64 {
+    let (best, values) = (ids(&golden["top50_ids"]), numbers(&golden["top50_logits"]));
+    best.iter()
+        .zip(&values)
+        .map(|(id, expected)| (f64::from(logits[*id as usize]) - expected).abs())
+        .fold(0.0, f64::max)
+}
+
+/// How many of the kept positions of layers 0, 15 and 29 agree, and of how many.
+fn overlap(kept: &[Vec<Vec<u32>>], theirs: impl Fn(usize, usize) -> Vec<u32>) -> (usize, usize) {
+    let (mut equal, mut all) = (0, 0);
+    for layer in [0usize, 15, 29] {
+        for (head, ours) in kept[layer].iter().enumerate() {
+            let theirs = theirs(layer, head);
+            assert_eq!(ours.len(), theirs.len(), "layer {layer}, head {head}");
+            all += ours.len();
+            equal += ours.iter().filter(|p| theirs.contains(p)).count();
+        }
+    }
+    (equal, all)
+}
+
+#[test]
+fn logits_and_tokens_of_the_three_prompts() {
+    let Some(engine) = engine() else { return };
+    for prompt in Golden::read("golden.json").prompts() {
+        let ids = ids(&prompt["ids"]);
+        let result = run(&engine, &Full::default(), &[ids], 32, Schedule::Static, DType::F32);
+        let logits = result.sequences[0].prompt_logits.as_ref().expect("kept");
+        // rtol 1e-3, atol 5e-3; the fiftieth logit is above 3, so the absolute part alone is the stricter bound.
+        let worst = worst_logit(logits, prompt);
+        println!("{} tokens: largest logit difference {worst:.2e}", prompt["len"]);
+        assert!(worst <= 5e-3, "{} tokens: {worst}", prompt["len"]);
+        assert_greedy("full", &result.sequences[0].generated, prompt, 0.05);
+    }
+}
+
+#[test]
+fn kept_positions_and_tokens_of_one_shot_policies() {
+    let Some(engine) = engine() else { return };
+    for prompt in &Golden::read("golden.json").prompts()[1..] {
+        let keep = (prompt["len"].as_u64().expect("length") / 2) as u32;
+        let budget = Budget::Tokens(keep);
+        let snap = SnapKv { budget, window: 32, pool: 5, instant: Instant::AfterLayer };
+        // Never cuts in decode, as the reference.
+        let streaming = StreamingLlm { budget, sinks: 4, chunk: None, slack: 1 << 20 };
+        let cases: [(&str, &dyn Policy); 5] = [
+            ("snapkv_w32_k5", &snap),
+            ("streaming_sink4", &streaming),
+            ("knorm", &one_shot(By::KeyNorm, keep)),
+            ("keydiff", &one_shot(By::Keydiff, keep)),
+            ("h2o_observed", &one_shot(By::Tally, keep)),
+        ];
+        for (name, policy) in cases {
+            let reference = &prompt["presses"][name];
+            let prompt_ids = ids(&prompt["ids"]);
+            let result = run(&engine, policy, &[prompt_ids], 32, Schedule::Static, DType::F32);
+            let kept = result.sequences[0].kept.as_ref().expect("kept");
+            let (equal, all) =
+                overlap(kept, |l, h| ids(&reference["layers"][l.to_string()]["kept"][h]));
+            println!("{name}, {} tokens: {equal} of {all} positions", prompt["len"]);
+            if name == "streaming_sink4" {
+                assert_eq!(equal, all, "{name}");
+            }
+            assert!(equal as f64 >= 0.99 * all as f64, "{name}: {equal} of {all}");
+            assert_greedy(name, &result.sequences[0].generated, reference, 0.05);
+        }
+    }
+}
+
+#[test]
+fn kept_positions_logits_and_tokens_of_chunked_policies() {
+    let Some(engine) = engine() else { return };
+    for prompt in Golden::read("evict.json").prompts() {
+        let number = |key: &str| prompt[key].as_u64().expect("number") as u32;
+        let (budget, chunk, long) = (number("budget"), number("chunk"), number("len") > 1000);
+        let scorers = [
+            ("recency", By::Recency, 4, 0),
+            ("knorm", By::KeyNorm, 4, 32),
+            ("keydiff", By::Keydiff, 4, 32),
+            ("tally", By::Tally, 4, 32),
+            ("window", By::Window, 0, 32),
+            ("window_snap", By::WindowSnap, 0, 32),
+        ];
+        for (name, by, sinks, recent) in scorers {
+            let policy = BatchMax { chunk, sinks, recent, decode: true, ..one_shot(by, budget) };
+            let reference = &prompt["batch_max"][name];
+            let prompt_ids = ids(&prompt["ids"]);
+            let result = run(&engine, &policy, &[prompt_ids], 32, Schedule::Static, DType::F32);
+            let sequence = &result.sequences[0];
+            let last = reference["chunks"].as_array().and_then(|c| c.last()).expect("chunks");
+            let (equal, all) = overlap(sequence.kept.as_ref().expect("kept"), |l, h| {
+                let runs = ids(&last["layers"][l.to_string()]["kept"][h]);
+                runs.chunks(2).flat_map(|r| r[0]..r[0] + r[1]).collect()
+            });
+            let worst = worst_logit(sequence.prompt_logits.as_ref().expect("kept"), reference);
+            println!(
+                "{name}, {} tokens: {equal} of {all} positions, logits within {worst:.2e}",
+                prompt["len"]
+            );
+            // The reference's own tolerances: 1e-3, but 1e-2 for the scorers with near ties at 2,048 tokens.
+            let exact = !long || matches!(name, "recency" | "window");
+            assert!(worst <= if exact { 1e-3 } else { 1e-2 }, "{name}: logits differ by {worst}");
+            assert!(equal as f64 >= 0.99 * all as f64, "{name}: {equal} of {all}");
+            assert_greedy(name, &sequence.generated, reference, if long { 0.05 } else { 0.01 });
+        }
+    }
+}

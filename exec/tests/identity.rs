@@ -1,0 +1,171 @@
+//! What must not change a result: room to spare, neighbours in the batch, chunks, threads, schedules.
+
+mod common;
+
+use batchmax_exec::{Engine, RunResult};
+use batchmax_sim::load::Schedule;
+use batchmax_sim::op::DType;
+use batchmax_sim::policy::{BatchMax, Budget, By, Full, Instant, Policy, SnapKv, StreamingLlm};
+use common::{made_up, run, small};
+
+fn batch_max(by: By, budget: u32, chunk: u32) -> BatchMax {
+    BatchMax {
+        budget: Budget::Tokens(budget),
+        chunk,
+        by,
+        sinks: 4,
+        recent: 16,
+        window: 16,
+        pool: 5,
+        slack: 8,
+        decode: true,
+    }
+}
+
+/// The matrix: every policy of the project, at a budget.
+fn policies(budget: u32) -> Vec<Box<dyn Policy>> {
+    let snap = |instant| SnapKv { budget: Budget::Tokens(budget), window: 16, pool: 5, instant };
+    let streaming =
+        |chunk| StreamingLlm { budget: Budget::Tokens(budget), sinks: 4, chunk, slack: 8 };
+    let mut all: Vec<Box<dyn Policy>> = vec![
+        Box::new(snap(Instant::AfterLayer)),
+        Box::new(snap(Instant::AfterPrefill)),
+        Box::new(streaming(None)),
+        Box::new(streaming(Some(48))),
+    ];
+    for by in
+        [By::Recency, By::KeyNorm, By::Keydiff, By::Window, By::WindowSnap, By::Tally, By::TallySum]
+    {
+        all.push(Box::new(batch_max(by, budget, 48)));
+        all.push(Box::new(batch_max(by, budget, 4096)));
+    }
+    all
+}
+
+fn prompts(lengths: &[usize]) -> Vec<Vec<u32>> {
+    lengths.iter().enumerate().map(|(i, n)| made_up(*n, i as u32 + 7, 512)).collect()
+}
+
+fn outcome(result: &RunResult) -> Vec<(Vec<u32>, Vec<u32>, Vec<u32>)> {
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect();
+    result
+        .sequences
+        .iter()
+        .map(|s| {
+            let logits = s.prompt_logits.as_ref().expect("kept");
+            (s.generated.clone(), bits(&s.gaps), bits(logits))
+        })
+        .collect()
+}
+
+fn outcome_of(
+    engine: &Engine,
+    policy: &dyn Policy,
+    lengths: &[usize],
+) -> Vec<(Vec<u32>, Vec<u32>, Vec<u32>)> {
+    outcome(&run(engine, policy, &prompts(lengths), 24, Schedule::Static, DType::F16))
+}
+
+#[test]
+fn with_room_for_everything_every_policy_is_full_bit_for_bit() {
+    let engine = small();
+    let lengths = [150, 97, 33];
+    let full = outcome_of(&engine, &Full::default(), &lengths);
+    for policy in policies(400) {
+        assert_eq!(outcome_of(&engine, policy.as_ref(), &lengths), full, "{}", policy.label());
+    }
+}
+
+#[test]
+fn a_sequence_does_not_depend_on_its_neighbours() {
+    let engine = small();
+    for policy in policies(64) {
+        let together = outcome_of(&engine, policy.as_ref(), &[150, 97, 97, 33]);
+        for (i, length) in [150usize, 97, 97, 33].into_iter().enumerate() {
+            let alone = prompts(&[150, 97, 97, 33])[i].clone();
+            assert_eq!(alone.len(), length);
+            let result = run(&engine, policy.as_ref(), &[alone], 24, Schedule::Static, DType::F16);
+            assert_eq!(outcome(&result)[0], together[i], "{}, sequence {i}", policy.label());
+        }
+    }
+}
+
+#[test]
+fn chunks_change_nothing_while_nothing_is_dropped() {
+    let engine = small();
+    let whole = outcome_of(&engine, &Full::default(), &[150, 33]);
+    for chunk in [1, 7, 32, 100, 149] {
+        let chunked = outcome_of(&engine, &Full { chunk: Some(chunk) }, &[150, 33]);
+        assert_eq!(chunked, whole, "chunks of {chunk}");
+    }
+}
+
+#[test]
+fn schedules_change_times_and_never_tokens() {
+    let engine = small();
+    for policy in policies(64) {
+        let prompts = prompts(&[97, 97, 97, 97, 97]);
+        let together = run(&engine, policy.as_ref(), &prompts, 12, Schedule::Static, DType::F16);
+        let schedule = Schedule::Staggered { prefill_batch: 2 };
+        let staggered = run(&engine, policy.as_ref(), &prompts, 12, schedule, DType::F16);
+        assert_eq!(outcome(&together), outcome(&staggered), "{}", policy.label());
+    }
+}
+
+#[test]
+fn threads_change_nothing() {
+    let one = batchmax_exec::Engine::new(
+        common::small_model(),
+        batchmax_exec::weights::Weights::synthetic(&common::small_model(), DType::F32)
+            .expect("executable"),
+        1,
+    );
+    let two = small();
+    for policy in policies(64) {
+        let lengths = [150, 97];
+        assert_eq!(
+            outcome_of(&one, policy.as_ref(), &lengths),
+            outcome_of(&two, policy.as_ref(), &lengths),
+            "{}",
+            policy.label()
+        );
+    }
+}
+
+#[test]
+fn budgets_hold_and_protected_tokens_stay() {
+    let engine = small();
+    for policy in policies(64) {
+        let result =
+            run(&engine, policy.as_ref(), &prompts(&[150, 97]), 24, Schedule::Static, DType::F16);
+        for (sequence, length) in result.sequences.iter().zip([150u32, 97]) {
+            for heads in sequence.kept.as_ref().expect("kept") {
+                for kept in heads {
+                    assert_eq!(kept.len(), 64, "{}", policy.label());
+                    assert!(kept.windows(2).all(|w| w[0] < w[1]), "{}: ascending", policy.label());
+                    assert_eq!(*kept.last().expect("some"), length - 1, "{}", policy.label());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_hard_budget_refuses_before_it_starts() {
+    use batchmax_exec::{ExecError, RunOptions, load_of};
+    use batchmax_sim::lower::lower;
+    use batchmax_sim::memory::kv_peaks;
+    use batchmax_sim::units::Bytes;
+    let engine = small();
+    let prompts = prompts(&[150]);
+    let load = load_of(&prompts, 8, Schedule::Static);
+    let program =
+        lower(&engine.model, &Full::default(), &load, common::setup(DType::F16)).expect("lowers");
+    let needed = kv_peaks(&program).decode;
+    let options = RunOptions { kv_budget: Some(Bytes(needed.0 - 1)), ..RunOptions::default() };
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let error = engine
+        .run(&program, &prompts, &options, &stop, &mut |_, _| {})
+        .expect_err("one byte is missing");
+    assert!(matches!(error, ExecError::OverBudget { .. }), "{error}");
+}

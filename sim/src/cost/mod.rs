@@ -1,0 +1,87 @@
+//! How long ops take.
+
+pub mod calibrated;
+pub mod roofline;
+
+use crate::op::{Op, Phase};
+use crate::program::{Program, site};
+use crate::timeline::{Source, Span, Timeline};
+use crate::units::Seconds;
+
+pub use calibrated::Calibrated;
+pub use roofline::Roofline;
+
+/// The time of one launch, and how far to trust it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    /// Seconds.
+    pub seconds: f64,
+    /// Standard deviation relative to the time.
+    pub relative_stddev: f64,
+    /// Where it comes from.
+    pub source: Source,
+}
+
+/// Whatever can say by arithmetic how long an op takes.
+pub trait CostModel: Send + Sync {
+    /// One launch of `op`, `step` steps into its pass.
+    fn launch(&self, op: &Op, phase: Phase, step: u32) -> Cost;
+
+    /// Time of a step beyond its ops: scheduling on the host.
+    fn step_overhead(&self, phase: Phase) -> Seconds;
+}
+
+/// Predicts a program: each op once where nothing grows, at the nodes of a Gauss-Legendre rule where caches grow.
+#[must_use]
+pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
+    let mut timeline = Timeline::default();
+    program.visit_passes(|pass_index, pass, times| {
+        let steps = f64::from(pass.steps) * times;
+        for (block_index, block) in pass.blocks() {
+            for (op_index, op) in block.ops.iter().enumerate() {
+                let cost = mean_cost(model, op, pass.phase, pass.steps);
+                let launches = steps * f64::from(block.times());
+                let time = Seconds(cost.seconds * launches);
+                timeline.spans.push(Span {
+                    site: site(pass_index, pass, block_index, block, op_index as u32),
+                    family: op.family(pass.phase),
+                    launches,
+                    time,
+                    stddev: time * cost.relative_stddev,
+                    source: cost.source,
+                });
+            }
+        }
+        timeline.overhead[pass.phase as usize] += model.step_overhead(pass.phase) * steps;
+    });
+    timeline
+}
+
+/// The mean over the steps of a pass.
+fn mean_cost(model: &dyn CostModel, op: &Op, phase: Phase, steps: u32) -> Cost {
+    if steps == 1 || op.cache_heads().is_none() {
+        return model.launch(op, phase, 0);
+    }
+    if steps == 2 {
+        return combine(&[(0.5, model.launch(op, phase, 0)), (0.5, model.launch(op, phase, 1))]);
+    }
+    // Three-point Gauss-Legendre on [-0.5, steps - 0.5]: exact for work that is affine in the cache, close for the rest.
+    let half = f64::from(steps) / 2.0;
+    let node = |x: f64| ((half * (1.0 + x) - 0.5).round().max(0.0) as u32).min(steps - 1);
+    let reach = 0.6f64.sqrt();
+    combine(&[
+        (5.0 / 18.0, model.launch(op, phase, node(-reach))),
+        (8.0 / 18.0, model.launch(op, phase, node(0.0))),
+        (5.0 / 18.0, model.launch(op, phase, node(reach))),
+    ])
+}
+
+fn combine(parts: &[(f64, Cost)]) -> Cost {
+    let seconds: f64 = parts.iter().map(|(w, c)| w * c.seconds).sum();
+    let spread: f64 = parts.iter().map(|(w, c)| w * c.seconds * c.relative_stddev).sum();
+    Cost {
+        seconds,
+        relative_stddev: if seconds > 0.0 { spread / seconds } else { 0.0 },
+        source: parts.iter().map(|(_, c)| c.source).max().unwrap_or_default(),
+    }
+}

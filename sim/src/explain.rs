@@ -1,0 +1,169 @@
+//! A program as a person can read it.
+
+use std::fmt::Write;
+
+use crate::op::{Lanes, Op, OpKind};
+use crate::profile::Model;
+use crate::program::{Block, Node, Pass, Program};
+use crate::units::{Bytes, Flops};
+
+/// The listing that `batchmax explain` prints. Sizes are of the first step of a pass and of one layer.
+#[must_use]
+pub fn explain(model: &Model, program: &Program) -> String {
+    let mut out = String::new();
+    let header = &program.header;
+    let load = &header.load;
+    let _ = writeln!(
+        out,
+        "{} · {} · {} sequences · {} schedule",
+        header.model,
+        header.policy,
+        load.sequences(),
+        load.schedule
+    );
+    for group in &load.groups {
+        let _ = writeln!(
+            out,
+            "  {} x ({} prompt + {} generated tokens)",
+            group.sequences, group.isl, group.osl
+        );
+    }
+    let _ = writeln!(
+        out,
+        "  weights {}, cache {} in blocks of {} tokens, activations {}; {} layers",
+        header.weights, header.kv.dtype, header.kv.block_tokens, header.activations, model.layers
+    );
+    let mut index = 0;
+    nodes(&mut out, &program.nodes, 0, &mut index);
+    let (steps, decode) = program.steps();
+    let _ = writeln!(out, "\n{} steps, {} of them decode", steps, decode);
+    out
+}
+
+fn nodes(out: &mut String, list: &[Node], depth: usize, index: &mut u32) {
+    let pad = "  ".repeat(depth);
+    for node in list {
+        match node {
+            Node::Pass(pass) => {
+                let plural = if pass.steps == 1 { "" } else { "s" };
+                let _ = writeln!(
+                    out,
+                    "\n{pad}pass {index}: {}, {} step{plural}",
+                    pass.phase.name(),
+                    pass.steps
+                );
+                *index += 1;
+                one_pass(out, pass, &pad);
+            }
+            Node::Loop { times, shift, body } => {
+                let moving = match shift {
+                    0 => String::new(),
+                    n => format!(", {n} sequences on each time"),
+                };
+                let _ = writeln!(out, "\n{pad}{times} times{moving}:");
+                nodes(out, body, depth + 1, index);
+            }
+        }
+    }
+}
+
+fn one_pass(out: &mut String, pass: &Pass, pad: &str) {
+    let growing = pass.steps > 1;
+    for (_, block) in pass.blocks() {
+        if block.ops.is_empty() {
+            continue;
+        }
+        if let Some(layers) = block.layers {
+            let stride = match layers.stride {
+                1 => String::new(),
+                n => format!(" (every {n} from {})", layers.first),
+            };
+            let _ = writeln!(out, "{pad}  {} layers{stride}", layers.count);
+        }
+        block_lines(out, block, pad, growing);
+    }
+}
+
+fn block_lines(out: &mut String, block: &Block, pad: &str, growing: bool) {
+    for op in &block.ops {
+        let work = op.work(0);
+        let _ = writeln!(
+            out,
+            "{pad}    {:<20} {:<44} {:>10} {:>10}",
+            op.name,
+            shape(op, growing),
+            flops(work.flops),
+            if work.bytes() == Bytes(0) { String::new() } else { work.bytes().to_string() },
+        );
+    }
+}
+
+fn flops(flops: Flops) -> String {
+    const UNITS: [&str; 6] = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"];
+    let (mut value, mut unit) = (flops.0, 0);
+    if value == 0.0 {
+        return String::new();
+    }
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+fn tokens(lanes: &Lanes, growing: bool, kept: bool) -> String {
+    let plus = if growing { "+" } else { "" };
+    let parts: Vec<String> = lanes
+        .as_slice()
+        .iter()
+        .take(4)
+        .map(|l| {
+            let keep = if kept { format!(" -> {}", l.keep) } else { String::new() };
+            format!("{}x{}{plus}{keep}", l.sequences, l.kv)
+        })
+        .collect();
+    let more = lanes.as_slice().len().saturating_sub(4);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{}{more}", parts.join(", "))
+}
+
+/// The shape column of an op.
+#[must_use]
+pub fn shape(op: &Op, growing: bool) -> String {
+    let rows = op.lanes.rows();
+    match op.kind {
+        OpKind::Embed { width } | OpKind::RmsNorm { width, .. } | OpKind::Softcap { width } => {
+            format!("{rows} x {width}")
+        }
+        OpKind::Gemm { n, k, weights, accumulate } => {
+            let add = if accumulate { ", adds" } else { "" };
+            format!("{rows} x {n} x {k} {weights}{add}")
+        }
+        OpKind::QkNorm { heads } | OpKind::Rope { heads } => {
+            format!("{rows} x {} heads x {}", heads.query + heads.kv, heads.dim)
+        }
+        OpKind::Append { heads } => format!("{rows} tokens x {} kv heads", heads.kv),
+        OpKind::Attend { heads, window } => {
+            let window = window.map_or_else(String::new, |w| format!(", window {w}"));
+            format!(
+                "{rows} q x {}h/{}kv over {}{window}",
+                heads.query,
+                heads.kv,
+                tokens(&op.lanes, growing, false)
+            )
+        }
+        OpKind::Tally { .. } => format!("{rows} q over {}", tokens(&op.lanes, growing, false)),
+        OpKind::Rank { by, .. } => {
+            format!("{} over {}", by.name(), tokens(&op.lanes, growing, false))
+        }
+        OpKind::Evict { protect, .. } => format!(
+            "{}, {} sinks and {} recent stay",
+            tokens(&op.lanes, growing, true),
+            protect.sinks,
+            protect.recent
+        ),
+        OpKind::Gated { ffn } => format!("{rows} x {ffn}"),
+        OpKind::Sample { vocab } => format!("{rows} x {vocab}"),
+        OpKind::Release { .. } => tokens(&op.lanes, growing, false),
+    }
+}

@@ -1,0 +1,103 @@
+//! One layer's cache as arithmetic: how many tokens, never which.
+
+use serde::{Deserialize, Serialize};
+
+use crate::op::{DType, Heads, OpKind, Protect, Score};
+use crate::units::{Bytes, Tokens};
+
+/// How an engine lays a cache out in memory: blocks of `block_tokens` tokens per (sequence, layer, KV head).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvLayout {
+    /// Element type.
+    pub dtype: DType,
+    /// Tokens per block; memory is taken and returned in whole blocks.
+    pub block_tokens: Tokens,
+}
+
+impl KvLayout {
+    /// Bytes that `tokens` tokens of one sequence and layer hold, all KV heads, whole blocks.
+    #[must_use]
+    pub fn held(&self, heads: Heads, tokens: Tokens) -> Bytes {
+        let blocks = u64::from(tokens).div_ceil(u64::from(self.block_tokens));
+        heads.kv_bytes(blocks * u64::from(self.block_tokens))
+    }
+}
+
+/// One verb a policy spoke: the op to record, over a cache of `kv` tokens of which `keep` stay.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Verb {
+    /// The op's name in tables.
+    pub name: &'static str,
+    /// The op.
+    pub kind: OpKind,
+    /// Tokens in the cache when it starts.
+    pub kv: Tokens,
+    /// Tokens that stay (evictions).
+    pub keep: Tokens,
+}
+
+/// The cache of one layer while a policy works on it. Every verb records the op that does it.
+#[derive(Debug)]
+pub struct KvTape<'a> {
+    heads: Heads,
+    tokens: Tokens,
+    protect: Protect,
+    verbs: &'a mut Vec<Verb>,
+}
+
+impl<'a> KvTape<'a> {
+    /// A cache of `tokens` tokens; verbs are appended to `verbs`.
+    pub fn new(heads: Heads, tokens: Tokens, verbs: &'a mut Vec<Verb>) -> Self {
+        Self { heads, tokens, protect: Protect::default(), verbs }
+    }
+
+    /// Tokens resident per KV head.
+    #[must_use]
+    pub fn tokens(&self) -> Tokens {
+        self.tokens
+    }
+
+    fn record(&mut self, name: &'static str, kind: OpKind, keep: Tokens) {
+        self.verbs.push(Verb { name, kind, kv: self.tokens, keep });
+    }
+
+    /// Adds this step's attention to each key's running sum.
+    pub fn tally(&mut self) {
+        self.record("tally", OpKind::Tally { heads: self.heads }, 0);
+    }
+
+    /// Scores every resident token; `protect` is exempt from the next [`Self::keep`].
+    pub fn rank(&mut self, by: Score, protect: Protect) -> &mut Self {
+        self.protect = protect;
+        self.record("rank", OpKind::Rank { heads: self.heads, by }, 0);
+        self
+    }
+
+    /// Keeps the `tokens` best of the last ranking, drops the others and frees their memory.
+    pub fn keep(&mut self, tokens: Tokens) {
+        self.keep_protecting(tokens, self.protect);
+    }
+
+    /// As [`Self::keep`], where the ranking was recorded by an earlier hook (eviction after the whole prefill).
+    pub fn keep_protecting(&mut self, tokens: Tokens, protect: Protect) {
+        if tokens < self.tokens {
+            self.record("evict", OpKind::Evict { heads: self.heads, protect }, tokens);
+            self.tokens = tokens;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_held_in_whole_blocks() {
+        let heads = Heads { query: 9, kv: 3, dim: 64, dtype: DType::F16 };
+        let layout = KvLayout { dtype: DType::F16, block_tokens: 32 };
+        // 33 tokens take two blocks: 64 tokens x 2 x 3 heads x 64 channels x 2 bytes.
+        assert_eq!(layout.held(heads, 33), Bytes(49_152));
+        assert_eq!(layout.held(heads, 32), Bytes(24_576));
+        assert_eq!(layout.held(heads, 0), Bytes(0));
+    }
+}

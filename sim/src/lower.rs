@@ -1,0 +1,603 @@
+//! (model, policy, load) -> [`Program`].
+//!
+//! A policy's hooks run against a [`KvTape`]; what they say becomes ops. Steps in which a policy says the same and drops
+//! nothing differ only by the growth of the caches and fold into one pass; once the caches come back to an earlier
+//! state, the passes between are a period and fold into a loop. So the work of lowering grows with the number of
+//! *events*, not of steps.
+
+use crate::kv::{KvLayout, KvTape, Verb};
+use crate::load::{Group, Load, Schedule};
+use crate::op::{DType, Heads, Lane, Lanes, Op, OpKind, Phase, Protect, Score};
+use crate::policy::{Policy, PolicyError, Step};
+use crate::profile::Model;
+use crate::program::{Block, Header, Layers, Node, Pass, Program};
+use crate::units::Tokens;
+
+/// Tokens a sliding layer's cache may grow in decode before it is cut to its window again.
+const SLIDE_SLACK: Tokens = 32;
+
+/// The types and the layout an engine works with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setup {
+    /// Layout of the caches.
+    pub kv: KvLayout,
+    /// Type of the weights.
+    pub weights: DType,
+    /// Type of the activations.
+    pub activations: DType,
+}
+
+/// Why there is no program.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LowerError {
+    /// The load is empty.
+    #[error("a load needs at least one sequence, one prompt token and one generated token")]
+    EmptyLoad,
+    /// Longer than the model can read.
+    #[error(
+        "{isl} prompt tokens plus {osl} generated ones exceed the context of {model}, {context} tokens; \
+         hint: shorten --isl or --osl"
+    )]
+    PastContext {
+        /// Prompt.
+        isl: Tokens,
+        /// Answer.
+        osl: Tokens,
+        /// The model.
+        model: String,
+        /// Its limit.
+        context: Tokens,
+    },
+    /// More sequences than an index can count.
+    #[error("{0} sequences are more than a batch can hold; hint: lower --batch")]
+    TooManySequences(u64),
+    /// The policy refuses.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+}
+
+/// Layers that behave alike.
+struct Class {
+    layers: Layers,
+    window: Option<Tokens>,
+}
+
+/// Equal sequences while they are lowered.
+#[derive(Clone)]
+struct Sequences {
+    first: u32,
+    count: u32,
+    isl: Tokens,
+    read: Tokens,
+    generated: Tokens,
+    osl: Tokens,
+    /// Resident tokens per class of layers.
+    resident: Vec<Tokens>,
+}
+
+/// Sequences that take part in a step.
+#[derive(Clone, Copy)]
+struct Active {
+    index: usize,
+    rows: Tokens,
+    prompt_read: bool,
+}
+
+/// Lowers a run.
+pub fn lower(
+    model: &Model,
+    policy: &dyn Policy,
+    load: &Load,
+    setup: Setup,
+) -> Result<Program, LowerError> {
+    let total = load.sequences();
+    if load.groups.is_empty()
+        || load.groups.iter().any(|g| g.sequences == 0 || g.isl == 0 || g.osl == 0)
+    {
+        return Err(LowerError::EmptyLoad);
+    }
+    if total > u64::from(u32::MAX / 2) {
+        return Err(LowerError::TooManySequences(total));
+    }
+    for group in &load.groups {
+        if u64::from(group.isl) + u64::from(group.osl) > u64::from(model.context) {
+            return Err(LowerError::PastContext {
+                isl: group.isl,
+                osl: group.osl,
+                model: model.name.clone(),
+                context: model.context,
+            });
+        }
+        policy.check(model, group.isl)?;
+    }
+    let mut lowering = Lowering::new(model, policy, setup);
+    let nodes = lowering.run(load);
+    Ok(Program { header: header(model, policy, load, setup), nodes })
+}
+
+/// Lowers one step over caches that already hold `resident` tokens: a probe of a profile. Nothing is checked.
+#[must_use]
+pub fn lower_pass(
+    model: &Model,
+    policy: &dyn Policy,
+    load: &Load,
+    setup: Setup,
+    phase: Phase,
+    rows: Tokens,
+    resident: Tokens,
+) -> Program {
+    let mut lowering = Lowering::new(model, policy, setup);
+    let mut all = Vec::with_capacity(load.groups.len());
+    let mut active = Vec::with_capacity(load.groups.len());
+    let mut first = 0;
+    for (index, group) in load.groups.iter().enumerate() {
+        let mut sequences = lowering.sequences(first, group);
+        sequences.resident.fill(resident);
+        all.push(sequences);
+        active.push(Active { index, rows, prompt_read: true });
+        first += group.sequences;
+    }
+    let mut nodes = Vec::new();
+    lowering.emit(&mut all, &active, phase, 1, false, &mut nodes);
+    Program { header: header(model, policy, load, setup), nodes }
+}
+
+fn header(model: &Model, policy: &dyn Policy, load: &Load, setup: Setup) -> Header {
+    Header {
+        model: model.name.clone(),
+        policy: policy.label(),
+        load: load.clone(),
+        kv: setup.kv,
+        weights: setup.weights,
+        activations: setup.activations,
+    }
+}
+
+struct Lowering<'a> {
+    model: &'a Model,
+    policy: &'a dyn Policy,
+    setup: Setup,
+    heads: Heads,
+    classes: Vec<Class>,
+    verbs: Vec<Verb>,
+    probe: Vec<Verb>,
+}
+
+impl<'a> Lowering<'a> {
+    fn new(model: &'a Model, policy: &'a dyn Policy, setup: Setup) -> Self {
+        let stride = model.sliding_window.map_or(1, |w| w.every).min(model.layers);
+        let classes = (0..stride)
+            .map(|first| Class {
+                layers: Layers { first, stride, count: (model.layers - first).div_ceil(stride) },
+                window: model.window_of(first),
+            })
+            .collect();
+        let heads = Heads {
+            query: model.heads,
+            kv: model.kv_heads,
+            dim: model.head_dim,
+            dtype: setup.kv.dtype,
+        };
+        Self { model, policy, setup, heads, classes, verbs: Vec::new(), probe: Vec::new() }
+    }
+
+    fn sequences(&self, first: u32, group: &Group) -> Sequences {
+        Sequences {
+            first,
+            count: group.sequences,
+            isl: group.isl,
+            read: 0,
+            generated: 0,
+            osl: group.osl,
+            resident: vec![0; self.classes.len()],
+        }
+    }
+
+    fn run(&mut self, load: &Load) -> Vec<Node> {
+        let mut all = Vec::with_capacity(load.groups.len());
+        let mut first = 0;
+        for group in &load.groups {
+            all.push(self.sequences(first, group));
+            first += group.sequences;
+        }
+        let mut nodes = Vec::new();
+        match load.schedule {
+            Schedule::Static => self.prefill(&mut all, &mut nodes),
+            Schedule::Staggered { prefill_batch } => {
+                for sequences in &mut all {
+                    self.prefill_staggered(sequences, prefill_batch.max(1), &mut nodes);
+                }
+            }
+        }
+        self.decode(&mut all, &mut nodes);
+        nodes
+    }
+
+    fn prefill_staggered(&mut self, all: &mut Sequences, batch: u32, nodes: &mut Vec<Node>) {
+        let batch = batch.min(all.count);
+        let (times, rest) = (all.count / batch, all.count % batch);
+        let mut done = 0;
+        for (count, times) in [(batch, times), (rest, u32::from(rest > 0))] {
+            if times == 0 {
+                continue;
+            }
+            let mut part = Sequences { first: all.first + done, count, ..all.clone() };
+            let mut body = Vec::new();
+            self.prefill(std::slice::from_mut(&mut part), &mut body);
+            done += count * times;
+            if times > 1 {
+                nodes.push(Node::Loop { times, shift: count, body });
+            } else {
+                nodes.append(&mut body);
+            }
+            if done == all.count {
+                *all = Sequences { first: all.first, count: all.count, ..part };
+            }
+        }
+    }
+
+    /// Reads the prompts of `all` together, chunk by chunk.
+    fn prefill(&mut self, all: &mut [Sequences], nodes: &mut Vec<Node>) {
+        let chunk = self.policy.prefill_chunk().unwrap_or(Tokens::MAX).max(1);
+        loop {
+            let active: Vec<Active> = all
+                .iter()
+                .enumerate()
+                .filter(|(_, s)| s.read < s.isl)
+                .map(|(index, s)| {
+                    let left = s.isl - s.read;
+                    Active { index, rows: left.min(chunk), prompt_read: left <= chunk }
+                })
+                .collect();
+            if active.is_empty() {
+                return;
+            }
+            let whole_chunks = |a: &Active| (all[a.index].isl - all[a.index].read - 1) / chunk;
+            let equal_steps = active.iter().map(whole_chunks).min().unwrap_or(0);
+            if equal_steps > 0 {
+                self.stretch(all, &active, Phase::Prefill, equal_steps, nodes);
+            } else {
+                self.emit(all, &active, Phase::Prefill, 1, false, nodes);
+            }
+            let steps = equal_steps.max(1);
+            for a in &active {
+                let s = &mut all[a.index];
+                s.read += a.rows * steps;
+                if a.prompt_read {
+                    s.generated = 1;
+                }
+            }
+        }
+    }
+
+    /// Generates until every sequence has its answer; the first token came from the prefill.
+    fn decode(&mut self, all: &mut [Sequences], nodes: &mut Vec<Node>) {
+        loop {
+            let active: Vec<Active> = all
+                .iter()
+                .enumerate()
+                .filter(|(_, s)| s.generated < s.osl)
+                .map(|(index, _)| Active { index, rows: 1, prompt_read: true })
+                .collect();
+            let Some(steps) =
+                active.iter().map(|a| all[a.index].osl - all[a.index].generated).min()
+            else {
+                return;
+            };
+            let some_stay =
+                active.iter().any(|a| all[a.index].osl - all[a.index].generated > steps);
+            // Where some sequences go on, the step that ends the others is one of its own: it releases their caches.
+            let last = u32::from(some_stay);
+            self.stretch(all, &active, Phase::Decode, steps - last, nodes);
+            for a in &active {
+                all[a.index].generated += steps - last;
+            }
+            if some_stay {
+                self.emit(all, &active, Phase::Decode, 1, true, nodes);
+                for a in &active {
+                    all[a.index].generated += 1;
+                }
+            }
+        }
+    }
+
+    /// `left` steps with the same rows: quiet steps fold into passes, periods into loops.
+    fn stretch(
+        &mut self,
+        all: &mut [Sequences],
+        active: &[Active],
+        phase: Phase,
+        mut left: u32,
+        nodes: &mut Vec<Node>,
+    ) {
+        let snapshot = |all: &[Sequences]| -> Vec<Tokens> {
+            active.iter().flat_map(|a| all[a.index].resident.iter().copied()).collect()
+        };
+        let mut marks: Vec<(Vec<Tokens>, usize, u32)> = Vec::new();
+        while left > 0 {
+            let quiet = self.quiet_steps(all, active, phase, left);
+            if quiet > 0 {
+                self.emit(all, active, phase, quiet, false, nodes);
+                left -= quiet;
+                continue;
+            }
+            self.emit(all, active, phase, 1, false, nodes);
+            left -= 1;
+            let now = snapshot(all);
+            if let Some((_, from, then)) = marks.iter().find(|(state, ..)| *state == now) {
+                let period = then - left;
+                let times = left / period;
+                if times > 0 {
+                    let body = nodes.split_off(*from);
+                    nodes.push(Node::Loop { times: times + 1, shift: 0, body });
+                    left -= times * period;
+                }
+                marks.clear();
+            }
+            marks.push((now, nodes.len(), left));
+        }
+    }
+
+    fn step(&self, s: &Sequences, a: &Active, phase: Phase, class: usize) -> Step {
+        Step {
+            phase,
+            layer: self.classes[class].layers.first,
+            prompt: s.isl,
+            rows: a.rows,
+            prompt_read: a.prompt_read,
+        }
+    }
+
+    /// Runs the hooks of one layer over a cache that already holds the step's tokens. Returns what stays, and how many
+    /// of the verbs belong right after the attention.
+    fn hooks(
+        &self,
+        step: &Step,
+        class: usize,
+        tokens: Tokens,
+        verbs: &mut Vec<Verb>,
+    ) -> (Tokens, usize) {
+        verbs.clear();
+        let mut tape = KvTape::new(self.heads, tokens, verbs);
+        self.policy.after_attend(step, &mut tape);
+        if let Some(window) = self.classes[class].window {
+            let slack = if step.phase == Phase::Decode { SLIDE_SLACK } else { 0 };
+            if tape.tokens() > window.saturating_add(slack) {
+                tape.rank(Score::Recency, Protect::default()).keep(window);
+            }
+        }
+        let tokens = tape.tokens();
+        let split = verbs.len();
+        let mut tape = KvTape::new(self.heads, tokens, verbs);
+        self.policy.after_pass(step, &mut tape);
+        (tape.tokens(), split)
+    }
+
+    /// How many of the next steps drop nothing and speak the same verbs as the first of them.
+    fn quiet_steps(
+        &mut self,
+        all: &[Sequences],
+        active: &[Active],
+        phase: Phase,
+        most: u32,
+    ) -> u32 {
+        let slides = self.classes.iter().any(|c| c.window.is_some());
+        if phase == Phase::Decode && !self.policy.acts_in_decode() && !slides {
+            return most;
+        }
+        let (mut first, mut now) =
+            (std::mem::take(&mut self.verbs), std::mem::take(&mut self.probe));
+        let mut quiet = most;
+        for a in active {
+            let s = &all[a.index];
+            for class in 0..self.classes.len() {
+                let step = self.step(s, a, phase, class);
+                let kinds = |verbs: &[Verb]| verbs.iter().map(|v| v.kind).collect::<Vec<_>>();
+                let mut expected: Option<Vec<OpKind>> = None;
+                for i in 0..quiet {
+                    let tokens = s.resident[class].saturating_add(a.rows.saturating_mul(i + 1));
+                    let (stay, _) = self.hooks(&step, class, tokens, &mut now);
+                    let same = match &expected {
+                        None => {
+                            expected = Some(kinds(&now));
+                            true
+                        }
+                        Some(kinds) => {
+                            now.len() == kinds.len()
+                                && now.iter().zip(kinds).all(|(v, kind)| v.kind == *kind)
+                        }
+                    };
+                    if stay != tokens || !same {
+                        quiet = i;
+                        break;
+                    }
+                }
+            }
+        }
+        first.clear();
+        self.verbs = first;
+        self.probe = now;
+        quiet
+    }
+
+    /// Appends one pass of `steps` steps and moves the caches on.
+    fn emit(
+        &mut self,
+        all: &mut [Sequences],
+        active: &[Active],
+        phase: Phase,
+        steps: u32,
+        release: bool,
+        nodes: &mut Vec<Node>,
+    ) {
+        let lanes_of = |kv: &dyn Fn(&Sequences, &Active) -> Tokens| -> Lanes {
+            let lanes: Vec<Lane> = active
+                .iter()
+                .map(|a| {
+                    let s = &all[a.index];
+                    Lane { first: s.first, sequences: s.count, rows: a.rows, kv: kv(s, a), keep: 0 }
+                })
+                .collect();
+            Lanes::new(&lanes)
+        };
+        let rows = lanes_of(&|_, _| 0);
+        let before = Block {
+            layers: None,
+            ops: vec![self.op("embed", OpKind::Embed { width: self.model.hidden }, rows.clone())],
+        };
+        let mut verbs = std::mem::take(&mut self.verbs);
+        let mut layers = Vec::with_capacity(self.classes.len());
+        let mut after_layers = Vec::new();
+        let mut stay: Vec<Vec<Tokens>> = Vec::with_capacity(self.classes.len());
+        for class in 0..self.classes.len() {
+            let appended = lanes_of(&|s, _| s.resident[class]);
+            let seen = lanes_of(&|s, a| s.resident[class].saturating_add(a.rows));
+            let (mut spoken, mut late) = (Vec::new(), Vec::new());
+            let mut stays = Vec::with_capacity(active.len());
+            for a in active {
+                let s = &all[a.index];
+                let step = self.step(s, a, phase, class);
+                let tokens = s.resident[class].saturating_add(a.rows);
+                let (left, split) = self.hooks(&step, class, tokens, &mut verbs);
+                stays.push(left);
+                self.merge(&mut spoken, &verbs[..split], s, a);
+                self.merge(&mut late, &verbs[split..], s, a);
+                if release && s.generated + 1 == s.osl {
+                    let kind = OpKind::Release { heads: self.heads };
+                    let verb = Verb { name: "release", kind, kv: left, keep: 0 };
+                    self.merge(&mut late, &[verb], s, a);
+                }
+            }
+            stay.push(stays);
+            let window = self.classes[class].window;
+            let at = Some(self.classes[class].layers);
+            layers
+                .push(Block { layers: at, ops: self.layer(&rows, appended, seen, window, spoken) });
+            if !late.is_empty() {
+                after_layers.push(Block { layers: at, ops: late });
+            }
+        }
+        self.verbs = verbs;
+        let after = Block { layers: None, ops: self.head(all, active) };
+        nodes.push(Node::Pass(Box::new(Pass {
+            phase,
+            steps,
+            before,
+            layers,
+            after_layers,
+            after,
+        })));
+        for (class, stays) in stay.iter().enumerate() {
+            for (a, left) in active.iter().zip(stays) {
+                let grown = a.rows.saturating_mul(steps - 1);
+                all[a.index].resident[class] = left.saturating_add(grown);
+            }
+        }
+    }
+
+    fn op(&self, name: &'static str, kind: OpKind, lanes: Lanes) -> Op {
+        Op { name, kind, dtype: self.setup.activations, lanes }
+    }
+
+    fn gemm(&self, name: &'static str, n: u64, k: u64, accumulate: bool, rows: &Lanes) -> Op {
+        let kind = OpKind::Gemm { n, k, weights: self.setup.weights, accumulate };
+        self.op(name, kind, rows.clone())
+    }
+
+    /// The ops of one decoder layer.
+    fn layer(
+        &self,
+        rows: &Lanes,
+        appended: Lanes,
+        seen: Lanes,
+        window: Option<Tokens>,
+        mut spoken: Vec<Op>,
+    ) -> Vec<Op> {
+        let model = self.model;
+        let heads = self.heads;
+        let (hidden, ffn) = (u64::from(model.hidden), u64::from(model.ffn));
+        let norm = |name, accumulate| {
+            self.op(name, OpKind::RmsNorm { width: model.hidden, accumulate }, rows.clone())
+        };
+        let attention_width = u64::from(model.heads) * u64::from(model.head_dim);
+        // With norms behind the blocks the norm, not the product, adds to the residual.
+        let residual = !model.post_norms;
+        let mut ops = Vec::with_capacity(14 + spoken.len());
+        ops.push(norm("attention_norm", false));
+        ops.push(self.gemm("qkv", model.qkv_width(), hidden, false, rows));
+        if model.qk_norm {
+            ops.push(self.op("qk_norm", OpKind::QkNorm { heads }, rows.clone()));
+        }
+        ops.push(self.op("rope", OpKind::Rope { heads }, rows.clone()));
+        ops.push(self.op("append", OpKind::Append { heads }, appended));
+        ops.push(self.op("attend", OpKind::Attend { heads, window }, seen));
+        ops.append(&mut spoken);
+        ops.push(self.gemm("output", hidden, attention_width, residual, rows));
+        if model.post_norms {
+            ops.push(norm("post_attention_norm", true));
+        }
+        ops.push(norm("ffn_norm", false));
+        if model.gated_ffn {
+            ops.push(self.gemm("gate_up", 2 * ffn, hidden, false, rows));
+        } else {
+            ops.push(self.gemm("up", ffn, hidden, false, rows));
+        }
+        ops.push(self.op("gated", OpKind::Gated { ffn: model.ffn }, rows.clone()));
+        ops.push(self.gemm("down", hidden, ffn, residual, rows));
+        if model.post_norms {
+            ops.push(norm("post_ffn_norm", true));
+        }
+        ops
+    }
+
+    /// Logits and the next token, for the sequences whose prompt is read; only their last row.
+    fn head(&self, all: &[Sequences], active: &[Active]) -> Vec<Op> {
+        let lanes: Vec<Lane> = active
+            .iter()
+            .filter(|a| a.prompt_read)
+            .map(|a| {
+                let s = &all[a.index];
+                Lane { first: s.first, sequences: s.count, rows: 1, kv: 0, keep: 0 }
+            })
+            .collect();
+        if lanes.is_empty() {
+            return Vec::new();
+        }
+        let rows = Lanes::new(&lanes);
+        let (width, vocab) = (self.model.hidden, self.model.vocab);
+        let final_norm = OpKind::RmsNorm { width, accumulate: false };
+        let mut ops = vec![
+            self.op("final_norm", final_norm, rows.clone()),
+            self.gemm("head", u64::from(vocab), u64::from(width), false, &rows),
+        ];
+        if self.model.logit_softcap.is_some() {
+            ops.push(self.op("softcap", OpKind::Softcap { width: vocab }, rows.clone()));
+        }
+        ops.push(self.op("sample", OpKind::Sample { vocab }, rows));
+        ops
+    }
+
+    /// Adds one lane's verbs to the ops of its layer, joining it to equal verbs of other lanes in order.
+    fn merge(&self, ops: &mut Vec<Op>, verbs: &[Verb], s: &Sequences, a: &Active) {
+        let mut cursor = 0;
+        for verb in verbs {
+            let lane = Lane {
+                first: s.first,
+                sequences: s.count,
+                rows: a.rows,
+                kv: verb.kv,
+                keep: verb.keep,
+            };
+            match ops[cursor..].iter().position(|op| op.kind == verb.kind) {
+                Some(found) => {
+                    ops[cursor + found].lanes.push(lane);
+                    cursor += found + 1;
+                }
+                None => {
+                    ops.insert(cursor, self.op(verb.name, verb.kind, Lanes::One(lane)));
+                    cursor += 1;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! Peak bytes, by replaying a program's appends, evictions and releases. No policy writes a memory formula.
+
+use serde::Serialize;
+
+use crate::kv::KvLayout;
+use crate::op::{OpKind, Phase, Score};
+use crate::profile::Model;
+use crate::program::{Block, Node, Pass, Program};
+use crate::units::Bytes;
+
+/// Bytes by kind. Peaks of different kinds are added as if they met, which they do in every prefill.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Footprint {
+    /// Parameters.
+    pub weights: Bytes,
+    /// Caches at the worst moment of the prefill.
+    pub kv_prefill_peak: Bytes,
+    /// Caches at the worst moment of the decode.
+    pub kv_decode_peak: Bytes,
+    /// Buffers between ops.
+    pub activations: Bytes,
+    /// What is kept per cached token besides keys and values (positions, scores).
+    pub bookkeeping: Bytes,
+    /// What the process or the device takes before the first weight.
+    pub runtime: Bytes,
+}
+
+impl Footprint {
+    /// The larger of the two cache peaks.
+    #[must_use]
+    pub fn kv_peak(&self) -> Bytes {
+        self.kv_prefill_peak.max(self.kv_decode_peak)
+    }
+
+    /// Everything.
+    #[must_use]
+    pub fn total(&self) -> Bytes {
+        self.weights + self.kv_peak() + self.activations + self.bookkeeping + self.runtime
+    }
+}
+
+/// Elements of the buffers that a program needs between its ops. The executor allocates exactly these.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffers {
+    /// Rows of the widest step.
+    pub rows: u64,
+    /// Rows that are sampled in one step, at most.
+    pub sampled: u64,
+    /// Scores of cached tokens alive at once.
+    pub scores: u64,
+    /// Cached tokens of all sequences, layers and KV heads, at most.
+    pub cached: u64,
+    /// Caches carry a running attention sum.
+    pub tallied: bool,
+}
+
+impl Buffers {
+    /// What `program` needs.
+    #[must_use]
+    pub fn of(program: &Program) -> Self {
+        let mut need = Self::default();
+        program.visit_passes(|_, pass, _| {
+            for op in &pass.before.ops {
+                need.rows = need.rows.max(op.lanes.rows());
+            }
+            let sampled = pass.after.ops.iter().map(|op| op.lanes.rows()).max().unwrap_or(0);
+            need.sampled = need.sampled.max(sampled);
+            let mut kept_scores = 0;
+            let deferred = pass
+                .after_layers
+                .iter()
+                .any(|b| b.ops.iter().any(|op| matches!(op.kind, OpKind::Evict { .. })));
+            for block in &pass.layers {
+                let mut scores = 0;
+                for op in &block.ops {
+                    if let OpKind::Rank { heads, by } = op.kind {
+                        let tokens: u64 = op
+                            .lanes
+                            .as_slice()
+                            .iter()
+                            .map(|l| u64::from(l.sequences) * u64::from(l.kv))
+                            .sum();
+                        scores += tokens * u64::from(heads.kv);
+                        need.tallied |= matches!(by, Score::WindowAttention { .. });
+                    }
+                    need.tallied |= matches!(op.kind, OpKind::Tally { .. });
+                }
+                // Scores wait for the end of the pass where the eviction does.
+                kept_scores = if deferred {
+                    kept_scores + scores * u64::from(block.times())
+                } else {
+                    kept_scores.max(scores)
+                };
+            }
+            need.scores = need.scores.max(kept_scores);
+        });
+        need
+    }
+
+    /// Bytes of all buffers, 4 bytes an element on the CPU (`element_bytes`).
+    #[must_use]
+    pub fn bytes(&self, model: &Model, element_bytes: u64) -> Bytes {
+        let per_row: u64 = Self::row_widths(model).iter().map(|(_, width)| *width).sum();
+        let sampled = self.sampled * (u64::from(model.hidden) + u64::from(model.vocab));
+        let elements =
+            self.rows.saturating_mul(per_row).saturating_add(sampled).saturating_mul(element_bytes);
+        Bytes(elements.saturating_add(self.scores.saturating_mul(4)))
+    }
+
+    /// The buffers that hold a row per token in flight, with their widths in elements.
+    #[must_use]
+    pub fn row_widths(model: &Model) -> [(&'static str, u64); 7] {
+        let attention = u64::from(model.heads) * u64::from(model.head_dim);
+        let ffn = u64::from(model.ffn);
+        [
+            ("residual", u64::from(model.hidden)),
+            ("normed", u64::from(model.hidden)),
+            ("qkv", model.qkv_width()),
+            ("attention", attention),
+            ("log_sum_exp", u64::from(model.heads)),
+            ("gate_up", if model.gated_ffn { 2 * ffn } else { ffn }),
+            ("gated", ffn),
+        ]
+    }
+}
+
+/// Bytes of the weights.
+#[must_use]
+pub fn weight_bytes(model: &Model, dtype: crate::op::DType) -> Bytes {
+    dtype.bytes(model.parameters())
+}
+
+/// The footprint of a program on an engine that takes `runtime` bytes for itself.
+#[must_use]
+pub fn footprint(model: &Model, program: &Program, runtime: Bytes) -> Footprint {
+    let peaks = kv_peaks(program);
+    let buffers = Buffers::of(program);
+    let held = peaks.prefill.max(peaks.decode);
+    let per_token = model.kv_elements_per_token_layer() / u64::from(model.kv_heads.max(1));
+    let token_bytes = program.header.kv.dtype.bytes(per_token).0.max(1);
+    let cached_heads = held.0 / token_bytes;
+    // A 4-byte position per token and KV head, and a running sum where a score needs one.
+    let bookkeeping = Bytes(cached_heads * if buffers.tallied { 8 } else { 4 });
+    Footprint {
+        weights: weight_bytes(model, program.header.weights),
+        kv_prefill_peak: peaks.prefill,
+        kv_decode_peak: peaks.decode,
+        activations: buffers.bytes(model, program.header.activations.bits() / 8),
+        bookkeeping,
+        runtime,
+    }
+}
+
+/// Cache peaks of the two phases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvPeaks {
+    /// Worst moment of the prefill.
+    pub prefill: Bytes,
+    /// Worst moment of the decode.
+    pub decode: Bytes,
+}
+
+/// Replays a program's cache ops.
+#[must_use]
+pub fn kv_peaks(program: &Program) -> KvPeaks {
+    let mut replay = Replay { layout: program.header.kv, peaks: KvPeaks::default() };
+    replay.nodes(&program.nodes, 0);
+    replay.peaks
+}
+
+/// Cache bytes held after every step of the unrolled program, in order; the executor's own count must equal it.
+#[must_use]
+pub fn kv_trace(program: &Program) -> Vec<Bytes> {
+    let replay = Replay { layout: program.header.kv, peaks: KvPeaks::default() };
+    let mut held = 0i128;
+    let mut trace = Vec::new();
+    let walked: Result<(), std::convert::Infallible> = program.visit_steps(|view| {
+        for (_, block) in view.pass.blocks() {
+            let delta: i128 = block.ops.iter().map(|op| replay.delta(op, view.step, 1)).sum();
+            held += delta * i128::from(block.times());
+        }
+        trace.push(to_bytes(held));
+        Ok(())
+    });
+    match walked {
+        Ok(()) => trace,
+    }
+}
+
+fn to_bytes(held: i128) -> Bytes {
+    Bytes(u64::try_from(held.max(0)).unwrap_or(u64::MAX))
+}
+
+struct Replay {
+    layout: KvLayout,
+    peaks: KvPeaks,
+}
+
+impl Replay {
+    /// What `op` adds to one layer's held bytes over `steps` steps from `step` on.
+    fn delta(&self, op: &crate::op::Op, step: u32, steps: u32) -> i128 {
+        let Some(heads) = op.cache_heads() else { return 0 };
+        let held = |tokens| i128::from(self.layout.held(heads, tokens).0);
+        let mut sum = 0;
+        for lane in op.lanes.as_slice() {
+            let kv = lane.kv.saturating_add(step.saturating_mul(lane.rows));
+            let change = match op.kind {
+                OpKind::Append { .. } => {
+                    held(kv.saturating_add(lane.rows.saturating_mul(steps))) - held(kv)
+                }
+                OpKind::Evict { .. } => held(lane.keep.min(kv)) - held(kv),
+                OpKind::Release { .. } => -held(kv),
+                _ => 0,
+            };
+            sum += change * i128::from(lane.sequences);
+        }
+        sum
+    }
+
+    /// Net change of one layer and its highest point on the way.
+    fn block(&self, block: &Block, steps: u32) -> (i128, i128) {
+        let (mut now, mut top) = (0, 0);
+        for op in &block.ops {
+            now += self.delta(op, 0, steps);
+            top = top.max(now);
+        }
+        (now, top)
+    }
+
+    fn see(&mut self, phase: Phase, held: i128) {
+        let peak = match phase {
+            Phase::Prefill => &mut self.peaks.prefill,
+            Phase::Decode => &mut self.peaks.decode,
+        };
+        *peak = (*peak).max(to_bytes(held));
+    }
+
+    fn pass(&mut self, pass: &Pass, mut held: i128) -> i128 {
+        for blocks in [&pass.layers, &pass.after_layers] {
+            let summaries: Vec<_> = blocks.iter().map(|b| (b, self.block(b, pass.steps))).collect();
+            match summaries.as_slice() {
+                // All layers alike: the worst is the first or the last.
+                [(block, (net, top))] => {
+                    let last = i128::from(block.times()) - 1;
+                    self.see(pass.phase, held + top);
+                    self.see(pass.phase, held + last * net + top);
+                    held += (last + 1) * net;
+                }
+                _ => {
+                    for layer in 0..pass.layer_count() {
+                        for (block, (net, top)) in &summaries {
+                            if block.layers.is_some_and(|l| l.contains(layer)) {
+                                self.see(pass.phase, held + top);
+                                held += net;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        self.see(pass.phase, held);
+        held
+    }
+
+    fn nodes(&mut self, nodes: &[Node], mut held: i128) -> i128 {
+        for node in nodes {
+            match node {
+                Node::Pass(pass) => held = self.pass(pass, held),
+                Node::Loop { times, body, .. } => {
+                    let once = self.nodes(body, held);
+                    let delta = once - held;
+                    let repeats = i128::from(*times) - 1;
+                    // Every repetition adds the same, so the last one is the highest.
+                    if repeats > 0 && delta != 0 {
+                        self.nodes(body, held + repeats * delta);
+                    }
+                    held = once + repeats * delta;
+                }
+            }
+        }
+        held
+    }
+}

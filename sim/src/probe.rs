@@ -1,0 +1,152 @@
+//! The grid of single passes that a profile times.
+//!
+//! A probe is one pass of a model of few layers over caches that are already filled, lowered by the same code as a whole
+//! run. So kernels are timed where they will run, between the ops that will surround them, with the weights of other
+//! layers in between: a kernel timed alone in a loop finds its weights in the cache and lies.
+
+use crate::kv::KvLayout;
+use crate::load::{Group, Load, Schedule};
+use crate::lower::{Setup, lower_pass};
+use crate::op::Phase;
+use crate::policy::{BatchMax, Budget, By, Full, Policy};
+use crate::profile::Model;
+use crate::program::Program;
+use crate::units::Tokens;
+
+/// One pass to time.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// The pass.
+    pub program: Program,
+    /// Tokens that every cache holds before it.
+    pub resident: Tokens,
+    /// Roofline-free estimate of its length, for progress bars: rows x layers x (1 + a share of the attention).
+    pub weight: f64,
+}
+
+/// How large the grid may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GridLimits {
+    /// Cached tokens over all sequences, at most: bounds the memory of the profile.
+    pub cached_tokens: u64,
+    /// Rows of a step, at most.
+    pub rows: u32,
+}
+
+impl Default for GridLimits {
+    fn default() -> Self {
+        Self { cached_tokens: 48 * 1024, rows: 4096 }
+    }
+}
+
+fn probe(
+    model: &Model,
+    layers: u32,
+    policy: &dyn Policy,
+    setup: Setup,
+    phase: Phase,
+    (sequences, rows, resident): (u32, Tokens, Tokens),
+) -> Probe {
+    let mut shallow = model.clone();
+    shallow.layers = layers.min(model.layers);
+    let load = Load {
+        groups: vec![Group { sequences, isl: resident + rows, osl: 2 }],
+        schedule: Schedule::Static,
+    };
+    let program = lower_pass(&shallow, policy, &load, setup, phase, rows, resident);
+    let work = f64::from(sequences) * f64::from(rows) * f64::from(shallow.layers);
+    Probe { program, resident, weight: work * (1.0 + f64::from(resident + rows) / 4000.0) + 20.0 }
+}
+
+/// A policy that cuts every cache of `tokens` to `keep` in this very pass.
+fn cutting(by: By, keep: Tokens) -> BatchMax {
+    BatchMax {
+        budget: Budget::Tokens(keep),
+        chunk: Tokens::MAX,
+        by,
+        sinks: 4.min(keep / 2),
+        recent: 32.min(keep / 2),
+        window: 32,
+        pool: 5,
+        slack: 0,
+        decode: true,
+    }
+}
+
+/// The default grid for a model's shapes: decode over batch and cache, prefill over chunk and prefix, evictions of every
+/// score.
+#[must_use]
+pub fn grid(model: &Model, kv: KvLayout, setup: Setup, limits: GridLimits) -> Vec<Probe> {
+    let setup = Setup { kv, ..setup };
+    let full = Full::default();
+    let mut probes = Vec::new();
+    let fits = |sequences: u32, kv: u32| {
+        u64::from(sequences) * u64::from(kv) <= limits.cached_tokens && kv < model.context
+    };
+    // Enough layers that the weights of one pass leave no trace in the caches before the next one needs them.
+    let deep = 12;
+    for batch in [1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32] {
+        for kv in [1u32, 127, 383, 767, 1535, 2303, 4095] {
+            if fits(batch, kv + 1) {
+                probes.push(probe(model, deep, &full, setup, Phase::Decode, (batch, 1, kv)));
+            }
+        }
+    }
+    for rows in [16u32, 48, 128, 256, 512, 1024, 2048] {
+        for prefix in [0u32, 256, 512, 1024, 2048] {
+            if rows <= limits.rows && rows + prefix <= 3072 && fits(1, rows + prefix) {
+                let layers = (8192 / rows).clamp(2, deep);
+                probes.push(probe(model, layers, &full, setup, Phase::Prefill, (1, rows, prefix)));
+            }
+        }
+    }
+    for (sequences, rows, prefix) in
+        [(2, 256, 512), (4, 256, 512), (8, 256, 256), (4, 512, 0), (2, 2048, 0)]
+    {
+        if sequences * rows <= limits.rows && fits(sequences, rows + prefix) {
+            probes.push(probe(model, 3, &full, setup, Phase::Prefill, (sequences, rows, prefix)));
+        }
+    }
+    for by in [By::Recency, By::KeyNorm, By::Keydiff, By::WindowSnap, By::TallySum] {
+        // In decode a cache some tokens over its budget, in prefill one chunk over it, or a whole prompt.
+        for (sequences, kv, over) in [
+            (1, 128, 1),
+            (1, 512, 32),
+            (1, 1024, 32),
+            (2, 512, 32),
+            (5, 512, 32),
+            (8, 256, 32),
+            (16, 512, 1),
+            (16, 128, 32),
+            (5, 1024, 1),
+        ] {
+            if fits(sequences, kv + over) {
+                let at = (sequences, 1, kv + over - 1);
+                probes.push(probe(model, 4, &cutting(by, kv), setup, Phase::Decode, at));
+            }
+        }
+        for (sequences, keep, rows) in [
+            (1, 128, 128),
+            (1, 256, 256),
+            (1, 512, 256),
+            (1, 1024, 256),
+            (4, 512, 256),
+            (8, 128, 128),
+            (1, 512, 64),
+        ] {
+            if fits(sequences, keep + rows) {
+                let at = (sequences, rows, keep);
+                probes.push(probe(model, 3, &cutting(by, keep), setup, Phase::Prefill, at));
+            }
+        }
+        for (sequences, rows, keep) in
+            [(1, 512, 128), (1, 1024, 256), (1, 2048, 512), (2, 1024, 512)]
+        {
+            if fits(sequences, rows) {
+                let at = (sequences, rows, 0);
+                probes.push(probe(model, 2, &cutting(by, keep), setup, Phase::Prefill, at));
+            }
+        }
+    }
+    probes
+}

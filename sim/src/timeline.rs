@@ -1,0 +1,173 @@
+//! How long a program takes, op by op: predicted by `sim` or measured by `exec`, in the same type.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::op::{Family, Phase, Site};
+use crate::units::Seconds;
+
+/// Where a number comes from, strongest first. A sum carries the weakest of its parts.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Default,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// Timed while the program ran.
+    #[default]
+    Run,
+    /// A calibration point of this very shape.
+    Measured,
+    /// Between calibration points.
+    Interpolated,
+    /// Outside the calibration points.
+    Extrapolated,
+    /// From the data sheet: FLOPs and bytes over derated peaks.
+    Roofline,
+}
+
+impl Source {
+    /// The word in tables and JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Run => "run",
+            Self::Measured => "measured",
+            Self::Interpolated => "interpolated",
+            Self::Extrapolated => "extrapolated",
+            Self::Roofline => "roofline",
+        }
+    }
+}
+
+/// All launches of one op: over its layers, its steps and the loops around them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    /// Where it stands.
+    pub site: Site,
+    /// Kernel family.
+    pub family: Family,
+    /// Launches.
+    pub launches: f64,
+    /// Sum over the launches.
+    pub time: Seconds,
+    /// Standard deviation of that sum.
+    pub stddev: Seconds,
+    /// Where the time comes from.
+    pub source: Source,
+}
+
+/// How long a program takes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Timeline {
+    /// One per op of the folded program.
+    pub spans: Vec<Span>,
+    /// Time of whole steps that no op accounts for (scheduling, clocks), by phase: prefill, decode.
+    pub overhead: [Seconds; 2],
+}
+
+/// Two standard deviations hold 95 % of a normal distribution; its 90 % interval is 1.645 of them.
+pub const SIGMAS_90: f64 = 1.645;
+
+impl Timeline {
+    /// Time of a phase, overhead included.
+    #[must_use]
+    pub fn phase(&self, phase: Phase) -> Seconds {
+        let ops: Seconds =
+            self.spans.iter().filter(|s| s.site.phase == phase).map(|s| s.time).sum();
+        ops + self.overhead[phase as usize]
+    }
+
+    /// Time of everything.
+    #[must_use]
+    pub fn total(&self) -> Seconds {
+        self.phase(Phase::Prefill) + self.phase(Phase::Decode)
+    }
+
+    /// Standard deviation of the spans that `select` takes: errors inside a family are one model's and add up, errors
+    /// of different families are independent.
+    #[must_use]
+    pub fn stddev(&self, select: impl Fn(&Span) -> bool) -> Seconds {
+        let mut families: BTreeMap<Family, f64> = BTreeMap::new();
+        for span in self.spans.iter().filter(|s| select(s)) {
+            *families.entry(span.family).or_default() += span.stddev.0;
+        }
+        Seconds(families.values().map(|s| s * s).sum::<f64>().sqrt())
+    }
+
+    /// The weakest source among the spans that take at least 1 % of the time (a guess about nothing changes nothing).
+    #[must_use]
+    pub fn weakest_source(&self) -> Source {
+        let total = self.total().0;
+        self.spans
+            .iter()
+            .filter(|s| s.time.0 >= 0.01 * total)
+            .map(|s| s.source)
+            .max()
+            .unwrap_or_default()
+    }
+
+    /// Time by phase and family.
+    #[must_use]
+    pub fn by_family(&self) -> BTreeMap<(Phase, Family), (Seconds, Source)> {
+        let mut rows = BTreeMap::new();
+        for span in &self.spans {
+            let row: &mut (Seconds, Source) =
+                rows.entry((span.site.phase, span.family)).or_insert((Seconds(0.0), Source::Run));
+            row.0 += span.time;
+            row.1 = row.1.max(span.source);
+        }
+        rows
+    }
+}
+
+/// One row of a comparison.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// Phase.
+    pub phase: Phase,
+    /// Kernel family.
+    pub family: Family,
+    /// By the simulator.
+    pub predicted: Seconds,
+    /// By the executor.
+    pub measured: Seconds,
+    /// (predicted - measured) / measured.
+    pub error: f64,
+    /// Source of the prediction.
+    pub source: Source,
+}
+
+/// Prediction beside measurement.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Comparison {
+    /// By phase and family.
+    pub rows: Vec<Row>,
+    /// Sites on one side only: a bug, not a rounding error.
+    pub unmatched: Vec<Site>,
+}
+
+/// (predicted - measured) / measured; 0 where nothing was measured.
+#[must_use]
+pub fn relative_error(predicted: f64, measured: f64) -> f64 {
+    if measured == 0.0 { 0.0 } else { (predicted - measured) / measured }
+}
+
+/// Joins on [`Site`].
+#[must_use]
+pub fn compare(predicted: &Timeline, measured: &Timeline) -> Comparison {
+    let sites =
+        |t: &Timeline| t.spans.iter().map(|s| s.site).collect::<std::collections::BTreeSet<_>>();
+    let unmatched = sites(predicted).symmetric_difference(&sites(measured)).copied().collect();
+    let ours = measured.by_family();
+    let rows = predicted
+        .by_family()
+        .into_iter()
+        .map(|((phase, family), (time, source))| {
+            let (real, _) = ours.get(&(phase, family)).copied().unwrap_or_default();
+            let error = relative_error(time.0, real.0);
+            Row { phase, family, predicted: time, measured: real, error, source }
+        })
+        .collect();
+    Comparison { rows, unmatched }
+}

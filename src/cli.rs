@@ -1,0 +1,317 @@
+//! What people type. The same flag means the same in every command.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  batchmax compare                                   run the whole loop on this machine
+  batchmax plan --model llama-3.1-8b --gpu h100-sxm --isl 32k --osl 512
+  batchmax what-if --model qwen2.5-7b --gpu l40s --isl 2k..32k --batch 1,2,4,8
+  batchmax validate --policy batch-max --isl 2k --osl 256 --kv-memory 64MB
+
+Exit codes: 0 answered, 1 the answer is no, 2 usage or bad input, 3 device failure.";
+
+/// Plan, run and validate LLM inference with KV-cache compression.
+#[derive(Debug, Parser)]
+#[command(name = "batchmax", version, after_help = EXAMPLES, arg_required_else_help = true)]
+pub struct Cli {
+    /// The command.
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub global: Global,
+}
+
+/// Flags of every command.
+#[derive(Args, Clone, Debug)]
+pub struct Global {
+    /// Directory with gpus/, models/, policies/ that override the built-in descriptions
+    #[arg(long, global = true, value_name = "DIR", env = "BATCHMAX_PROFILES")]
+    pub profiles: Option<PathBuf>,
+    /// Where models and this machine's profiles are kept [default: the XDG data directory]
+    #[arg(long, global = true, value_name = "DIR", env = "BATCHMAX_DATA")]
+    pub data_dir: Option<PathBuf>,
+    /// Print JSON instead of tables
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress on stderr
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Which batch, policy and schedule is the fastest that fits
+    Plan(PlanArgs),
+    /// What one configuration, a sweep or a CSV of scenarios would do
+    WhatIf(WhatIfArgs),
+    /// Print the program of a configuration: every op with its shape, FLOPs and bytes
+    Explain(ConfigArgs),
+    /// Obtain the default model, or register a local one
+    Fetch(FetchArgs),
+    /// Time this machine's kernels
+    #[cfg(feature = "exec")]
+    Profile(ProfileArgs),
+    /// Fit the cost models to measured kernels
+    #[cfg(feature = "exec")]
+    Calibrate(CalibrateArgs),
+    /// Really run a configuration
+    #[cfg(feature = "exec")]
+    Run(RunArgs),
+    /// Predict a configuration, run it, and show the error
+    #[cfg(feature = "exec")]
+    Validate(ValidateArgs),
+    /// The main job: plan, run full, one-shot and chunked compression and the control, show the speedups
+    #[cfg(feature = "exec")]
+    Compare(CompareArgs),
+    /// List or show model descriptions
+    Models(ListArgs),
+    /// List or show device descriptions
+    Gpus(ListArgs),
+    /// List or show policy presets
+    Policies(ListArgs),
+}
+
+/// One configuration.
+#[derive(Args, Clone, Debug)]
+pub struct ConfigArgs {
+    /// Model: a name, a config.json or its directory, a GGUF or TOML file
+    #[arg(long, short, default_value = "smollm2-135m")]
+    pub model: String,
+    /// Device: a name, a TOML file, or cpu for this machine
+    #[arg(long, short, default_value = "cpu")]
+    pub gpu: String,
+    /// Policy preset, with changed parameters: batch-max:budget=512,chunk=256
+    #[arg(long, short, default_value = "full")]
+    pub policy: String,
+    /// Prompt tokens of each sequence (2048, 2k)
+    #[arg(long, default_value = "2k")]
+    pub isl: String,
+    /// Generated tokens of each sequence
+    #[arg(long, default_value = "256")]
+    pub osl: String,
+    /// Sequences, or max for the largest batch that fits
+    #[arg(long, short, default_value = "max")]
+    pub batch: String,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    /// static, staggered, staggered:N
+    #[arg(long, default_value = "static")]
+    pub schedule: String,
+}
+
+/// Memory and types.
+#[derive(Args, Clone, Debug)]
+pub struct MemoryArgs {
+    /// Memory for everything (64MB, 1.5GiB) [default: 90 % of the device's]
+    #[arg(long)]
+    pub memory: Option<String>,
+    /// Memory for the KV caches alone: a hard limit when running
+    #[arg(long)]
+    pub kv_memory: Option<String>,
+    /// Type of the weights [default: f32 on a CPU, the model's own on a GPU]
+    #[arg(long)]
+    pub weight_dtype: Option<String>,
+    /// Type of the cache [default: f16 on a CPU, bf16 on a GPU]
+    #[arg(long)]
+    pub kv_dtype: Option<String>,
+    /// CPU threads [default: all cores]
+    #[arg(long, short)]
+    pub threads: Option<usize>,
+}
+
+/// `plan`.
+#[derive(Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// Model: a name, a config.json or its directory, a GGUF or TOML file
+    #[arg(long, short, default_value = "smollm2-135m")]
+    pub model: String,
+    /// Device: a name, a TOML file, or cpu for this machine
+    #[arg(long, short, default_value = "cpu")]
+    pub gpu: String,
+    /// Policy presets to try, separated by spaces or commas before a name [default: all presets]
+    #[arg(long, short, num_args = 1..)]
+    pub policy: Vec<String>,
+    /// Prompt tokens of each sequence
+    #[arg(long, default_value = "2k")]
+    pub isl: String,
+    /// Generated tokens of each sequence
+    #[arg(long, default_value = "256")]
+    pub osl: String,
+    /// Sequences, or max for the largest batch that fits
+    #[arg(long, short, default_value = "max")]
+    pub batch: String,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    /// Schedules to try [default: static and staggered]
+    #[arg(long, num_args = 1..)]
+    pub schedule: Vec<String>,
+    /// Longest time to the last sequence's first token (500ms)
+    #[arg(long)]
+    pub ttft: Option<String>,
+    /// Longest time per output token (50ms)
+    #[arg(long)]
+    pub tpot: Option<String>,
+}
+
+/// `what-if`.
+#[derive(Args, Clone, Debug)]
+pub struct WhatIfArgs {
+    /// Models, separated by commas
+    #[arg(long, short, default_value = "smollm2-135m")]
+    pub model: String,
+    /// Devices, separated by commas
+    #[arg(long, short, default_value = "cpu")]
+    pub gpu: String,
+    /// Policies, separated by spaces
+    #[arg(long, short, num_args = 1.., default_value = "full")]
+    pub policy: Vec<String>,
+    /// Prompt tokens: a value, a list 1k,2k or a range 2k..32k (doubling)
+    #[arg(long, default_value = "2k")]
+    pub isl: String,
+    /// Generated tokens: a value, a list or a range
+    #[arg(long, default_value = "256")]
+    pub osl: String,
+    /// Batches: values, lists, ranges, or max
+    #[arg(long, short, default_value = "max")]
+    pub batch: String,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    /// Schedules, separated by spaces
+    #[arg(long, num_args = 1.., default_value = "static")]
+    pub schedule: Vec<String>,
+    /// A CSV of scenarios instead: id,gpu,tp,model,weight_dtype,kv_dtype,engine,schedule,batch,input_len,output_len,policy
+    #[arg(long, value_name = "FILE")]
+    pub scenarios: Option<PathBuf>,
+    /// Print CSV
+    #[arg(long)]
+    pub csv: bool,
+}
+
+/// `fetch`.
+#[derive(Args, Clone, Debug)]
+pub struct FetchArgs {
+    /// smollm2-135m, or a GGUF file or safetensors directory to register
+    #[arg(default_value = "smollm2-135m")]
+    pub what: String,
+    /// Name for a registered model [default: the file's]
+    #[arg(long)]
+    pub name: Option<String>,
+}
+
+/// `models`, `gpus`, `policies`.
+#[derive(Args, Clone, Debug)]
+pub struct ListArgs {
+    /// Show one in full
+    pub name: Option<String>,
+}
+
+/// Where weights come from.
+#[cfg(feature = "exec")]
+#[derive(Args, Clone, Debug)]
+pub struct WeightArgs {
+    /// Weights: auto (the fetched model, else synthetic), real, or synthetic
+    #[arg(long, default_value = "auto")]
+    pub weights: String,
+}
+
+/// `profile`.
+#[cfg(feature = "exec")]
+#[derive(Args, Clone, Debug)]
+pub struct ProfileArgs {
+    /// Model whose shapes are timed
+    #[arg(long, short, default_value = "smollm2-135m")]
+    pub model: String,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    /// Where the measurements go [default: the data directory]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Forget an interrupted profile instead of resuming it
+    #[arg(long)]
+    pub restart: bool,
+}
+
+/// `calibrate`.
+#[cfg(feature = "exec")]
+#[derive(Args, Clone, Debug)]
+pub struct CalibrateArgs {
+    /// Measurements of `batchmax profile` [default: the newest in the data directory]
+    #[arg(long, value_name = "FILE")]
+    pub points: Option<PathBuf>,
+    /// CPU threads the measurements were made with [default: all cores]
+    #[arg(long, short)]
+    pub threads: Option<usize>,
+}
+
+/// `run`.
+#[cfg(feature = "exec")]
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    #[command(flatten)]
+    pub weights: WeightArgs,
+    /// Prompt text; --isl is then its length
+    #[arg(long)]
+    pub prompt: Option<String>,
+    /// Wrap the prompt in the model's chat template
+    #[arg(long)]
+    pub chat: bool,
+    /// Prompts as token ids: a JSON list of lists
+    #[arg(long, value_name = "FILE")]
+    pub ids: Option<PathBuf>,
+    /// Write logits, tokens and kept positions as JSON
+    #[arg(long, value_name = "FILE")]
+    pub dump: Option<PathBuf>,
+    /// Temperature; 0 is greedy
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Draw from the smallest set of tokens that reaches this probability
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Generate all --osl tokens even past the end of the answer
+    #[arg(long)]
+    pub ignore_stop: bool,
+}
+
+/// `validate`.
+#[cfg(feature = "exec")]
+#[derive(Args, Clone, Debug)]
+pub struct ValidateArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    #[command(flatten)]
+    pub weights: WeightArgs,
+    /// Largest acceptable error of the total time; beyond it the exit code is 1
+    #[arg(long, default_value = "25%")]
+    pub tolerance: String,
+    /// Print Markdown
+    #[arg(long)]
+    pub markdown: bool,
+}
+
+/// `compare`.
+#[cfg(feature = "exec")]
+#[derive(Args, Clone, Debug)]
+pub struct CompareArgs {
+    /// Model: a name, a config.json or its directory, a GGUF or TOML file
+    #[arg(long, short, default_value = "smollm2-135m")]
+    pub model: String,
+    /// Prompt tokens of each sequence
+    #[arg(long, default_value = "2k")]
+    pub isl: String,
+    /// Generated tokens of each sequence
+    #[arg(long, default_value = "256")]
+    pub osl: String,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub weights: WeightArgs,
+}

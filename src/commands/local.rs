@@ -1,0 +1,243 @@
+//! What the commands that run on this machine share: weights, prompts, progress, Ctrl-C.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow, bail};
+use batchmax_exec::load::Checkpoint;
+use batchmax_exec::machine;
+use batchmax_exec::weights::Weights;
+use batchmax_exec::{Engine, RunOptions, RunResult, fetch};
+
+use batchmax_sim::cost::predict;
+use batchmax_sim::lower::Setup;
+use batchmax_sim::memory::{Footprint, footprint};
+use batchmax_sim::profile::Model;
+use batchmax_sim::program::Program;
+use batchmax_sim::timeline::Timeline;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::cli::Global;
+use crate::report::remark;
+use crate::setting::{Configuration, Places};
+
+/// English prose for prompts that nobody gave: public domain, see its head.
+const PROSE: &str = include_str!("../../profiles/text/prose.txt");
+
+/// Set by Ctrl-C; runs look at it between steps.
+pub fn interrupted() -> &'static AtomicBool {
+    static FLAG: AtomicBool = AtomicBool::new(false);
+    static HANDLER: OnceLock<bool> = OnceLock::new();
+    HANDLER.get_or_init(|| {
+        ctrlc::set_handler(|| {
+            // A second Ctrl-C ends the process where the first one is not seen in time.
+            if FLAG.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        })
+        .is_ok()
+    });
+    &FLAG
+}
+
+/// A bar on stderr for what takes more than two seconds.
+pub fn bar(global: &Global, total: u64, what: &str) -> ProgressBar {
+    if global.quiet {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(total);
+    let style =
+        ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len} {per_sec} {eta} left");
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    bar.set_message(what.to_owned());
+    bar
+}
+
+/// Where a model's weights are, if they are here.
+pub fn checkpoint_path(places: &Places, name: &str) -> Option<PathBuf> {
+    let path = Path::new(name);
+    if path.exists() {
+        return Some(path.to_owned());
+    }
+    fetch::locate(&places.data_dir, name)
+}
+
+/// The weights that `--weights` asks for, with the checkpoint they came from.
+pub fn weights(
+    places: &Places,
+    name: &str,
+    wanted: &str,
+    model: &Model,
+    setup: Setup,
+    global: &Global,
+) -> Result<(Weights, Option<Checkpoint>)> {
+    let path = match wanted {
+        "synthetic" => None,
+        "real" | "auto" => checkpoint_path(places, name),
+        other => bail!("--weights {other}: expected auto, real or synthetic"),
+    };
+    match path {
+        Some(path) if path.extension().is_none_or(|e| e != "toml") => {
+            let checkpoint = Checkpoint::open(&path)?;
+            let weights = Weights::load(&checkpoint, setup.weights)?;
+            Ok((weights, Some(checkpoint)))
+        }
+        _ if wanted == "real" => bail!(
+            "no weights of {name} are here; hint: batchmax fetch {name}, batchmax fetch FILE, or --weights synthetic"
+        ),
+        _ => {
+            if wanted == "auto" {
+                remark(
+                    global.quiet,
+                    &format!(
+                        "no weights of {name} are here: synthetic ones of its shape (speed and memory are real, text is not)"
+                    ),
+                );
+            }
+            Ok((Weights::synthetic(model, setup.weights)?, None))
+        }
+    }
+}
+
+/// `batch` prompts of `isl` tokens: prose from another place for every sequence, or made-up tokens without a tokeniser.
+pub fn prompts(
+    checkpoint: Option<&Checkpoint>,
+    model: &Model,
+    batch: u32,
+    isl: u32,
+) -> Result<Vec<Vec<u32>>> {
+    let made_up = || -> Vec<u32> {
+        (0..4096u64).map(|i| ((i * 2_654_435_761) % u64::from(model.vocab)) as u32).collect()
+    };
+    let ids = match checkpoint.map(Checkpoint::tokenizer) {
+        Some(Ok(tokenizer)) => {
+            let text: String =
+                PROSE.lines().filter(|l| !l.starts_with('#')).collect::<Vec<_>>().join("\n");
+            tokenizer.encode(&text, false)?
+        }
+        _ => made_up(),
+    };
+    let mut prompts = Vec::with_capacity(batch as usize);
+    for sequence in 0..batch as usize {
+        // A prime stride starts every sequence at another word.
+        let from = (sequence * 211) % ids.len();
+        prompts.push(ids.iter().cycle().skip(from).take(isl as usize).copied().collect());
+    }
+    Ok(prompts)
+}
+
+/// The engine of a configuration.
+pub fn engine(model: &Model, weights: Weights, threads: usize) -> Engine {
+    Engine::new(model.clone(), weights, threads)
+}
+
+/// Refuses what would not fit before any weight is read.
+pub fn check_memory(configuration: &Configuration, program: &Program) -> Result<Footprint> {
+    let limits = &configuration.limits;
+    let needed = footprint(&configuration.model, program, limits.runtime);
+    if needed.weights > limits.memory {
+        bail!(
+            "the weights alone take {}, --memory is {}; hint: raise --memory, or --weight-dtype bf16",
+            needed.weights,
+            limits.memory
+        );
+    }
+    if let Some(over) = configuration.case().over(&needed) {
+        bail!(
+            "batch {} does not fit: over by {} ({}); hint: --batch max takes the largest that fits",
+            program.header.load.sequences(),
+            over.by,
+            over.bound.name()
+        );
+    }
+    Ok(needed)
+}
+
+/// A program, what was predicted for it and what was measured.
+pub struct Trial {
+    /// The program.
+    pub program: Program,
+    /// Prediction.
+    pub predicted: Timeline,
+    /// Predicted memory.
+    pub footprint: Footprint,
+    /// Measurement.
+    pub result: RunResult,
+}
+
+/// Predicts and runs one program.
+pub fn trial(
+    engine: &Engine,
+    configuration: &Configuration,
+    program: Program,
+    prompts: &[Vec<u32>],
+    options: &RunOptions,
+    global: &Global,
+    label: &str,
+) -> Result<Trial> {
+    let footprint = check_memory(configuration, &program)?;
+    let predicted = predict(configuration.device.cost.as_ref(), &program);
+    let (steps, _) = program.steps();
+    let bar = bar(global, steps, label);
+    let mut drawn = Instant::now();
+    let result = engine.run(&program, prompts, options, interrupted(), &mut |done, _| {
+        // Drawing costs more than a small op: ten times a second is enough.
+        if drawn.elapsed() > Duration::from_millis(100) {
+            bar.set_position(done);
+            drawn = Instant::now();
+        }
+    });
+    bar.finish_and_clear();
+    let result = result.map_err(|e| anyhow!(e))?;
+    Ok(Trial { program, predicted, footprint, result })
+}
+
+/// How this machine is named in results.
+pub fn provenance(model: &str, threads: usize) -> batchmax_sim::cost::calibrated::Provenance {
+    batchmax_sim::cost::calibrated::Provenance {
+        date: today(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        processor: machine::processor(),
+        threads: threads as u32,
+        isa: machine::isa(),
+        model: model.to_owned(),
+    }
+}
+
+/// Today, ISO 8601, UTC, by the civil-from-days rule of the proleptic Gregorian calendar.
+fn today() -> String {
+    let seconds = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
+    civil(seconds / 86_400)
+}
+
+fn civil(days: u64) -> String {
+    let shifted = days + 719_468;
+    let era = shifted / 146_097;
+    let day_of_era = shifted % 146_097;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        assert_eq!(civil(0), "1970-01-01");
+        assert_eq!(civil(19_782), "2024-02-29");
+        assert_eq!(civil(20_780), "2026-11-23");
+    }
+}

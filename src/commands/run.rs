@@ -1,0 +1,263 @@
+//! `batchmax run`: text in, text out, or speed alone.
+
+use std::path::Path;
+
+use anyhow::{Result, anyhow, bail};
+use batchmax_exec::load::Checkpoint;
+use batchmax_exec::weights::Weights;
+use batchmax_exec::{Engine, RunOptions, RunResult, Sampling, load_of};
+use batchmax_sim::lower::lower;
+use batchmax_sim::memory::kv_peaks;
+use batchmax_sim::program::Program;
+use batchmax_sim::units::Bytes;
+use serde_json::{Value, json};
+
+use crate::cli::{Global, RunArgs};
+use crate::commands::{Outcome, local};
+use crate::paths::write_whole;
+use crate::report::{answer, json, remark, table};
+use crate::setting::{self, LOCAL, Places};
+
+/// Positions are dumped for these many best logits.
+const DUMPED_LOGITS: usize = 50;
+
+/// Runs and prints.
+pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> {
+    let config = &args.config;
+    if config.gpu != LOCAL {
+        bail!(
+            "--gpu {}: only this machine's CPU can run; hint: what-if predicts other devices",
+            config.gpu
+        );
+    }
+    let model = setting::model(places, &config.model)?;
+    let setup = setting::setup(&model, true, &config.memory)?;
+    let preset = batchmax_sim::policy::Preset::parse(&places.catalog, &config.policy)?;
+    let (isl, osl) =
+        (setting::tokens(&config.isl, "--isl")?, setting::tokens(&config.osl, "--osl")?);
+    let budget = match &config.memory.kv_memory {
+        Some(text) => {
+            Some(batchmax_sim::units::parse_bytes(text).map_err(|e| anyhow!("--kv-memory: {e}"))?)
+        }
+        None => None,
+    };
+    // Everything that can be refused is refused before weights are read.
+    let checkpoint = match args.weights.weights.as_str() {
+        "synthetic" => None,
+        _ => local::checkpoint_path(places, &config.model)
+            .map(|p| Checkpoint::open(&p))
+            .transpose()?,
+    };
+    let (prompts, chat) = prompts(args, checkpoint.as_ref(), &model, isl)?;
+    let load = load_of(&prompts, osl, setting::schedule(&config.schedule)?);
+    let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
+    refuse(args, &model, &program, budget)?;
+    let (weights, _): (Weights, _) =
+        local::weights(places, &config.model, &args.weights.weights, &model, setup, global)?;
+    let engine = local::engine(&model, weights, setting::threads(&config.memory)?);
+    let tokenizer = match (&checkpoint, args.prompt.is_some()) {
+        (Some(checkpoint), true) => Some(checkpoint.tokenizer()?),
+        _ => None,
+    };
+    let options = RunOptions {
+        kv_budget: budget,
+        sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed },
+        stop_tokens: match &tokenizer {
+            Some(tokenizer) if !args.ignore_stop => tokenizer.stop_tokens(),
+            _ => Vec::new(),
+        },
+        keep_details: args.dump.is_some(),
+        keep_samples: false,
+    };
+    let result = go(&engine, &program, &prompts, &options, global)?;
+    if let Some(path) = &args.dump {
+        dump(path, &prompts, &result)?;
+    }
+    if let (Some(tokenizer), false) = (&tokenizer, global.json) {
+        for sequence in &result.sequences {
+            answer(tokenizer.decode(&sequence.generated)?.trim_start());
+        }
+        if chat {
+            remark(global.quiet, "");
+        }
+    }
+    let figures = figures(&program, &result);
+    if global.json {
+        let mut body = figures;
+        let ids: Vec<_> = result.sequences.iter().map(|s| &s.generated).collect();
+        body["generated"] = json!(ids);
+        body["synthetic"] = json!(engine.weights.synthetic);
+        answer(&json::document("run", body));
+    } else {
+        let text = summary(&figures);
+        if tokenizer.is_some() { remark(global.quiet, &text) } else { answer(&text) }
+    }
+    Ok(Outcome::Answered)
+}
+
+fn refuse(
+    args: &RunArgs,
+    model: &batchmax_sim::profile::Model,
+    program: &Program,
+    budget: Option<Bytes>,
+) -> Result<()> {
+    let footprint = batchmax_sim::memory::footprint(model, program, Bytes(0));
+    if let Some(text) = &args.config.memory.memory {
+        let memory =
+            batchmax_sim::units::parse_bytes(text).map_err(|e| anyhow!("--memory: {e}"))?;
+        if footprint.weights > memory {
+            bail!(
+                "the weights alone take {}, --memory is {memory}; hint: raise --memory, or --weight-dtype bf16",
+                footprint.weights
+            );
+        }
+        if footprint.total() > memory {
+            bail!(
+                "the run takes {}, --memory is {memory}; hint: a smaller --batch, or a policy with a smaller budget",
+                footprint.total()
+            );
+        }
+    }
+    let peaks = kv_peaks(program);
+    let needed = peaks.prefill.max(peaks.decode);
+    match budget {
+        Some(budget) if needed > budget => bail!(
+            "the caches need {needed} at their peak, --kv-memory is {budget}; hint: a smaller --batch, or a policy with a smaller budget or chunk"
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn go(
+    engine: &Engine,
+    program: &Program,
+    prompts: &[Vec<u32>],
+    options: &RunOptions,
+    global: &Global,
+) -> Result<RunResult> {
+    let (steps, _) = program.steps();
+    let bar = local::bar(global, steps, "running");
+    let result = engine.run(program, prompts, options, local::interrupted(), &mut |done, _| {
+        if done % 16 == 0 {
+            bar.set_position(done);
+        }
+    });
+    bar.finish_and_clear();
+    Ok(result?)
+}
+
+/// The prompts as ids, and whether they are a chat.
+fn prompts(
+    args: &RunArgs,
+    checkpoint: Option<&Checkpoint>,
+    model: &batchmax_sim::profile::Model,
+    isl: u32,
+) -> Result<(Vec<Vec<u32>>, bool)> {
+    if let Some(path) = &args.ids {
+        return Ok((read_ids(path)?, false));
+    }
+    if let Some(text) = &args.prompt {
+        let checkpoint = checkpoint.ok_or_else(|| {
+            anyhow!("--prompt needs the model's tokeniser; hint: batchmax fetch, or token ids with --ids")
+        })?;
+        let tokenizer = checkpoint.tokenizer()?;
+        let text = if args.chat {
+            tokenizer.chat(text).ok_or_else(|| {
+                anyhow!("--chat: this model's chat template is not known; hint: leave --chat out")
+            })?
+        } else {
+            text.clone()
+        };
+        let ids = tokenizer.encode(&text, true)?;
+        if ids.is_empty() {
+            bail!("--prompt: the prompt has no tokens");
+        }
+        let batch = setting::batch(&args.config.batch)?.unwrap_or(1);
+        return Ok((vec![ids; batch as usize], args.chat));
+    }
+    let batch = setting::batch(&args.config.batch)?.unwrap_or(1);
+    Ok((local::prompts(checkpoint, model, batch, isl)?, false))
+}
+
+fn read_ids(path: &Path) -> Result<Vec<Vec<u32>>> {
+    let problem = |e: &dyn std::fmt::Display| {
+        anyhow!("{}: {e}; hint: a JSON list of lists of token ids", path.display())
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| problem(&e))?;
+    let ids: Vec<Vec<u32>> = serde_json::from_str(&text).map_err(|e| problem(&e))?;
+    if ids.is_empty() || ids.iter().any(Vec::is_empty) {
+        return Err(problem(&"a prompt without tokens"));
+    }
+    Ok(ids)
+}
+
+/// What a run measured, as JSON.
+pub fn figures(program: &Program, result: &RunResult) -> Value {
+    let load = &program.header.load;
+    let outputs: usize = result.sequences.iter().map(|s| s.generated.len()).sum();
+    let (prefill, decode) = (result.prefill.0, result.decode.0);
+    let decoded = outputs.saturating_sub(result.sequences.len());
+    let rate = |tokens: f64, seconds: f64| if seconds > 0.0 { tokens / seconds } else { 0.0 };
+    json!({
+        "batch": load.sequences(),
+        "policy": program.header.policy,
+        "prefill_s": prefill,
+        "decode_s": decode,
+        "prefill_tok_s": rate(load.input_tokens() as f64, prefill),
+        "decode_tok_s": rate(decoded as f64, decode),
+        "output_tok_s": rate(outputs as f64, prefill + decode),
+        "kv_peak_bytes": result.kv_prefill_peak.max(result.kv_decode_peak),
+        "kv_prefill_peak_bytes": result.kv_prefill_peak,
+        "kv_decode_peak_bytes": result.kv_decode_peak,
+        "peak_rss_bytes": result.peak_rss,
+    })
+}
+
+fn summary(figures: &Value) -> String {
+    let number = |key: &str| figures[key].as_f64().unwrap_or(0.0);
+    let bytes = |key: &str| Bytes(figures[key].as_u64().unwrap_or(0));
+    format!(
+        "batch {} · {}\n  prefill     {:>9.2} s   {:>8} tokens/s\n  decode      {:>9.2} s   {:>8} tokens/s\n  output                    {:>8} tokens/s\n  kv peak     {:>11}\n  process     {:>11}",
+        figures["batch"],
+        figures["policy"].as_str().unwrap_or(""),
+        number("prefill_s"),
+        table::rate(number("prefill_tok_s")),
+        number("decode_s"),
+        table::rate(number("decode_tok_s")),
+        table::rate(number("output_tok_s")),
+        bytes("kv_peak_bytes"),
+        bytes("peak_rss_bytes"),
+    )
+}
+
+/// Logits, tokens and kept positions in the layout of the golden values.
+fn dump(path: &Path, prompts: &[Vec<u32>], result: &RunResult) -> Result<()> {
+    let list: Vec<Value> = prompts
+        .iter()
+        .zip(&result.sequences)
+        .map(|(ids, sequence)| {
+            let logits = sequence.prompt_logits.as_deref().unwrap_or(&[]);
+            let count = logits.len().max(1) as f64;
+            let mean = logits.iter().map(|l| f64::from(*l)).sum::<f64>() / count;
+            let variance = logits.iter().map(|l| (f64::from(*l) - mean).powi(2)).sum::<f64>()
+                / (count - 1.0).max(1.0);
+            let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+            order
+                .sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+            order.truncate(DUMPED_LOGITS);
+            let best: Vec<f32> = order.iter().map(|i| logits[*i as usize]).collect();
+            json!({
+                "len": ids.len(),
+                "ids": ids,
+                "top50_ids": order,
+                "top50_logits": best,
+                "logits_mean": mean,
+                "logits_std": variance.sqrt(),
+                "generated": sequence.generated,
+                "greedy_gap": sequence.gaps,
+                "kept": sequence.kept,
+            })
+        })
+        .collect();
+    write_whole(path, &serde_json::to_string(&json!({ "prompts": list }))?)
+}

@@ -1,0 +1,177 @@
+//! `batchmax validate`: one program, predicted and run.
+
+use anyhow::{Result, anyhow, bail};
+use batchmax_exec::RunOptions;
+use batchmax_sim::metrics::Metrics;
+use batchmax_sim::op::Phase;
+use batchmax_sim::timeline::{Comparison, compare, relative_error};
+use batchmax_sim::units::{Bytes, Seconds};
+use serde_json::json;
+
+use crate::cli::{Global, ValidateArgs};
+use crate::commands::Outcome;
+use crate::commands::local::{self, Trial};
+use crate::commands::run::figures;
+use crate::report::{answer, json, table};
+use crate::setting::{self, Configuration, Places};
+
+/// Predicts, runs, compares.
+pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outcome> {
+    let tolerance = tolerance(&args.tolerance)?;
+    let configuration = Configuration::resolve(places, &args.config)?;
+    if !configuration.device.local {
+        bail!("--gpu {}: only this machine's CPU can run", args.config.gpu);
+    }
+    let batch = configuration.batch()?;
+    let program = configuration.case().program(batch)?;
+    local::check_memory(&configuration, &program)?;
+    let (weights, checkpoint) = local::weights(
+        places,
+        &args.config.model,
+        &args.weights.weights,
+        &configuration.model,
+        configuration.setup,
+        global,
+    )?;
+    let synthetic = weights.synthetic;
+    let prompts =
+        local::prompts(checkpoint.as_ref(), &configuration.model, batch, configuration.isl)?;
+    drop(checkpoint);
+    let threads = setting::threads(&args.config.memory)?;
+    let engine = local::engine(&configuration.model, weights, threads);
+    let options = RunOptions { kv_budget: configuration.limits.kv_memory, ..RunOptions::default() };
+    let trial = local::trial(
+        &engine,
+        &configuration,
+        program,
+        &prompts,
+        &options,
+        global,
+        &configuration.preset.name,
+    )?;
+    let comparison = compare(&trial.predicted, &trial.result.timeline);
+    let verdict = Verdict::of(&trial, &comparison, tolerance);
+    if global.json {
+        answer(&document(&trial, &comparison, &verdict, synthetic));
+    } else {
+        answer(&text(&trial, &comparison, &verdict, args.markdown));
+    }
+    Ok(if verdict.within { Outcome::Answered } else { Outcome::No })
+}
+
+fn tolerance(text: &str) -> Result<f64> {
+    let (number, scale) = text.strip_suffix('%').map_or((text, 1.0), |n| (n, 0.01));
+    match number.trim().parse::<f64>() {
+        Ok(value) if value >= 0.0 && value.is_finite() => Ok(value * scale),
+        _ => Err(anyhow!("--tolerance {text}: expected a share (0.1) or a percentage (10%)")),
+    }
+}
+
+/// How the whole came out.
+struct Verdict {
+    total_error: f64,
+    kv_equal: bool,
+    memory_error: f64,
+    tolerance: f64,
+    within: bool,
+}
+
+impl Verdict {
+    fn of(trial: &Trial, comparison: &Comparison, tolerance: f64) -> Self {
+        let result = &trial.result;
+        let measured = result.prefill + result.decode;
+        let total_error = relative_error(trial.predicted.total().0, measured.0);
+        let kv_equal = trial.footprint.kv_prefill_peak == result.kv_prefill_peak
+            && trial.footprint.kv_decode_peak == result.kv_decode_peak;
+        Self {
+            total_error,
+            kv_equal,
+            memory_error: relative_error(
+                trial.footprint.total().0 as f64,
+                result.peak_rss.0 as f64,
+            ),
+            tolerance,
+            within: total_error.abs() <= tolerance && kv_equal && comparison.unmatched.is_empty(),
+        }
+    }
+}
+
+fn document(trial: &Trial, comparison: &Comparison, verdict: &Verdict, synthetic: bool) -> String {
+    let predicted = Metrics::of(&trial.program, &trial.predicted);
+    let body = json!({
+        "predicted": { "metrics": json::metrics(&predicted), "memory": json::footprint(&trial.footprint) },
+        "measured": figures(&trial.program, &trial.result),
+        "comparison": json::comparison(comparison),
+        "total_error": verdict.total_error,
+        "memory_error": verdict.memory_error,
+        "kv_bytes_equal": verdict.kv_equal,
+        "tolerance": verdict.tolerance,
+        "within_tolerance": verdict.within,
+        "synthetic": synthetic,
+    });
+    json::document("validate", body)
+}
+
+fn text(trial: &Trial, comparison: &Comparison, verdict: &Verdict, markdown: bool) -> String {
+    let head = ["phase", "op", "predicted", "measured", "error", "share", ""];
+    let measured_total = trial.result.prefill + trial.result.decode;
+    let line = |phase: &str, op: &str, p: Seconds, m: Seconds, sign: &str| {
+        vec![
+            phase.to_owned(),
+            op.to_owned(),
+            p.to_string(),
+            m.to_string(),
+            table::percent(relative_error(p.0, m.0)),
+            format!("{:.1} %", 100.0 * m.0 / measured_total.0),
+            sign.to_owned(),
+        ]
+    };
+    let mut rows = Vec::new();
+    for phase in [Phase::Prefill, Phase::Decode] {
+        for row in comparison.rows.iter().filter(|r| r.phase == phase) {
+            let sign = table::sign(row.source);
+            rows.push(line(phase.name(), row.family.name(), row.predicted, row.measured, sign));
+        }
+        let overhead = |t: &batchmax_sim::timeline::Timeline| t.overhead[phase as usize];
+        let (p, m) = (overhead(&trial.predicted), overhead(&trial.result.timeline));
+        rows.push(line(phase.name(), "launch", p, m, ""));
+        let measured = match phase {
+            Phase::Prefill => trial.result.prefill,
+            Phase::Decode => trial.result.decode,
+        };
+        rows.push(line(phase.name(), "all", trial.predicted.phase(phase), measured, ""));
+    }
+    rows.push(line("total", "", trial.predicted.total(), measured_total, ""));
+    let memory_head = ["memory", "predicted", "measured", "error"];
+    let memory_line = |name: &str, p: Bytes, m: Bytes| {
+        let error = table::percent(relative_error(p.0 as f64, m.0 as f64));
+        vec![name.to_owned(), p.to_string(), m.to_string(), error]
+    };
+    let (footprint, result) = (&trial.footprint, &trial.result);
+    let memory = vec![
+        memory_line("kv, prefill peak", footprint.kv_prefill_peak, result.kv_prefill_peak),
+        memory_line("kv, decode peak", footprint.kv_decode_peak, result.kv_decode_peak),
+        memory_line("process", footprint.total(), result.peak_rss),
+    ];
+    let (times, sizes) = if markdown {
+        (table::markdown(&head, &rows), table::markdown(&memory_head, &memory))
+    } else {
+        (table::table(&head, rows, 2), table::table(&memory_head, memory, 1))
+    };
+    let load = &trial.program.header.load;
+    let unmatched = match comparison.unmatched.len() {
+        0 => String::new(),
+        n => format!("\n{n} ops are on one side only: this is a bug, please report it"),
+    };
+    format!(
+        "{} · {} · batch {} · {} schedule\n\n{times}\n\n{sizes}\n{unmatched}\n{} total time {} (tolerance {:.0} %), KV bytes {}",
+        trial.program.header.model,
+        trial.program.header.policy,
+        load.sequences(),
+        load.schedule,
+        if verdict.within { "within tolerance:" } else { "beyond tolerance:" },
+        table::percent(verdict.total_error),
+        verdict.tolerance * 100.0,
+        if verdict.kv_equal { "equal" } else { "differ" },
+    )
+}

@@ -1,0 +1,30 @@
+//! `batchmax`: which batch, KV-cache policy and schedule give the most tokens per second, how sure is that, and does it
+//! hold when really run?
+//!
+//! The map: [`cli`] is what people type, [`setting`] what they mean, [`commands`] one verb a file, [`report`] one format
+//! a file. Everything that is computed is computed in `batchmax-sim`; everything that is run, in `batchmax-exec`.
+#![forbid(unsafe_code)]
+
+mod cli;
+mod commands;
+mod paths;
+mod report;
+mod setting;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::commands::Outcome;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    match commands::run(&cli) {
+        Ok(Outcome::Answered) => ExitCode::SUCCESS,
+        Ok(Outcome::No) => ExitCode::from(1),
+        Err(error) => {
+            report::complain(&error);
+            ExitCode::from(2)
+        }
+    }
+}
