@@ -4,6 +4,10 @@
 //! The map: [`cli`] is what people type, [`setting`] what they mean, [`commands`] one verb a file, [`report`] one format
 //! a file. Everything that is computed is computed in `batchmax-sim`; everything that is run, in `batchmax-exec`.
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    not(feature = "exec"),
+    allow(dead_code, reason = "parts that only the executor's commands use")
+)]
 
 mod cli;
 mod commands;

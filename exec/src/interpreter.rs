@@ -204,7 +204,7 @@ impl Interpreter<'_> {
             }
             OpKind::Append { heads } => self.append(heads, lanes.as_slice(), layer)?,
             OpKind::Attend { heads, window } => {
-                self.attend(pass.phase, heads, window, lanes, layer)
+                self.attend(pass.phase, heads, window, lanes, layer);
             }
             OpKind::Tally { heads } => self.tally(heads, lanes, layer),
             OpKind::Rank { heads, by } => self.rank(heads, by, lanes, layer),

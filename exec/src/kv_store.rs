@@ -24,6 +24,9 @@ pub fn kv_format(dtype: DType) -> Option<KvFormat> {
     }
 }
 
+/// A sequence's index, its lane, and its KV heads in one layer.
+pub type Picked<'a> = (u32, &'a Lane, &'a mut [HeadCache]);
+
 impl KvStore {
     /// Empty caches for `sequences` sequences.
     #[must_use]
@@ -49,7 +52,7 @@ impl KvStore {
         &'a mut self,
         layer: usize,
         lanes: &'a [Lane],
-    ) -> (&'a mut BlockPool, Vec<(u32, &'a Lane, &'a mut [HeadCache])>) {
+    ) -> (&'a mut BlockPool, Vec<Picked<'a>>) {
         let mut picked = Vec::with_capacity(lanes.iter().map(|l| l.sequences as usize).sum());
         let mut sequences = self.layers[layer].chunks_mut(self.kv_heads).enumerate();
         for lane in lanes {

@@ -3,7 +3,7 @@
 use crate::gemm::Packed;
 use crate::threads::{Threads, for_row_blocks};
 
-/// out row i = scale * table row ids[i].
+/// Row i of `out` becomes `scale` times row `ids[i]` of the table.
 ///
 /// # Panics
 /// If an id is past the table or the result has another size.

@@ -19,7 +19,7 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// For the angles position * inv_freq[pair]; results are multiplied by `attention_factor`.
+    /// For the angles `position * inv_freq[pair]`; results are multiplied by `attention_factor`.
     #[must_use]
     pub fn new(inv_freq: &[f32], max_position: usize, attention_factor: f32) -> Self {
         let factor = f64::from(attention_factor);

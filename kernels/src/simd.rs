@@ -116,7 +116,6 @@ element!(Brain, load_brain, |x| f32::from_bits(u32::from(x.0) << 16), |x| Brain(
 /// Vectors of `f32`.
 ///
 /// Every method needs the target features of its implementor; loads and stores need `LANES` elements at the address.
-#[expect(clippy::missing_safety_doc, reason = "said once, above")]
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
     const LANES: usize;

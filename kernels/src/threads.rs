@@ -206,10 +206,6 @@ impl<'a, T> Disjoint<'a, T> {
     ///
     /// # Safety
     /// No two parts that are alive at the same time may overlap.
-    #[expect(
-        clippy::mut_from_ref,
-        reason = "this is the point: parts of one slice for many threads"
-    )]
     pub(crate) unsafe fn part(&self, range: Range<usize>) -> &'a mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: in bounds by the assertion, unaliased by the caller's promise.

@@ -36,7 +36,7 @@ pub fn explain(model: &Model, program: &Program) -> String {
     let mut index = 0;
     nodes(&mut out, &program.nodes, 0, &mut index);
     let (steps, decode) = program.steps();
-    let _ = writeln!(out, "\n{} steps, {} of them decode", steps, decode);
+    let _ = writeln!(out, "\n{steps} steps, {decode} of them decode");
     out
 }
 

@@ -191,7 +191,7 @@ impl Program {
                         *next += 1;
                     }
                     Node::Loop { times: n, body, .. } => {
-                        walk(body, times * f64::from(*n), next, see)
+                        walk(body, times * f64::from(*n), next, see);
                     }
                 }
             }

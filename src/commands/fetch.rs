@@ -18,7 +18,7 @@ pub fn run(places: &Places, args: &FetchArgs, global: &Global) -> Result<Outcome
 
     let path = if args.what == DEFAULT {
         batchmax_exec::fetch::fetch_default(&places.data_dir, &mut |line| {
-            remark(global.quiet, line)
+            remark(global.quiet, line);
         })?
     } else if Path::new(&args.what).exists() {
         batchmax_exec::fetch::register(

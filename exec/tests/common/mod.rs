@@ -1,6 +1,7 @@
 //! What the executor's tests share: the default model, a way to run a policy over prompts, the reference values.
 
 #![allow(dead_code, reason = "every test binary uses another part")]
+#![allow(clippy::print_stderr, reason = "a skipped test says so")]
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
