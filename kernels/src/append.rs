@@ -1,27 +1,31 @@
-//! Writes a step's keys and values to the caches.
+//! Writes new keys and values into the caches.
 
-use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, PoolFull, with_element};
-use crate::simd::Element;
+use crate::buffer::{Scratch, lines, split_lines};
+use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, PoolFull, with_format};
+use crate::simd::{Isa, LANES, Simd, Source, isa, multiversion};
 use crate::threads::{Disjoint, Threads};
 
-/// One sequence's new tokens in one layer.
+/// The new tokens of one sequence in one layer.
 pub struct AppendItem<'a> {
-    /// Its KV heads.
+    /// Caches of its KV heads.
     pub heads: &'a mut [HeadCache],
-    /// First row of the step that is its own.
+    /// Its first row.
     pub first_row: usize,
-    /// How many rows.
+    /// Its rows, one token each.
     pub rows: usize,
-    /// Position of the first.
+    /// Position of the first; the others follow.
     pub first_position: u32,
 }
 
-/// Appends the keys and values of `qkv` (rotated already), `qkv_width` columns a row, to every head of every item. Where
-/// the pool has no room for all of them, nothing is changed.
+/// Appends each row's K and V, already rotated, to the caches of its sequence, rounded to the nearest number of the
+/// cache's format. K of head h is at `key_offset + h * head_dim` of a row of `qkv`, V likewise.
+///
+/// # Errors
+/// If the budget has no room for all items; nothing is changed then.
 ///
 /// # Panics
-/// If an item's rows are past the end of `qkv`.
-#[expect(clippy::too_many_arguments, reason = "a kernel takes raw parts")]
+/// If a row or a column lies outside `qkv`, or `head_dim` is not the pool's.
+#[expect(clippy::too_many_arguments, reason = "the layout of a fused row")]
 pub fn append(
     threads: &Threads,
     pool: &mut BlockPool,
@@ -32,84 +36,178 @@ pub fn append(
     value_offset: usize,
     head_dim: usize,
 ) -> Result<(), PoolFull> {
-    let missing: usize = items
-        .iter()
-        .map(|item| item.heads.iter().map(|h| h.missing_blocks(item.rows)).sum::<usize>())
-        .sum();
-    pool.check(missing)?;
-    let mut tasks = Vec::with_capacity(items.len());
+    assert_eq!(head_dim, pool.head_dim(), "head_dim is not the pool's");
+    for item in items.iter() {
+        assert!((item.first_row + item.rows) * qkv_width <= qkv.len(), "rows outside qkv");
+        let last = key_offset.max(value_offset) + item.heads.len() * head_dim;
+        assert!(last <= qkv_width, "columns outside qkv");
+    }
+    let missing =
+        items.iter().map(|i| i.heads.iter().map(|h| h.missing_blocks(i.rows)).sum::<usize>()).sum();
+    pool.check_room(missing)?;
+    let mut work = Vec::new();
     for item in items.iter_mut() {
-        let last = item.first_row + item.rows;
-        assert!(last * qkv_width <= qkv.len(), "rows up to {last} of {}", qkv.len() / qkv_width);
         for (index, head) in item.heads.iter_mut().enumerate() {
             head.reserve(pool, item.rows)?;
-            tasks.push((index, item.first_row, item.rows, item.first_position, head));
+            work.push(Work {
+                head,
+                index,
+                first_row: item.first_row,
+                rows: item.rows,
+                position: item.first_position,
+            });
         }
     }
+    let rows: usize = work.iter().map(|w| w.rows).sum();
+    let isa = isa();
+    let share =
+        work.len().div_ceil(if rows * head_dim < 1 << 14 { 1 } else { threads.count() * 4 }).max(1);
+    let tasks = work.len().div_ceil(share);
+    let len = work.len();
+    let work = Disjoint::new(&mut work);
     let pool = &*pool;
-    let count = tasks.len();
-    let tasks = Disjoint::new(&mut tasks);
-    threads.run(count, |i| {
-        // SAFETY: every task takes its own element.
-        let (index, first_row, rows, position, head) = &mut unsafe { tasks.part(i..i + 1) }[0];
-        let key = key_offset + *index * head_dim;
-        let value = value_offset + *index * head_dim;
-        for row in 0..*rows {
-            let from = &qkv[(*first_row + row) * qkv_width..(*first_row + row + 1) * qkv_width];
-            let token = head.tokens();
-            let slot = token % BLOCK_TOKENS;
-            let id = head.blocks[token / BLOCK_TOKENS];
-            with_element!(pool.format(), E => {
-                let block: *mut E = pool.block(id);
-                let values = pool.value_offset() + slot * head_dim;
-                for d in 0..head_dim {
-                    // SAFETY: inside the block, which belongs to this head alone.
-                    unsafe {
-                        block.add(d * BLOCK_TOKENS + slot).write(E::narrow(from[key + d]));
-                        block.add(values + d).write(E::narrow(from[value + d]));
-                    }
-                }
-            });
-            head.positions.push(*position + row as u32);
-            if !head.tally.is_empty() {
-                head.tally.push(0.0);
-            }
+    threads.run(tasks, |task| {
+        // SAFETY: each task has heads of its own.
+        let part = unsafe { work.slice_mut(task * share..((task + 1) * share).min(len)) };
+        for work in part {
+            let from = Rows {
+                key: key_offset + work.index * head_dim,
+                value: value_offset + work.index * head_dim,
+                qkv,
+                width: qkv_width,
+            };
+            write(isa, pool, work, &from);
         }
     });
     Ok(())
+}
+
+struct Work<'a> {
+    head: &'a mut HeadCache,
+    index: usize,
+    first_row: usize,
+    rows: usize,
+    position: u32,
+}
+
+struct Rows<'a> {
+    qkv: &'a [f32],
+    width: usize,
+    key: usize,
+    value: usize,
+}
+
+fn write(isa: Isa, pool: &BlockPool, work: &mut Work<'_>, from: &Rows<'_>) {
+    // SAFETY: blocks are reserved and belong to this head alone; rows and columns were checked by `append`.
+    unsafe {
+        with_format!(pool.format(), run::<B>(isa, pool, work, from));
+    }
+    work.head.positions.extend(work.position..work.position + work.rows as u32);
+}
+
+multiversion! { unsafe fn run<B: Source>(pool: &BlockPool, work: &Work<'_>, from: &Rows<'_>) = body }
+
+/// # Safety
+/// The head has blocks for the rows, and nobody else uses them.
+#[inline(always)]
+unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from: &Rows<'_>) {
+    let dim = pool.head_dim();
+    let padded = dim.next_multiple_of(LANES);
+    // Rows are converted as a whole, then the K part is scattered and the V part copied.
+    let mut scratch = Scratch::take(2 * lines(padded));
+    let scratch = scratch.floats();
+    let (row, rest) = split_lines(scratch, padded);
+    let (converted, _) = split_lines(rest, padded);
+    let converted = converted.as_mut_ptr().cast::<u8>();
+    for i in 0..work.rows {
+        let token = work.head.tokens() + i;
+        let (block, lane) = (work.head.blocks[token / BLOCK_TOKENS], token % BLOCK_TOKENS);
+        let start = (work.first_row + i) * from.width;
+        for (offset, is_key) in [(from.key, true), (from.value, false)] {
+            row[..dim].copy_from_slice(&from.qkv[start + offset..start + offset + dim]);
+            // SAFETY: scratch rows have whole vectors; the block has room for the token.
+            unsafe {
+                for at in (0..padded).step_by(LANES) {
+                    B::store(s, converted.add(at * B::BYTES), s.load(row.as_ptr().add(at)));
+                }
+                if is_key {
+                    let base = pool.key_ptr(block).add(lane * B::BYTES);
+                    for d in 0..dim {
+                        let to = base.add(d * BLOCK_TOKENS * B::BYTES);
+                        std::ptr::copy_nonoverlapping(converted.add(d * B::BYTES), to, B::BYTES);
+                    }
+                } else {
+                    let base = pool.value_ptr(block).add(lane * dim * B::BYTES);
+                    std::ptr::copy_nonoverlapping(converted, base, dim * B::BYTES);
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::kv::KvFormat;
+    use half::{bf16, f16};
 
     #[test]
-    fn keys_and_values_come_back() {
+    fn rows_land_at_their_tokens_rounded_to_the_format() {
         let threads = Threads::new(2);
-        let mut pool = BlockPool::new(8, KvFormat::F32, 1 << 20);
-        let mut heads = vec![HeadCache::default(), HeadCache::default()];
-        // One row: 8 query columns, 2 x 8 of keys, 2 x 8 of values.
-        let qkv: Vec<f32> = (0..40 * 40).map(|i| i as f32).collect();
-        let mut items =
-            [AppendItem { heads: &mut heads, first_row: 1, rows: 35, first_position: 7 }];
-        append(&threads, &mut pool, &mut items, &qkv, 40, 8, 24, 8).expect("room");
-        assert_eq!(heads[1].positions, (7..42).collect::<Vec<u32>>());
-        let row = 34.0 * 40.0;
-        assert_eq!(heads[1].key(&pool, 33), (16..24).map(|c| row + c as f32).collect::<Vec<_>>());
-        assert_eq!(heads[0].value(&pool, 33), (24..32).map(|c| row + c as f32).collect::<Vec<_>>());
+        let (dim, heads, rows) = (8, 2, 70);
+        let width = 5 + 2 * heads * dim;
+        let qkv: Vec<f32> = (0..rows * width).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Bf16] {
+            let mut pool = BlockPool::new(dim, format, 1 << 20);
+            let mut caches: Vec<HeadCache> = (0..heads).map(|_| HeadCache::default()).collect();
+            for (first, count) in [(0, 33), (33, 1), (34, 36)] {
+                let mut items = [AppendItem {
+                    heads: &mut caches,
+                    first_row: first,
+                    rows: count,
+                    first_position: first as u32,
+                }];
+                append(&threads, &mut pool, &mut items, &qkv, width, 5, 5 + heads * dim, dim)
+                    .expect("room");
+            }
+            let round = |x: f32| match format {
+                KvFormat::F32 => x,
+                KvFormat::F16 => f16::from_f32(x).to_f32(),
+                KvFormat::Bf16 => bf16::from_f32(x).to_f32(),
+            };
+            for (h, cache) in caches.iter().enumerate() {
+                assert_eq!(cache.positions, (0..rows as u32).collect::<Vec<_>>());
+                for t in 0..rows {
+                    let key: Vec<f32> =
+                        (0..dim).map(|d| round(qkv[t * width + 5 + h * dim + d])).collect();
+                    let value: Vec<f32> = (0..dim)
+                        .map(|d| round(qkv[t * width + 5 + (heads + h) * dim + d]))
+                        .collect();
+                    assert_eq!(cache.key(&pool, t), key);
+                    assert_eq!(cache.value(&pool, t), value);
+                }
+            }
+        }
     }
 
     #[test]
     fn a_full_pool_changes_nothing() {
         let threads = Threads::new(1);
-        let mut pool = BlockPool::new(8, KvFormat::F32, 3000);
-        let mut heads = vec![HeadCache::default(), HeadCache::default()];
-        let qkv = vec![0.0; 40];
-        let mut items =
-            [AppendItem { heads: &mut heads, first_row: 0, rows: 1, first_position: 0 }];
-        assert!(append(&threads, &mut pool, &mut items, &qkv, 40, 8, 24, 8).is_err());
+        let mut pool = BlockPool::new(8, KvFormat::F16, 3 * 1024);
+        let mut caches: Vec<HeadCache> = (0..4).map(|_| HeadCache::default()).collect();
+        let qkv = vec![1.0; 16];
+        let mut items: Vec<AppendItem<'_>> = caches
+            .iter_mut()
+            .map(|c| AppendItem {
+                heads: std::slice::from_mut(c),
+                first_row: 0,
+                rows: 1,
+                first_position: 0,
+            })
+            .collect();
+        let full = append(&threads, &mut pool, &mut items, &qkv, 16, 0, 8, 8).expect_err("no room");
+        assert_eq!((full.requested, full.held), (4096, 0));
+        assert!(caches.iter().all(|c| c.blocks.is_empty() && c.tokens() == 0));
         assert_eq!(pool.held_bytes(), 0);
-        assert_eq!(heads[0].tokens(), 0);
     }
 }

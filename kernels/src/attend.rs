@@ -1,43 +1,48 @@
-//! Attention over the paged cache, with online softmax block by block.
+//! Attention over the paged cache.
 //!
-//! Keys are visited in the order of the cache, 32 at a time, and a masked key adds exactly nothing; so a query's result
-//! depends on nothing but itself and the keys it sees: not on its neighbours, nor on how the prompt was cut.
+//! A query visits the blocks of its cache in order. Keys that it may not see get weight exactly zero, and adding zero
+//! changes nothing, so its output is the same in a tile with other queries as alone, and the same in a chunk of a prompt as
+//! in the whole prompt.
 
 mod decode;
-mod mass;
 mod prefill;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
 
 pub use decode::attend_decode;
-pub(crate) use mass::{attention_mass, mass_task};
 pub use prefill::attend_prefill;
 
-use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache};
-use crate::simd::{Element, Simd};
+use crate::kv::{BlockPool, HeadCache};
+use crate::simd::Simd;
+use crate::simd::math::tanh;
+use crate::threads::Disjoint;
 
-/// One sequence's queries in one layer.
+/// The queries of one sequence in one layer.
 pub struct AttendItem<'a> {
-    /// Its KV heads, this step's tokens included.
+    /// Caches of its KV heads.
     pub heads: &'a [HeadCache],
-    /// First row of the step that is its own.
+    /// Its first row.
     pub first_row: usize,
-    /// Query rows. The last sees every cached token, the one before it all but the last, and so on.
+    /// Its rows. The last one sees all cached tokens, each one before it one fewer.
     pub rows: usize,
 }
 
-/// Sizes and constants of an attention layer.
+/// Shape and constants of the attention.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttendShape {
     /// Query heads.
     pub heads: usize,
-    /// KV heads; query head h uses KV head h / (heads / kv_heads).
+    /// KV heads; query head h uses KV head `h / (heads / kv_heads)`.
     pub kv_heads: usize,
-    /// Channels per head, a multiple of 8.
+    /// Channels of a head.
     pub head_dim: usize,
-    /// Factor on q.k.
+    /// Factor of q.k.
     pub scale: f32,
-    /// Scores become cap * tanh(score / cap).
+    /// Scores s become `cap * tanh(s / cap)`.
     pub softcap: Option<f32>,
-    /// A query at position p sees keys at positions above p - window.
+    /// A query at position p sees keys at positions above p - window only.
     pub window: Option<u32>,
 }
 
@@ -47,146 +52,113 @@ impl AttendShape {
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
+
+    /// Checks the shape against the pool and the rows.
+    pub(crate) fn check(&self, pool: &BlockPool, qkv: &[f32], qkv_width: usize) {
+        assert!(
+            self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads),
+            "heads don't form groups"
+        );
+        assert_eq!(self.head_dim, pool.head_dim(), "head_dim is not the pool's");
+        assert!(self.heads * self.head_dim <= qkv_width, "queries outside the row");
+        assert!(qkv.len().is_multiple_of(qkv_width), "qkv is not whole rows");
+    }
+
+    /// Checks one sequence's rows.
+    pub(crate) fn check_item(&self, heads: usize, last_row: usize, qkv_rows: usize) {
+        assert_eq!(heads, self.kv_heads, "an item does not have all KV heads");
+        assert!(last_row <= qkv_rows, "rows outside qkv");
+    }
 }
 
-/// Columns of V in scratch memory: a multiple of the widest tile.
-fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(32)
-}
-
-/// Scores of `rows` x 32 keys: factor * (q . k), capped.
-///
-/// # Safety
-/// `q` has `rows` rows of `dim` values, `ldq` apart; `keys` is a K block; `scores` has `rows` x 32 places.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a kernel takes raw parts")]
-unsafe fn scores<S: Simd, E: Element>(
-    q: *const f32,
-    ldq: usize,
+/// The cached tokens that query row `row` of `rows` sees.
+#[inline]
+pub(crate) fn visible(
+    positions: &[u32],
     rows: usize,
-    keys: *const E,
-    dim: usize,
-    factor: f32,
-    softcap: Option<f32>,
-    scores: &mut [f32],
-) {
-    let wide = 2 * S::LANES;
-    // SAFETY: by the caller's promise.
-    unsafe {
-        for half in 0..BLOCK_TOKENS / wide {
-            let (b, out) = (keys.add(half * wide), scores.as_mut_ptr().add(half * wide));
-            crate::tile::product::<S, E>(q, ldq, rows, b, BLOCK_TOKENS, dim, out, BLOCK_TOKENS);
+    row: usize,
+    window: Option<u32>,
+) -> Range<usize> {
+    let end = positions.len().saturating_sub(rows - 1 - row);
+    let start = match (window, positions[..end].last()) {
+        (Some(window), Some(own)) => {
+            positions[..end].partition_point(|p| p.saturating_add(window) <= *own)
         }
-    }
-    let scores = &mut scores[..rows * BLOCK_TOKENS];
-    match softcap {
-        Some(cap) => {
-            for s in scores {
-                *s = cap * (*s * factor / cap).tanh();
-            }
-        }
-        None => {
-            for s in scores {
-                *s *= factor;
-            }
-        }
-    }
+        _ => 0,
+    };
+    start..end
 }
 
-/// The running softmax of one row: largest score, sum of the exponentials.
-#[derive(Clone, Copy)]
-struct Running {
-    max: f32,
-    sum: f32,
-}
-
-const EMPTY: Running = Running { max: f32::NEG_INFINITY, sum: 0.0 };
-
-/// Turns a row of 32 scores into weights relative to the new maximum; returns the factor for what was summed before.
-///
-/// # Safety
-/// The features of `S`; `row` has 32 places.
+/// Raw products of queries and keys to scores.
 #[inline(always)]
-unsafe fn soften<S: Simd>(row: *mut f32, running: &mut Running) -> f32 {
-    // SAFETY: by the caller's promise.
-    unsafe {
-        let mut top = S::load(row);
-        for i in 1..BLOCK_TOKENS / S::LANES {
-            top = S::max(top, S::load(row.add(i * S::LANES)));
-        }
-        let max = running.max.max(S::max_lane(top));
-        if max == f32::NEG_INFINITY {
-            // Nothing is visible yet: no weight, nothing to rescale.
-            for i in 0..BLOCK_TOKENS / S::LANES {
-                S::store(row.add(i * S::LANES), S::zero());
-            }
-            return 1.0;
-        }
-        let mut sum = S::zero();
-        for i in 0..BLOCK_TOKENS / S::LANES {
-            let at = row.add(i * S::LANES);
-            let weight = S::exp(S::sub(S::load(at), S::splat(max)));
-            S::store(at, weight);
-            sum = S::add(sum, weight);
-        }
-        let factor = if running.max == max { 1.0 } else { (running.max - max).exp() };
-        running.sum = running.sum * factor + S::sum_lanes(sum);
-        running.max = max;
-        factor
+pub(crate) fn to_score<S: Simd>(s: S, product: S::V, shape: &AttendShape) -> S::V {
+    let score = s.mul(product, s.splat(shape.scale));
+    match shape.softcap {
+        Some(cap) => s.mul(s.splat(cap), tanh(s, s.mul(score, s.splat(1.0 / cap)))),
+        None => score,
     }
 }
 
-/// Hides the keys of a block that lie outside the window of a query.
-fn hide_outside_window(row: &mut [f32], positions: &[u32], query: u32, window: Option<u32>) {
-    if let Some(window) = window {
-        for (score, position) in row.iter_mut().zip(positions) {
-            if position.saturating_add(window) <= query {
-                *score = f32::NEG_INFINITY;
-            }
-        }
-    }
-}
-
-/// Widens a V block into `[tokens][padded]`.
-///
-/// # Safety
-/// The block has `tokens` rows of `dim` values.
-#[inline(always)]
-unsafe fn widen_values<E: Element>(values: *const E, tokens: usize, dim: usize, out: &mut [f32]) {
-    let width = padded(dim);
-    for t in 0..tokens {
-        for d in 0..dim {
-            // SAFETY: by the caller's promise.
-            out[t * width + d] = unsafe { *values.add(t * dim + d) }.widen();
-        }
-    }
-}
-
-fn check(
-    items: &[AttendItem<'_>],
-    pool: &BlockPool,
-    shape: &AttendShape,
-    qkv: &[f32],
+/// What both kernels read and write.
+struct Job<'a> {
+    pool: &'a BlockPool,
+    items: &'a [AttendItem<'a>],
+    shape: &'a AttendShape,
+    qkv: &'a [f32],
     qkv_width: usize,
-    out: &[f32],
-    lse: Option<&[f32]>,
-) {
-    assert!(shape.heads.is_multiple_of(shape.kv_heads), "{} / {}", shape.heads, shape.kv_heads);
-    assert!(shape.head_dim.is_multiple_of(8) && shape.head_dim == pool.head_dim());
-    assert!(shape.heads * shape.head_dim <= qkv_width);
-    let rows = items.iter().map(|i| i.first_row + i.rows).max().unwrap_or(0);
-    assert!(rows * qkv_width <= qkv.len(), "{rows} rows of {qkv_width} in {}", qkv.len());
-    assert!(rows * shape.heads * shape.head_dim <= out.len());
-    assert!(lse.is_none_or(|l| rows * shape.heads <= l.len()));
-    assert!(items.iter().all(|i| i.heads.len() == shape.kv_heads));
-    // Every query sees at least itself, but for an empty cache.
-    assert!(
-        items
-            .iter()
-            .flat_map(|i| i.heads.iter().map(|h| (h.tokens(), i.rows)))
-            .all(|(tokens, rows)| tokens == 0 || tokens >= rows)
-    );
+    out: Disjoint<'a, f32>,
+    lse: Option<Disjoint<'a, f32>>,
 }
 
-#[cfg(test)]
-mod tests;
+impl<'a> Job<'a> {
+    fn new(
+        pool: &'a BlockPool,
+        items: &'a [AttendItem<'a>],
+        shape: &'a AttendShape,
+        qkv: &'a [f32],
+        qkv_width: usize,
+        out: &'a mut [f32],
+        lse: Option<&'a mut [f32]>,
+    ) -> Self {
+        shape.check(pool, qkv, qkv_width);
+        let rows = qkv.len() / qkv_width;
+        for item in items {
+            let last = item.first_row + item.rows;
+            shape.check_item(item.heads.len(), last, rows);
+            assert!(last * shape.heads * shape.head_dim <= out.len(), "rows outside out");
+            assert!(lse.as_ref().is_none_or(|l| last * shape.heads <= l.len()), "rows outside lse");
+        }
+        Self {
+            pool,
+            items,
+            shape,
+            qkv,
+            qkv_width,
+            out: Disjoint::new(out),
+            lse: lse.map(Disjoint::new),
+        }
+    }
+
+    /// Writes the output of a query head of a row: sums over the softmax's denominator, and the denominator's logarithm.
+    ///
+    /// # Safety
+    /// Nobody else writes this head of this row.
+    #[inline(always)]
+    unsafe fn finish(&self, row: usize, head: usize, sums: &[f32], max: f32, total: f32) {
+        let dim = self.shape.head_dim;
+        let at = (row * self.shape.heads + head) * dim;
+        // SAFETY: by the contract.
+        let out = unsafe { self.out.slice_mut(at..at + dim) };
+        let factor = if total > 0.0 { 1.0 / total } else { 0.0 };
+        for (out, sum) in out.iter_mut().zip(sums) {
+            // Adding zero turns -0 into 0: which of them a sum is may depend on the keys it does not see.
+            *out = sum * factor + 0.0;
+        }
+        if let Some(lse) = &self.lse {
+            let at = row * self.shape.heads + head;
+            // SAFETY: by the contract.
+            let lse = unsafe { lse.item_mut(at) };
+            *lse = if total > 0.0 { max + total.ln() } else { f32::NEG_INFINITY };
+        }
+    }
+}

@@ -1,240 +1,35 @@
-//! Matrix products y = x W^T with weights packed once.
+//! Matrix products `y = x W^T` with packed weights.
 //!
-//! Weights lie in panels of 32 output columns, `[ceil(n/32)][k][32]`, so that a tile reads them in one stream. bf16 weights
-//! are widened exactly to f32 as they are loaded; activations stay f32.
+//! Weights lie in panels of 32 output columns, so that the inner loop reads them front to back. Each output is summed over
+//! k in order in one accumulator; where k is cut into blocks, the accumulator is stored and loaded again, which does not
+//! change it. So neither the number of rows nor the split between threads changes a bit of a result.
 
-use crate::simd::{Brain, Element, Isa, Simd, dispatch};
+mod packed;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use crate::buffer::Scratch;
+use crate::simd::{Bf16, F32, LANES, Simd, Source, multiversion};
+pub use crate::simd::{Isa, isa};
 use crate::threads::{Disjoint, Threads};
-use crate::tile::{multiply, tile_rows, with_rows};
+use crate::tile::{PANEL, Tile, fits};
+pub use packed::{Packed, WeightFormat};
 
-pub use crate::simd::isa;
+/// Bytes of a block of a panel: what stays in half of an L2 cache of 1 MiB while rows pass by.
+const BLOCK_BYTES: usize = 512 << 10;
+/// Bytes ahead of the loads that products of few rows ask for.
+const AHEAD: isize = 4096;
+/// Rows that share a block of a panel. More would read panels less often, but leave less to share between threads.
+const ROW_BLOCK: usize = 192;
+/// Multiplications that a task should have at least, some 10 microseconds.
+const TASK_WORK: usize = 1 << 19;
 
-/// Output columns of a panel.
-pub const PANEL: usize = 32;
-
-/// How weights are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WeightFormat {
-    /// 4 bytes.
-    F32,
-    /// 2 bytes.
-    Bf16,
-}
-
-impl WeightFormat {
-    /// Bytes of one weight.
-    #[must_use]
-    pub fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
-        }
-    }
-}
-
-enum Panels {
-    F32(Vec<f32>),
-    Bf16(Vec<Brain>),
-}
-
-/// An n x k weight matrix, packed.
-pub struct Packed {
-    n: usize,
-    k: usize,
-    panels: Panels,
-}
-
-impl Packed {
-    /// Packs; `row(i, out)` fills row i (k values).
-    #[must_use]
-    pub fn pack(
-        n: usize,
-        k: usize,
-        format: WeightFormat,
-        row: impl FnMut(usize, &mut [f32]),
-    ) -> Self {
-        let panels = match format {
-            WeightFormat::F32 => Panels::F32(pack_panels(n, k, row)),
-            WeightFormat::Bf16 => Panels::Bf16(pack_panels(n, k, row)),
-        };
-        Self { n, k, panels }
-    }
-
-    /// Deterministic weights, uniform in [-scale, scale].
-    #[must_use]
-    pub fn synthetic(n: usize, k: usize, format: WeightFormat, seed: u64, scale: f32) -> Self {
-        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        Self::pack(n, k, format, |_, out| {
-            for value in out {
-                // xorshift64: fast, and nothing here needs more.
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                let unit = (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-                *value = unit * scale;
-            }
-        })
-    }
-
-    /// Output columns.
-    #[must_use]
-    pub fn n(&self) -> usize {
-        self.n
-    }
-
-    /// Inner dimension.
-    #[must_use]
-    pub fn k(&self) -> usize {
-        self.k
-    }
-
-    /// How it is stored.
-    #[must_use]
-    pub fn format(&self) -> WeightFormat {
-        match self.panels {
-            Panels::F32(_) => WeightFormat::F32,
-            Panels::Bf16(_) => WeightFormat::Bf16,
-        }
-    }
-
-    /// Bytes held.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        Self::bytes_for(self.n, self.k, self.format())
-    }
-
-    /// Bytes that a matrix would hold.
-    #[must_use]
-    pub fn bytes_for(n: usize, k: usize, format: WeightFormat) -> usize {
-        n.div_ceil(PANEL) * PANEL * k * format.bytes()
-    }
-
-    /// Row i, unpacked: the embedding of a token.
-    ///
-    /// # Panics
-    /// If `i` is not below n or `out` is not k long.
-    pub fn row(&self, i: usize, out: &mut [f32]) {
-        assert!(i < self.n && out.len() == self.k, "row {i} of {} x {}", self.n, self.k);
-        let start = (i / PANEL) * self.k * PANEL + i % PANEL;
-        match &self.panels {
-            Panels::F32(values) => {
-                for (out, value) in out.iter_mut().zip(values[start..].iter().step_by(PANEL)) {
-                    *out = *value;
-                }
-            }
-            Panels::Bf16(values) => {
-                for (out, value) in out.iter_mut().zip(values[start..].iter().step_by(PANEL)) {
-                    *out = value.widen();
-                }
-            }
-        }
-    }
-}
-
-fn pack_panels<E: Element>(n: usize, k: usize, mut row: impl FnMut(usize, &mut [f32])) -> Vec<E> {
-    let mut panels = vec![E::narrow(0.0); n.div_ceil(PANEL) * PANEL * k];
-    let mut values = vec![0.0f32; k];
-    for i in 0..n {
-        row(i, &mut values);
-        let start = (i / PANEL) * k * PANEL + i % PANEL;
-        for (to, value) in panels[start..].iter_mut().step_by(PANEL).zip(&values) {
-            *to = E::narrow(*value);
-        }
-    }
-    panels
-}
-
-/// The raw parts of one task: rows of x against panels of W.
-struct Task<E> {
-    x: *const f32,
-    rows: usize,
-    k: usize,
-    n: usize,
-    /// First panel and one past the last.
-    panels: (usize, usize),
-    weights: *const E,
-    bias: *const f32,
-    accumulate: bool,
-    out: *mut f32,
-}
-
-#[inline(always)]
-unsafe fn task_body<S: Simd, E: Element>(task: &Task<E>) {
-    let wide = 2 * S::LANES;
-    let most = tile_rows::<S>();
-    // SAFETY: the task's parts were checked against the shapes by `gemm_with`.
-    unsafe {
-        for panel in task.panels.0..task.panels.1 {
-            let weights = task.weights.add(panel * task.k * PANEL);
-            for half in 0..PANEL / wide {
-                let column = panel * PANEL + half * wide;
-                if column >= task.n {
-                    break;
-                }
-                let b = weights.add(half * wide);
-                let mut row = 0;
-                while row < task.rows {
-                    let count = most.min(task.rows - row);
-                    with_rows!(count, ROWS => {
-                        let mut acc = [[S::zero(); 2]; ROWS];
-                        let a = task.x.add(row * task.k);
-                        multiply::<S, E, ROWS>(a, task.k, b, PANEL, task.k, &mut acc);
-                        write::<S, E, ROWS>(task, row, column, &acc);
-                    });
-                    row += count;
-                }
-            }
-        }
-    }
-}
-dispatch!(unsafe fn run_task<E: Element>(task: &Task<E>) = task_body);
-
-#[inline(always)]
-unsafe fn write<S: Simd, E: Element, const ROWS: usize>(
-    task: &Task<E>,
-    row: usize,
-    column: usize,
-    acc: &[[S::V; 2]; ROWS],
-) {
-    let wide = 2 * S::LANES;
-    let columns = wide.min(task.n - column);
-    for (r, acc) in acc.iter().enumerate() {
-        // SAFETY: the row is below the task's rows; columns past n are cut below.
-        unsafe {
-            let to = task.out.add((row + r) * task.n + column);
-            if columns == wide {
-                for (half, sum) in acc.iter().enumerate() {
-                    let mut sum = *sum;
-                    let at = half * S::LANES;
-                    if !task.bias.is_null() {
-                        sum = S::add(sum, S::load(task.bias.add(column + at)));
-                    }
-                    if task.accumulate {
-                        sum = S::add(S::load(to.add(at)), sum);
-                    }
-                    S::store(to.add(at), sum);
-                }
-            } else {
-                let mut lanes = [0.0f32; 32];
-                S::store(lanes.as_mut_ptr(), acc[0]);
-                S::store(lanes.as_mut_ptr().add(S::LANES), acc[1]);
-                for (i, sum) in lanes[..columns].iter().enumerate() {
-                    let mut sum = *sum;
-                    if !task.bias.is_null() {
-                        sum += *task.bias.add(column + i);
-                    }
-                    let to = to.add(i);
-                    *to = if task.accumulate { *to + sum } else { sum };
-                }
-            }
-        }
-    }
-}
-
-/// out (m x n) = [out +] x (m x k) W^T [+ bias], on the fastest path of this machine.
+/// `out = (accumulate ? out : 0) + (x W^T + bias)`, where `x` is `m` rows of `w.k()` and `out` is `m` rows of `w.n()`.
 ///
 /// # Panics
-/// If the slices do not have the sizes of the shapes.
+/// If a slice does not have the size that the shapes give.
 pub fn gemm(
     threads: &Threads,
     x: &[f32],
@@ -247,11 +42,11 @@ pub fn gemm(
     gemm_with(isa(), threads, x, m, w, bias, accumulate, out);
 }
 
-/// [`gemm`] on a given path, which must be one of [`Isa::available`].
+/// [`gemm`] with a given instruction set, which has to be one of [`Isa::available`].
 ///
 /// # Panics
-/// If the slices do not have the sizes of the shapes, or the path is not available.
-#[expect(clippy::too_many_arguments, reason = "a matrix product and where to run it")]
+/// As [`gemm`].
+#[expect(clippy::too_many_arguments, reason = "the product's own parameters")]
 pub fn gemm_with(
     isa: Isa,
     threads: &Threads,
@@ -262,129 +57,201 @@ pub fn gemm_with(
     accumulate: bool,
     out: &mut [f32],
 ) {
-    assert!(x.len() == m * w.k && out.len() == m * w.n, "x {m} x {}, out {m} x {}", w.k, w.n);
-    assert!(bias.is_none_or(|b| b.len() == w.n), "bias of {}", w.n);
-    assert!(isa == crate::simd::isa() || Isa::available().contains(&isa), "{isa} is not available");
-    match &w.panels {
-        Panels::F32(panels) => split(isa, threads, x, m, w, panels, bias, accumulate, out),
-        Panels::Bf16(panels) => split(isa, threads, x, m, w, panels, bias, accumulate, out),
+    let (n, k) = (w.n(), w.k());
+    assert_eq!(x.len(), m * k, "x is not m x k");
+    assert_eq!(out.len(), m * n, "out is not m x n");
+    assert!(bias.is_none_or(|b| b.len() == n), "bias is not n long");
+    if m == 0 || n == 0 {
+        return;
     }
-}
-
-/// Rows of x that one task works on: with k = 1536 they fill half of a 1 MiB cache beside a panel.
-const TASK_ROWS: usize = 96;
-
-#[expect(clippy::too_many_arguments, reason = "a matrix product and where to run it")]
-fn split<E: Element>(
-    isa: Isa,
-    threads: &Threads,
-    x: &[f32],
-    m: usize,
-    w: &Packed,
-    panels: &[E],
-    bias: Option<&[f32]>,
-    accumulate: bool,
-    out: &mut [f32],
-) {
-    let panel_count = w.n.div_ceil(PANEL);
-    let row_blocks = m.div_ceil(TASK_ROWS);
-    // Some four tasks a thread balance uneven cores; with few rows one task still streams several panels.
-    let wanted = (4 * threads.count()).div_ceil(row_blocks.max(1));
-    let per_task =
-        if threads.count() == 1 { panel_count } else { panel_count.div_ceil(wanted) }.max(1);
-    let panel_groups = panel_count.div_ceil(per_task);
-    let shared = Disjoint::new(out);
-    // An address, so that the closure can be shared between threads.
-    let bias = bias.map_or(0, |b| b.as_ptr() as usize);
-    threads.run(panel_groups * row_blocks, |index| {
-        let (block, group) = (index / panel_groups, index % panel_groups);
-        let rows = block * TASK_ROWS..((block + 1) * TASK_ROWS).min(m);
-        // SAFETY: tasks share rows of `out` but never an element: each writes the columns of its own panels.
-        let start = unsafe { shared.pointer(rows.start * w.n) };
-        let task = Task {
-            x: x[rows.start * w.k..].as_ptr(),
-            rows: rows.len(),
-            k: w.k,
-            n: w.n,
-            panels: (group * per_task, ((group + 1) * per_task).min(panel_count)),
-            weights: panels.as_ptr(),
-            bias: bias as *const f32,
-            accumulate,
-            out: start,
-        };
-        // SAFETY: sizes were asserted by `gemm_with`, the path is available.
-        unsafe { run_task::<E>(isa, &task) };
+    let split = Split::new(m, n, k, threads.count());
+    let out = Disjoint::new(out);
+    let job = Job { x, w, bias, accumulate, out: &out, k, n };
+    threads.run(split.tasks(), |task| {
+        let (panels, rows) = split.part(task);
+        // SAFETY: parts are disjoint in the output and inside the shapes checked above; the caller's `isa` is available.
+        unsafe {
+            match w.format() {
+                WeightFormat::F32 => run::<F32>(isa, &job, panels, rows),
+                WeightFormat::Bf16 => run::<Bf16>(isa, &job, panels, rows),
+            }
+        }
     });
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
+/// How the output is cut into tasks: panel groups times row blocks.
+struct Split {
+    m: usize,
+    panels: usize,
+    group: usize,
+    row_block: usize,
+}
 
-    use super::*;
-
-    fn made(len: usize, seed: u64) -> Vec<f32> {
-        let w = Packed::synthetic(1, len, WeightFormat::F32, seed, 1.0);
-        let mut out = vec![0.0; len];
-        w.row(0, &mut out);
-        out
-    }
-
-    fn product(x: &[f32], m: usize, w: &Packed) -> Vec<f64> {
-        let mut out = vec![0.0; m * w.n()];
-        let mut row = vec![0.0; w.k()];
-        for j in 0..w.n() {
-            w.row(j, &mut row);
-            for i in 0..m {
-                out[i * w.n() + j] =
-                    (0..w.k()).map(|p| f64::from(x[i * w.k() + p]) * f64::from(row[p])).sum();
-            }
+impl Split {
+    fn new(m: usize, n: usize, k: usize, threads: usize) -> Self {
+        let panels = n.div_ceil(PANEL);
+        let row_blocks = m.div_ceil(ROW_BLOCK);
+        let row_block = m.div_ceil(row_blocks);
+        let panel_work = row_block * k * PANEL;
+        // Several tasks per thread even out threads of different speed; one thread needs no more than one task.
+        let wanted = if threads == 1 { 1 } else { (threads * 6).div_ceil(row_blocks) };
+        let least = TASK_WORK.div_ceil(panel_work.max(1));
+        let mut group = panels.div_ceil(wanted).max(least).clamp(1, panels);
+        if m <= 6 && group > 4 {
+            // Few rows take several panels at a time.
+            group = group.next_multiple_of(4);
         }
-        out
+        Self { m, panels, group, row_block }
     }
 
-    #[test]
-    fn two_by_two_by_hand() {
-        let rows = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]];
-        let w = Packed::pack(2, 3, WeightFormat::F32, |i, out| out.copy_from_slice(&rows[i]));
-        let x = [1.0, 0.0, -1.0, 2.0, 1.0, 0.0];
-        let mut out = [10.0; 4];
-        gemm(&Threads::new(1), &x, 2, &w, Some(&[0.5, 0.0]), true, &mut out);
-        // 1 - 3, 4 - 6; 2 + 2, 8 + 5; each on top of 10, the first column plus 0.5.
-        assert_eq!(out, [8.5, 8.0, 14.5, 23.0]);
+    fn groups(&self) -> usize {
+        self.panels.div_ceil(self.group)
     }
 
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(60))]
-        #[test]
-        fn agrees_with_f64_on_every_path(
-            m in 1..40usize, n in 1..140usize, k in 1..90usize, bf16: bool, seed in 0..1000u64,
-        ) {
-            let format = if bf16 { WeightFormat::Bf16 } else { WeightFormat::F32 };
-            let w = Packed::synthetic(n, k, format, seed, 1.0);
-            let x = made(m * k, seed + 1);
-            let exact = product(&x, m, &w);
-            for isa in Isa::available() {
-                let mut out = vec![f32::NAN; m * n];
-                gemm_with(isa, &Threads::new(2), &x, m, &w, None, false, &mut out);
-                for (got, want) in out.iter().zip(&exact) {
-                    prop_assert!((f64::from(*got) - want).abs() < 1e-5 * (k as f64), "{isa}: {got} {want}");
-                }
-            }
+    fn tasks(&self) -> usize {
+        self.groups() * self.m.div_ceil(self.row_block)
+    }
+
+    fn part(&self, task: usize) -> (Range<usize>, Range<usize>) {
+        let (block, group) = (task / self.groups(), task % self.groups());
+        let panel = group * self.group;
+        let row = block * self.row_block;
+        (panel..(panel + self.group).min(self.panels), row..(row + self.row_block).min(self.m))
+    }
+}
+
+struct Job<'a> {
+    x: &'a [f32],
+    w: &'a Packed,
+    bias: Option<&'a [f32]>,
+    accumulate: bool,
+    out: &'a Disjoint<'a, f32>,
+    k: usize,
+    n: usize,
+}
+
+multiversion! {
+    /// # Safety
+    /// Panels and rows inside the job's shape, and no other task at work on the same ones.
+    unsafe fn run<B: Source>(job: &Job<'_>, panels: Range<usize>, rows: Range<usize>) = part
+}
+
+#[inline(always)]
+unsafe fn part<S: Simd, B: Source>(s: S, job: &Job<'_>, panels: Range<usize>, rows: Range<usize>) {
+    let tile_rows = rows.len().min(S::TILE_ROWS);
+    let mut at = panels.start;
+    while at < panels.end {
+        // Few rows need several panels at a time for enough independent sums.
+        let mut together = 4;
+        while together > 1 && (!fits::<S>(tile_rows, together * 2) || at + together > panels.end) {
+            together /= 2;
         }
+        // SAFETY: the caller's contract.
+        unsafe { strip::<S, B>(s, job, at..at + together, rows.clone()) };
+        at += together;
+    }
+}
 
-        #[test]
-        fn a_row_does_not_depend_on_the_others(m in 2..230usize, n in 1..100usize, k in 1..80usize, seed in 0..1000u64) {
-            let w = Packed::synthetic(n, k, WeightFormat::F32, seed, 1.0);
-            let x = made(m * k, seed + 1);
-            for isa in Isa::available() {
-                let mut all = vec![0.0; m * n];
-                gemm_with(isa, &Threads::new(3), &x, m, &w, None, false, &mut all);
-                let i = seed as usize % m;
-                let mut one = vec![0.0; n];
-                gemm_with(isa, &Threads::new(1), &x[i * k..(i + 1) * k], 1, &w, None, false, &mut one);
-                prop_assert_eq!(&all[i * n..(i + 1) * n], &one[..]);
-            }
+/// Some neighbouring panels times all rows of the task, block of k after block of k.
+///
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn strip<S: Simd, B: Source>(s: S, job: &Job<'_>, panels: Range<usize>, rows: Range<usize>) {
+    let width = panels.len() * PANEL;
+    let tiles = rows.len().div_ceil(S::TILE_ROWS);
+    let most = BLOCK_BYTES / (PANEL * B::BYTES);
+    // With one tile of rows there is nothing that would pass by a second time.
+    let blocks = if tiles == 1 { 1 } else { job.k.div_ceil(most).max(1) };
+    let block = job.k.div_ceil(blocks).max(1);
+    let kept = if blocks > 1 { rows.len() * width } else { 0 };
+    let mut scratch = Scratch::take(kept);
+    let sums = scratch.floats();
+    for index in 0..blocks {
+        let from = index * block;
+        let len = job.k.saturating_sub(from).min(block);
+        for tile in 0..tiles {
+            // Tiles of nearly equal height, rather than a short one at the end.
+            let first = rows.len() * tile / tiles;
+            let last = rows.len() * (tile + 1) / tiles;
+            let step = Step {
+                rows: last - first,
+                first: rows.start + first,
+                from,
+                len,
+                sums: if kept == 0 {
+                    std::ptr::null_mut()
+                } else {
+                    sums[first * width..].as_mut_ptr()
+                },
+                begins: index == 0,
+                ends: index + 1 == blocks,
+            };
+            // SAFETY: the caller's contract.
+            unsafe { multiply::<S, B>(s, job, &panels, &step) };
+        }
+    }
+}
+
+/// One tile of rows times one block of k.
+struct Step {
+    rows: usize,
+    first: usize,
+    from: usize,
+    len: usize,
+    sums: *mut f32,
+    begins: bool,
+    ends: bool,
+}
+
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn multiply<S: Simd, B: Source>(s: S, job: &Job<'_>, panels: &Range<usize>, step: &Step) {
+    let width = panels.len() * PANEL;
+    let column = panels.start * PANEL;
+    let panel_len = job.k * PANEL;
+    // All the strip's vectors at once if the registers have room, else as many as there is room for.
+    let mut vectors = width / LANES;
+    while !fits::<S>(step.rows, vectors) {
+        vectors /= 2;
+    }
+    for at in (0..width).step_by(vectors * LANES) {
+        let columns = (job.n - column).saturating_sub(at).min(vectors * LANES);
+        if columns == 0 {
+            break;
+        }
+        let (panel, inside) = (panels.start + at / PANEL, at % PANEL);
+        // SAFETY: the addresses lie inside the packed weights, the rows, the output part and the scratch space.
+        unsafe {
+            let (out, out_stride) = if step.ends {
+                (job.out.as_ptr().add(step.first * job.n + column + at), job.n)
+            } else {
+                (step.sums.add(at), width)
+            };
+            let tile = Tile {
+                rows: step.rows,
+                vectors,
+                k: step.len,
+                a: job.x.as_ptr().add(step.first * job.k + step.from),
+                a_stride: job.k,
+                b: job.w.as_ptr().add((panel * panel_len + step.from * PANEL + inside) * B::BYTES),
+                b_stride: PANEL,
+                b_pair: panel_len,
+                init: if step.begins { std::ptr::null() } else { step.sums.add(at) },
+                scale: std::ptr::null(),
+                init_stride: width,
+                out,
+                out_stride,
+                columns: if step.ends { columns } else { vectors * LANES },
+                accumulate: step.ends && job.accumulate,
+                bias: match job.bias {
+                    Some(bias) if step.ends => bias.as_ptr().add(column + at),
+                    _ => std::ptr::null(),
+                },
+                ahead: AHEAD,
+            };
+            s.tile::<B>(&tile);
         }
     }
 }

@@ -1,250 +1,254 @@
-//! The paged KV cache: blocks of 32 tokens of one (sequence, layer, KV head), from a pool with a hard byte budget.
+//! The paged KV cache.
 //!
-//! A block holds K transposed, `[head_dim][32]`, then V, `[32][head_dim]`: K is a ready panel for the scores of 32 keys, V
-//! one for their weighted sum, so attention reads both in one stream.
+//! One block holds K and V of 32 tokens of one KV head of one layer of one sequence: K transposed as `[head_dim][32]`, then
+//! V as `[32][head_dim]`. So a K block is a ready right factor for scores and a V block one for outputs, and every head can
+//! keep tokens of its own. All blocks come from one pool with a hard byte budget.
 
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::fmt;
 
-use crate::simd::Element;
+use crate::buffer::AlignedBytes;
+use crate::simd::bf16_bits;
+use half::f16;
 
 /// Tokens of a block.
 pub const BLOCK_TOKENS: usize = 32;
-/// Slabs are about this large: small enough to follow the need, large enough to be taken rarely.
-const SLAB_BYTES: usize = 1 << 20;
 
-/// Element types of the cache.
+/// Slabs are about this large: big enough that the system maps each by itself, small enough to follow the use.
+const SLAB_BYTES: usize = 3 << 19;
+
+/// The number format of cached keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvFormat {
-    /// 32-bit float.
+    /// Single precision.
     F32,
-    /// binary16.
+    /// Half precision.
     F16,
-    /// bfloat16.
+    /// Brain floats.
     Bf16,
 }
 
 impl KvFormat {
-    /// Bytes of one element.
+    /// Bytes of a number.
     #[must_use]
-    pub fn bytes(self) -> usize {
+    pub const fn bytes(self) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            KvFormat::F32 => 4,
+            KvFormat::F16 | KvFormat::Bf16 => 2,
         }
     }
 }
 
-/// Runs `$body` with `$element` as the Rust type of a format.
-macro_rules! with_element {
-    ($format:expr, $element:ident => $body:expr) => {
+/// Calls a function generic over the source of a format.
+macro_rules! with_format {
+    ($format:expr, $call:ident :: <B> ($($arg:expr),* $(,)?)) => {
         match $format {
-            $crate::kv::KvFormat::F32 => {
-                type $element = f32;
-                $body
-            }
-            $crate::kv::KvFormat::F16 => {
-                type $element = $crate::simd::Half;
-                $body
-            }
-            $crate::kv::KvFormat::Bf16 => {
-                type $element = $crate::simd::Brain;
-                $body
-            }
+            $crate::kv::KvFormat::F32 => $call::<$crate::simd::F32>($($arg),*),
+            $crate::kv::KvFormat::F16 => $call::<$crate::simd::F16>($($arg),*),
+            $crate::kv::KvFormat::Bf16 => $call::<$crate::simd::Bf16>($($arg),*),
         }
     };
 }
-pub(crate) use with_element;
+pub(crate) use with_format;
 
 /// A block of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockId(u32);
 
-/// The pool has no room for what was asked.
+/// The budget does not hold what was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolFull {
-    /// Bytes that were asked for.
+    /// Bytes asked for.
     pub requested: u64,
-    /// Bytes that are held.
+    /// Bytes held then.
     pub held: u64,
-    /// Bytes that are allowed.
+    /// The budget.
     pub budget: u64,
 }
 
 impl fmt::Display for PoolFull {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { requested, held, budget } = self;
         write!(
             f,
-            "the KV pool is full: {} bytes more were asked for, {} of {} are held",
-            self.requested, self.held, self.budget
+            "the KV cache budget of {budget} bytes has no room for {requested} more beside {held} held"
         )
     }
 }
 
 impl std::error::Error for PoolFull {}
 
-/// Blocks under a hard byte budget.
+/// All cache blocks of a run.
 pub struct BlockPool {
     head_dim: usize,
     format: KvFormat,
     budget: u64,
-    held: u64,
-    peak: u64,
-    slabs: Vec<*mut u8>,
-    blocks_per_slab: usize,
-    made: u32,
+    block_bytes: usize,
+    slab_blocks: usize,
+    slabs: Vec<AlignedBytes>,
+    /// Blocks given back, the last one on top: it is the one most likely in a cache.
     free: Vec<BlockId>,
+    /// Blocks ever handed out; those beyond have never been touched.
+    fresh: usize,
+    held: usize,
+    peak: usize,
 }
 
-// SAFETY: the slabs are owned by the pool; threads reach blocks only through heads that own them alone.
-unsafe impl Send for BlockPool {}
-// SAFETY: as above; `&BlockPool` gives addresses, and who may write them is decided by the owners of the heads.
-unsafe impl Sync for BlockPool {}
-
 impl BlockPool {
-    /// An empty pool. Nothing is taken from the system before the first block.
+    /// An empty pool of blocks for heads of this many channels.
+    ///
+    /// # Panics
+    /// Unless `head_dim` is a multiple of 8 up to 256.
     #[must_use]
     pub fn new(head_dim: usize, format: KvFormat, budget_bytes: u64) -> Self {
-        let block = Self::bytes_of_block(head_dim, format);
+        assert!(
+            head_dim > 0 && head_dim.is_multiple_of(8) && head_dim <= 256,
+            "head_dim {head_dim}"
+        );
+        let block_bytes = 2 * head_dim * BLOCK_TOKENS * format.bytes();
         Self {
             head_dim,
             format,
             budget: budget_bytes,
+            block_bytes,
+            slab_blocks: (SLAB_BYTES / block_bytes).max(1),
+            slabs: Vec::new(),
+            free: Vec::new(),
+            fresh: 0,
             held: 0,
             peak: 0,
-            slabs: Vec::new(),
-            blocks_per_slab: (SLAB_BYTES / block).max(1),
-            made: 0,
-            free: Vec::new(),
         }
     }
 
-    fn bytes_of_block(head_dim: usize, format: KvFormat) -> usize {
-        2 * BLOCK_TOKENS * head_dim * format.bytes()
-    }
-
-    /// Bytes of one block.
-    #[must_use]
-    pub fn block_bytes(&self) -> u64 {
-        Self::bytes_of_block(self.head_dim, self.format) as u64
-    }
-
-    /// Element type.
-    #[must_use]
-    pub fn format(&self) -> KvFormat {
-        self.format
-    }
-
-    /// Channels per head.
+    /// Channels of a head.
     #[must_use]
     pub fn head_dim(&self) -> usize {
         self.head_dim
     }
 
-    /// Bytes of the blocks that are out.
+    /// Number format.
+    #[must_use]
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// Bytes of a block.
+    #[must_use]
+    pub fn block_bytes(&self) -> u64 {
+        self.block_bytes as u64
+    }
+
+    /// Bytes of the blocks in use.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
-        self.held
+        (self.held * self.block_bytes) as u64
     }
 
-    /// The most that were out at once.
+    /// Most bytes in use since the start or [`Self::reset_peak`].
     #[must_use]
     pub fn peak_bytes(&self) -> u64 {
-        self.peak
+        (self.peak * self.block_bytes) as u64
     }
 
-    /// The limit.
+    /// The budget.
     #[must_use]
     pub fn budget_bytes(&self) -> u64 {
         self.budget
     }
 
-    /// Counts the peak from now on.
+    /// Starts the peak anew from what is held.
     pub fn reset_peak(&mut self) {
         self.peak = self.held;
     }
 
-    /// Whether `blocks` more stay within the budget.
-    pub(crate) fn check(&self, blocks: usize) -> Result<(), PoolFull> {
-        let requested = blocks as u64 * self.block_bytes();
-        if self.held.saturating_add(requested) > self.budget {
-            return Err(PoolFull { requested, held: self.held, budget: self.budget });
+    /// Takes a block, contents unspecified.
+    ///
+    /// # Errors
+    /// If the budget has no room for it.
+    pub fn try_alloc(&mut self) -> Result<BlockId, PoolFull> {
+        self.check_room(1)?;
+        let id = self.free.pop().unwrap_or_else(|| {
+            let index = self.fresh;
+            if index / self.slab_blocks == self.slabs.len() {
+                let within = (self.budget / self.block_bytes as u64) as usize - index;
+                self.slabs
+                    .push(AlignedBytes::zeroed(self.slab_blocks.min(within) * self.block_bytes));
+            }
+            self.fresh += 1;
+            BlockId(u32::try_from(index).expect("more than 2^32 blocks"))
+        });
+        self.held += 1;
+        self.peak = self.peak.max(self.held);
+        Ok(id)
+    }
+
+    /// Whether `blocks` more fit.
+    pub(crate) fn check_room(&self, blocks: usize) -> Result<(), PoolFull> {
+        let requested = (blocks * self.block_bytes) as u64;
+        if self.held_bytes() + requested > self.budget {
+            return Err(PoolFull { requested, held: self.held_bytes(), budget: self.budget });
         }
         Ok(())
     }
 
-    /// Takes a block.
-    pub fn try_alloc(&mut self) -> Result<BlockId, PoolFull> {
-        self.check(1)?;
-        self.held += self.block_bytes();
-        self.peak = self.peak.max(self.held);
-        if let Some(id) = self.free.pop() {
-            return Ok(id);
-        }
-        if (self.made as usize).is_multiple_of(self.blocks_per_slab) {
-            let layout = self.slab_layout();
-            // SAFETY: the layout is not empty.
-            let slab = unsafe { alloc(layout) };
-            if slab.is_null() {
-                handle_alloc_error(layout);
-            }
-            self.slabs.push(slab);
-        }
-        let id = BlockId(self.made);
-        self.made += 1;
-        Ok(id)
-    }
-
     /// Gives a block back.
-    pub fn free(&mut self, id: BlockId) {
-        self.held -= self.block_bytes();
-        self.free.push(id);
+    pub fn free(&mut self, block: BlockId) {
+        debug_assert!((block.0 as usize) < self.fresh, "a block of another pool");
+        self.held -= 1;
+        self.free.push(block);
     }
 
-    fn slab_layout(&self) -> Layout {
-        let bytes = self.blocks_per_slab * self.block_bytes() as usize;
-        Layout::from_size_align(bytes, 64).expect("a slab is far below isize::MAX")
+    /// Address of a block's K part.
+    #[inline]
+    pub(crate) fn key_ptr(&self, block: BlockId) -> *mut u8 {
+        let index = block.0 as usize;
+        let slab = &self.slabs[index / self.slab_blocks];
+        // SAFETY: a slab has room for each of its blocks.
+        unsafe { slab.as_ptr().add(index % self.slab_blocks * self.block_bytes) }
     }
 
-    /// The keys of a block, `[head_dim][32]`; the values follow them.
-    #[inline(always)]
-    pub(crate) fn block<E: Element>(&self, id: BlockId) -> *mut E {
-        let (slab, index) =
-            (id.0 as usize / self.blocks_per_slab, id.0 as usize % self.blocks_per_slab);
-        // SAFETY: the block was handed out, so its slab exists and holds it.
-        unsafe { self.slabs[slab].add(index * self.block_bytes() as usize).cast() }
+    /// Address of a block's V part.
+    #[inline]
+    pub(crate) fn value_ptr(&self, block: BlockId) -> *mut u8 {
+        // SAFETY: the V part is the second half of the block.
+        unsafe { self.key_ptr(block).add(self.block_bytes / 2) }
     }
 
-    /// Elements from the start of a block to its values.
-    #[inline(always)]
-    pub(crate) fn value_offset(&self) -> usize {
-        self.head_dim * BLOCK_TOKENS
+    fn read(&self, base: *const u8, index: usize) -> f32 {
+        // SAFETY: the callers' index lies inside the block part that `base` starts.
+        unsafe {
+            match self.format {
+                KvFormat::F32 => *base.cast::<f32>().add(index),
+                KvFormat::F16 => f16::from_bits(*base.cast::<u16>().add(index)).to_f32(),
+                KvFormat::Bf16 => f32::from_bits(u32::from(*base.cast::<u16>().add(index)) << 16),
+            }
+        }
     }
-}
 
-impl Drop for BlockPool {
-    fn drop(&mut self) {
-        let layout = self.slab_layout();
-        for slab in &self.slabs {
-            // SAFETY: each slab came from `alloc` with this layout.
-            unsafe { dealloc(*slab, layout) };
+    fn write(&mut self, base: *mut u8, index: usize, x: f32) {
+        // SAFETY: as in `read`; the pool is borrowed mutably.
+        unsafe {
+            match self.format {
+                KvFormat::F32 => base.cast::<f32>().add(index).write(x),
+                KvFormat::F16 => base.cast::<u16>().add(index).write(f16::from_f32(x).to_bits()),
+                KvFormat::Bf16 => base.cast::<u16>().add(index).write(bf16_bits(x)),
+            }
         }
     }
 }
 
-/// The cache of one (sequence, layer, KV head).
+/// The cached tokens of one KV head of one layer of one sequence.
 #[derive(Debug, Default)]
 pub struct HeadCache {
-    /// Its blocks, in order.
+    /// Blocks, in the order of their tokens. Reserved ones beyond the tokens come last.
     pub blocks: Vec<BlockId>,
-    /// Original position of each token, ascending.
+    /// Original positions of the tokens, ascending.
     pub positions: Vec<u32>,
-    /// Running attention of each token; empty unless a score needs it.
+    /// Accumulated attention per token, where something accumulates it; may lag behind the tokens.
     pub tally: Vec<f32>,
 }
 
 impl HeadCache {
-    /// Tokens cached.
+    /// Tokens in the cache.
     #[must_use]
     pub fn tokens(&self) -> usize {
         self.positions.len()
@@ -256,77 +260,85 @@ impl HeadCache {
         self.blocks.len() as u64 * pool.block_bytes()
     }
 
-    /// Blocks that `extra` more tokens need.
-    pub(crate) fn missing_blocks(&self, extra: usize) -> usize {
-        (self.tokens() + extra).div_ceil(BLOCK_TOKENS).saturating_sub(self.blocks.len())
+    /// Blocks that are missing for `extra_tokens` more.
+    pub(crate) fn missing_blocks(&self, extra_tokens: usize) -> usize {
+        (self.tokens() + extra_tokens).div_ceil(BLOCK_TOKENS).saturating_sub(self.blocks.len())
     }
 
-    /// Takes blocks so that `extra` more tokens fit, or none.
-    pub fn reserve(&mut self, pool: &mut BlockPool, extra: usize) -> Result<(), PoolFull> {
-        let missing = self.missing_blocks(extra);
-        pool.check(missing)?;
+    /// Takes blocks until `extra_tokens` more fit.
+    ///
+    /// # Errors
+    /// If the budget has no room; nothing is taken then.
+    pub fn reserve(&mut self, pool: &mut BlockPool, extra_tokens: usize) -> Result<(), PoolFull> {
+        let missing = self.missing_blocks(extra_tokens);
+        pool.check_room(missing)?;
         for _ in 0..missing {
             self.blocks.push(pool.try_alloc()?);
         }
         Ok(())
     }
 
-    /// Gives everything back.
+    /// Drops all tokens and gives all blocks back.
     pub fn clear(&mut self, pool: &mut BlockPool) {
         self.truncate(pool, 0);
-        *self = Self::default();
     }
 
-    /// Forgets the tokens behind the first `tokens` and gives their blocks back.
+    /// Keeps the first `tokens` tokens and gives back the blocks that they don't need.
     pub fn truncate(&mut self, pool: &mut BlockPool, tokens: usize) {
         self.positions.truncate(tokens);
         self.tally.truncate(tokens);
-        let blocks = tokens.div_ceil(BLOCK_TOKENS).min(self.blocks.len());
-        for id in self.blocks.drain(blocks..) {
-            pool.free(id);
+        let needed = self.tokens().div_ceil(BLOCK_TOKENS);
+        // Last one first, so that the pool hands them out in their old order.
+        while self.blocks.len() > needed {
+            if let Some(block) = self.blocks.pop() {
+                pool.free(block);
+            }
         }
     }
 
-    /// Fills an empty cache with made-up tokens, so that a kernel can be timed over a long one.
+    /// Replaces the contents by `tokens` made-up tokens at positions from 0, for timings without a prompt.
+    ///
+    /// # Errors
+    /// If the budget has no room; the cache is empty then.
     pub fn fill(&mut self, pool: &mut BlockPool, tokens: usize) -> Result<(), PoolFull> {
         self.clear(pool);
         self.reserve(pool, tokens)?;
-        let elements = 2 * pool.value_offset();
-        for &id in &self.blocks {
-            with_element!(pool.format(), E => {
-                let block: *mut E = pool.block(id);
-                for i in 0..elements {
-                    let value = ((i * 37 + id.0 as usize * 11) % 97) as f32 / 97.0 - 0.5;
-                    // SAFETY: the block has this many elements and belongs to this head.
-                    unsafe { block.add(i).write(E::narrow(value)) };
-                }
-            });
-        }
         self.positions.extend(0..tokens as u32);
+        for block in &self.blocks {
+            let (base, numbers) = (pool.key_ptr(*block), pool.block_bytes / pool.format.bytes());
+            for index in 0..numbers {
+                let hash = (index as u32 + 1).wrapping_mul(0x9e37_79b9).wrapping_add(block.0 << 20);
+                let x = ((hash >> 16) as f32 / 32_768.0) - 1.0;
+                pool.write(base, index, x);
+            }
+        }
         Ok(())
     }
 
-    /// The key of a token, widened.
+    /// The key of a token.
+    ///
+    /// # Panics
+    /// If there is no such token.
     #[must_use]
     pub fn key(&self, pool: &BlockPool, token: usize) -> Vec<f32> {
-        self.element(pool, token, |d| d * BLOCK_TOKENS + token % BLOCK_TOKENS)
+        assert!(token < self.tokens(), "token {token} of {}", self.tokens());
+        let base = pool.key_ptr(self.blocks[token / BLOCK_TOKENS]);
+        (0..pool.head_dim)
+            .map(|d| pool.read(base, d * BLOCK_TOKENS + token % BLOCK_TOKENS))
+            .collect()
     }
 
-    /// The value of a token, widened.
+    /// The value of a token.
+    ///
+    /// # Panics
+    /// If there is no such token.
     #[must_use]
     pub fn value(&self, pool: &BlockPool, token: usize) -> Vec<f32> {
-        let (dim, start) = (pool.head_dim, pool.value_offset());
-        self.element(pool, token, |d| start + (token % BLOCK_TOKENS) * dim + d)
-    }
-
-    fn element(&self, pool: &BlockPool, token: usize, at: impl Fn(usize) -> usize) -> Vec<f32> {
         assert!(token < self.tokens(), "token {token} of {}", self.tokens());
-        let id = self.blocks[token / BLOCK_TOKENS];
-        with_element!(pool.format, E => {
-            let block: *const E = pool.block::<E>(id);
-            // SAFETY: the offset is inside the block, and the token was written.
-            (0..pool.head_dim).map(|d| unsafe { *block.add(at(d)) }.widen()).collect()
-        })
+        let base = pool.value_ptr(self.blocks[token / BLOCK_TOKENS]);
+        (0..pool.head_dim)
+            .map(|d| pool.read(base, token % BLOCK_TOKENS * pool.head_dim + d))
+            .collect()
     }
 }
 
@@ -335,27 +347,52 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_budget_is_hard() {
-        // One block: 2 x 32 x 64 x 2 bytes = 8,192.
-        let mut pool = BlockPool::new(64, KvFormat::F16, 20_000);
-        let a = pool.try_alloc().expect("8192 of 20000");
-        let _b = pool.try_alloc().expect("16384 of 20000");
-        let error = pool.try_alloc().expect_err("24576 of 20000");
-        assert_eq!(error, PoolFull { requested: 8192, held: 16_384, budget: 20_000 });
-        pool.free(a);
-        assert_eq!((pool.held_bytes(), pool.peak_bytes()), (8192, 16_384));
-        assert_eq!(pool.try_alloc().expect("room again"), a);
+    fn the_budget_is_hard_and_the_peak_is_kept() {
+        // One block: 2 x 64 x 32 x 2 bytes = 8192.
+        let mut pool = BlockPool::new(64, KvFormat::F16, 3 * 8192 + 100);
+        assert_eq!(pool.block_bytes(), 8192);
+        let mut head = HeadCache::default();
+        head.reserve(&mut pool, 33).expect("two blocks fit");
+        assert_eq!((head.blocks.len(), pool.held_bytes()), (2, 16_384));
+        let full = head.reserve(&mut pool, 128).expect_err("four blocks don't fit");
+        assert_eq!(full, PoolFull { requested: 16_384, held: 16_384, budget: 24_676 });
+        assert_eq!(head.held_bytes(&pool), 16_384);
+        assert!(!full.to_string().contains('\n'));
+        head.clear(&mut pool);
+        assert_eq!((pool.held_bytes(), pool.peak_bytes()), (0, 16_384));
+        pool.reset_peak();
+        assert_eq!(pool.peak_bytes(), 0);
     }
 
     #[test]
-    fn reserving_takes_whole_blocks_or_nothing() {
-        let mut pool = BlockPool::new(64, KvFormat::F16, 2 * 8192);
+    fn freed_blocks_come_back_last_in_first_out() {
+        let mut pool = BlockPool::new(8, KvFormat::F32, 1 << 20);
+        let a = pool.try_alloc().expect("room");
+        let b = pool.try_alloc().expect("room");
+        pool.free(a);
+        pool.free(b);
+        assert_eq!(pool.try_alloc().expect("room"), b);
+        assert_eq!(pool.try_alloc().expect("room"), a);
+    }
+
+    #[test]
+    fn truncation_frees_whole_blocks_only() {
+        let mut pool = BlockPool::new(8, KvFormat::Bf16, 1 << 20);
         let mut head = HeadCache::default();
-        head.reserve(&mut pool, 33).expect("two blocks");
-        assert_eq!(pool.held_bytes(), 2 * 8192);
-        assert!(head.reserve(&mut pool, 65).is_err());
-        assert_eq!(pool.held_bytes(), 2 * 8192);
-        head.clear(&mut pool);
-        assert_eq!(pool.held_bytes(), 0);
+        head.fill(&mut pool, 100).expect("room");
+        assert_eq!((head.blocks.len(), head.tokens()), (4, 100));
+        let key = head.key(&pool, 40);
+        head.truncate(&mut pool, 64);
+        assert_eq!((head.blocks.len(), head.tokens()), (2, 64));
+        assert_eq!(head.key(&pool, 40), key);
+        assert!(key.iter().all(|x| x.abs() <= 1.0));
+    }
+
+    #[test]
+    fn slabs_never_exceed_the_budget() {
+        let mut pool = BlockPool::new(256, KvFormat::F32, 70 * 65_536);
+        while pool.try_alloc().is_ok() {}
+        assert_eq!(pool.held_bytes(), 70 * 65_536);
+        assert_eq!(pool.slabs.iter().map(|s| s.len() as u64).sum::<u64>(), 70 * 65_536);
     }
 }

@@ -1,25 +1,27 @@
-//! CPU kernels: matrix products, attention over a paged cache, ranking, eviction, and the small ops between them.
+//! CPU kernels of Batch-Max: matrix products, attention over a paged KV cache, ranking of cached tokens, eviction.
 //!
-//! A leaf crate: slices and pointers, no model, no policy. The kernels here define what every other backend must compute.
-//!
-//! The contract that everything above relies on: a row of a result depends on its own inputs alone. Not on the number of
-//! rows in the call, not on the other sequences, not on the number of threads, not on how a prompt was cut into chunks.
-//! Every output is one fixed order of additions.
+//! The crate knows no model, policy or profile, only slices and shapes. Its results define what every other back end has
+//! to compute. The value of an output row depends on nothing but its own inputs: not on the number of rows of the call,
+//! the other sequences, the thread count or the way a prompt was cut into chunks, because each output has one fixed order
+//! of accumulation. Tests check that bit for bit.
 
 pub mod activation;
 pub mod append;
 pub mod attend;
+mod buffer;
 pub mod embed;
 pub mod evict;
 pub mod gemm;
 pub mod kv;
 pub mod norm;
 pub mod rank;
+#[doc(hidden)]
+pub mod reference;
 pub mod rope;
 pub mod sample;
 mod simd;
 pub mod softcap;
+#[cfg(test)]
+mod testing;
 pub mod threads;
 mod tile;
-
-pub use simd::Isa;

@@ -1,29 +1,14 @@
-//! Root-mean-square norms of rows and of heads inside rows.
+//! Root-mean-square norms.
+//!
+//! The squares are summed in 16 partial sums that are then added in one fixed order.
 
-use crate::threads::{Threads, for_row_blocks};
+use crate::simd::{Isa, LANES, Simd, isa, multiversion};
+use crate::threads::Threads;
 
-/// Rows of a task.
-const BLOCK: usize = 16;
-
-/// The factor of one row; eight partial sums in a fixed order.
-fn inverse_rms(row: &[f32], eps: f32) -> f32 {
-    let mut sums = [0.0f32; 8];
-    let chunks = row.chunks_exact(8);
-    let rest: f32 = chunks.remainder().iter().map(|x| x * x).sum();
-    for chunk in chunks {
-        for (sum, x) in sums.iter_mut().zip(chunk) {
-            *sum += x * x;
-        }
-    }
-    let total =
-        ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
-    1.0 / ((total + rest) / row.len() as f32 + eps).sqrt()
-}
-
-/// out = x / rms(x) * weight for every row of `width` values.
+/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row of `width` numbers.
 ///
 /// # Panics
-/// If the slices do not fit each other.
+/// If the sizes do not fit each other.
 pub fn rms_norm(
     threads: &Threads,
     x: &[f32],
@@ -32,23 +17,34 @@ pub fn rms_norm(
     eps: f32,
     out: &mut [f32],
 ) {
-    assert!(x.len() == out.len() && weight.len() == width && x.len().is_multiple_of(width));
-    for_row_blocks(threads, out, width, BLOCK, |first, out| {
-        for (i, out) in out.chunks_mut(width).enumerate() {
-            let x = &x[(first + i) * width..(first + i + 1) * width];
-            let factor = inverse_rms(x, eps);
-            for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * factor * w;
-            }
+    rms_norm_with(isa(), threads, x, width, weight, eps, out);
+}
+
+fn rms_norm_with(
+    isa: Isa,
+    threads: &Threads,
+    x: &[f32],
+    width: usize,
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+) {
+    assert!(width > 0 && x.len().is_multiple_of(width), "x is not whole rows of {width}");
+    assert_eq!(x.len(), out.len(), "out is not as large as x");
+    assert_eq!(weight.len(), width, "weight is not {width} long");
+    threads.for_rows(out, width, |first, out| {
+        for (row, out) in x[first * width..].chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            // SAFETY: `isa` is available, and all three have `width` numbers.
+            unsafe { run(isa, row.as_ptr(), width, weight, eps, out.as_mut_ptr()) };
         }
     });
 }
 
-/// The same in place, for `heads` heads of `head_dim` channels from column `offset` of every row.
+/// The same norm in place for each of `heads` heads of `head_dim` channels, from column `offset` of every row.
 ///
 /// # Panics
-/// If the heads reach past the row.
-#[expect(clippy::too_many_arguments, reason = "a kernel takes raw parts")]
+/// If the sizes do not fit each other.
+#[expect(clippy::too_many_arguments, reason = "the layout of a fused row")]
 pub fn qk_norm(
     threads: &Threads,
     qkv: &mut [f32],
@@ -59,17 +55,53 @@ pub fn qk_norm(
     weight: &[f32],
     eps: f32,
 ) {
-    assert!(offset + heads * head_dim <= qkv_width && weight.len() == head_dim);
-    for_row_blocks(threads, qkv, qkv_width, BLOCK, |_, rows| {
-        for row in rows.chunks_mut(qkv_width) {
-            for head in row[offset..offset + heads * head_dim].chunks_mut(head_dim) {
-                let factor = inverse_rms(head, eps);
-                for (x, w) in head.iter_mut().zip(weight) {
-                    *x = *x * factor * w;
-                }
+    assert!(
+        qkv_width > 0 && qkv.len().is_multiple_of(qkv_width),
+        "qkv is not whole rows of {qkv_width}"
+    );
+    assert!(offset + heads * head_dim <= qkv_width, "heads outside the row");
+    assert_eq!(weight.len(), head_dim, "weight is not {head_dim} long");
+    let isa = isa();
+    threads.for_rows(qkv, qkv_width, |_, rows| {
+        for row in rows.chunks_exact_mut(qkv_width) {
+            for head in row[offset..offset + heads * head_dim].chunks_exact_mut(head_dim) {
+                let p = head.as_mut_ptr();
+                // SAFETY: `isa` is available; the head has `head_dim` numbers, and the kernel may work in place.
+                unsafe { run(isa, p, head_dim, weight, eps, p) };
             }
         }
     });
+}
+
+multiversion! {
+    /// # Safety
+    /// `width` numbers at `x` and at `out`, which are either the same or do not overlap, and in `weight`.
+    unsafe fn run(x: *const f32, width: usize, weight: &[f32], eps: f32, out: *mut f32) = body
+}
+
+#[inline(always)]
+unsafe fn body<S: Simd>(
+    s: S,
+    x: *const f32,
+    width: usize,
+    weight: &[f32],
+    eps: f32,
+    out: *mut f32,
+) {
+    // SAFETY: all accesses stay below `width`.
+    unsafe {
+        let mut squares = s.splat(0.0);
+        for at in (0..width).step_by(LANES) {
+            let v = s.load_part(x.add(at), LANES.min(width - at), 0.0);
+            squares = s.mul_add(v, v, squares);
+        }
+        let factor = s.splat(1.0 / (s.sum(squares) / width as f32 + eps).sqrt());
+        for at in (0..width).step_by(LANES) {
+            let n = LANES.min(width - at);
+            let v = s.mul(s.load_part(x.add(at), n, 0.0), factor);
+            s.store_part(out.add(at), s.mul(v, s.load_part(weight.as_ptr().add(at), n, 0.0)), n);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -77,23 +109,56 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_by_hand() {
+    fn a_hand_worked_row() {
+        let threads = Threads::new(1);
         let mut out = [0.0; 4];
-        // Mean square of (1, 1, 7, 7) is 25.
-        rms_norm(&Threads::new(1), &[1.0, 1.0, 7.0, 7.0], 4, &[1.0, 2.0, 1.0, 10.0], 0.0, &mut out);
-        for (got, want) in out.iter().zip([0.2, 0.4, 1.4, 14.0]) {
-            assert!((got - want).abs() < 1e-6, "{got} {want}");
+        // Mean square of 1, -1, 7, 7 is 25, so the factor is 1/5.
+        rms_norm(&threads, &[1.0, -1.0, 7.0, 7.0], 4, &[5.0, 5.0, 5.0, 10.0], 0.0, &mut out);
+        for (y, exact) in out.iter().zip([1.0, -1.0, 7.0, 14.0]) {
+            assert!((y - exact).abs() < 1e-6);
         }
     }
 
     #[test]
-    fn heads_are_normalised_one_by_one() {
-        let mut qkv = [9.0, 3.0, 4.0, 0.0, 5.0, 9.0];
-        qk_norm(&Threads::new(1), &mut qkv, 6, 1, 2, 2, &[1.0, 1.0], 0.0);
-        let half = 0.5f32.sqrt();
-        let expected = [9.0, 3.0 / 5.0 / half, 4.0 / 5.0 / half, 0.0, 1.0 / half, 9.0];
-        for (got, want) in qkv.iter().zip(expected) {
-            assert!((got - want).abs() < 1e-6, "{got} {want}");
+    fn rows_match_a_naive_norm_alone_and_together() {
+        let (rows, width) = (300, 61);
+        let x: Vec<f32> = (0..rows * width).map(|i| (i as f32 * 0.113).cos()).collect();
+        let weight: Vec<f32> = (0..width).map(|i| 0.5 + i as f32 * 0.01).collect();
+        for isa in Isa::available() {
+            let mut together = vec![0.0; rows * width];
+            rms_norm_with(isa, &Threads::new(2), &x, width, &weight, 1e-5, &mut together);
+            let mut alone = vec![0.0; rows * width];
+            for (x, out) in x.chunks(width).zip(alone.chunks_mut(width)) {
+                rms_norm_with(isa, &Threads::new(1), x, width, &weight, 1e-5, out);
+            }
+            assert_eq!(together, alone);
+            for (row, out) in x.chunks(width).zip(together.chunks(width)) {
+                let mean = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / width as f64;
+                for ((x, w), y) in row.iter().zip(&weight).zip(out) {
+                    let exact = f64::from(*x) / (mean + 1e-5).sqrt() * f64::from(*w);
+                    assert!((f64::from(*y) - exact).abs() < 1e-6);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn heads_are_normed_in_place_and_nothing_else() {
+        let threads = Threads::new(2);
+        let mut qkv: Vec<f32> = (0..2 * 30).map(|i| i as f32 + 1.0).collect();
+        let before = qkv.clone();
+        qk_norm(&threads, &mut qkv, 30, 4, 2, 8, &[1.0; 8], 1e-6);
+        for row in 0..2 {
+            for c in 0..30 {
+                let i = row * 30 + c;
+                if (4..20).contains(&c) {
+                    let start = row * 30 + 4 + (c - 4) / 8 * 8;
+                    let mean = before[start..start + 8].iter().map(|x| x * x).sum::<f32>() / 8.0;
+                    assert!((qkv[i] - before[i] / mean.sqrt()).abs() < 1e-5);
+                } else {
+                    assert_eq!(qkv[i], before[i]);
+                }
+            }
         }
     }
 }

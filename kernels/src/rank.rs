@@ -1,99 +1,73 @@
-//! Scores of cached tokens: the higher, the more worth keeping. One function per word of the policies' language.
+//! Scores of cached tokens, by which eviction chooses, and the tally of the attention that they receive.
 
-use crate::attend::{AttendShape, attention_mass, mass_task};
-use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, with_element};
-use crate::simd::{Element, Simd, dispatch, isa};
+mod keys;
+mod mass;
+#[cfg(test)]
+mod tests;
+
+use crate::attend::AttendShape;
+use crate::kv::{BlockPool, HeadCache};
+use crate::simd::{Isa, isa};
 use crate::threads::{Disjoint, Threads};
+use mass::{Mass, Step};
 
-/// How tokens are scored. Candidates are all tokens of a head's cache.
+/// The caches of one sequence in one layer, with its query rows of this step.
+pub struct RankItem<'a> {
+    /// Caches of its KV heads. [`Scorer::WindowAttention`] keeps its state in their tallies.
+    pub heads: &'a mut [HeadCache],
+    /// Its first row.
+    pub first_row: usize,
+    /// Its rows.
+    pub rows: usize,
+    /// Tokens of the sequence so far, dropped ones included.
+    pub seen: u32,
+}
+
+/// The caches of one sequence in one layer, with its query rows of this step.
+pub struct TallyItem<'a> {
+    /// Caches of its KV heads.
+    pub heads: &'a mut [HeadCache],
+    /// Its first row.
+    pub first_row: usize,
+    /// Its rows.
+    pub rows: usize,
+}
+
+/// How tokens are scored. The best ones stay.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scorer {
     /// The position.
     Recency,
-    /// -|k|.
+    /// Minus the length of the key.
     KeyNorm,
-    /// -cos(k, anchor); anchor = mean over the candidates of k / |k|.
+    /// Minus the cosine between the key and the mean direction of all keys; 0 for a key of length 0.
     KeyDiff,
-    /// Attention of the last queries: mean over them and over the heads of the group, average-pooled along the cache with
-    /// zeros beyond its ends, always divided by `pool`. The unpooled mass stays in [`HeadCache::tally`]: a step of one
-    /// row adds to it, a longer one replaces it.
+    /// The attention from the last rows of the prompt, averaged over them and the group's heads, then over neighbours.
+    ///
+    /// With several rows (a prompt, or a chunk of one) the state is replaced by the mean over the last `window` rows, or all
+    /// if there are fewer. With one row and a state present (a decode step) the row's attention divided by `window` is
+    /// added.
     WindowAttention {
-        /// Queries; also what the mass is divided by.
+        /// Rows that count.
         window: u32,
-        /// Width of the pooling, odd.
+        /// Neighbours that a score is averaged over, itself included; missing ones count as zero.
         pool: u32,
-        /// Pool as if the newest `window` tokens did not exist.
+        /// Average as if the tokens of the last `window` positions were not there.
         exclude_window: bool,
     },
-    /// Attention received, as tallied; mean over the group.
+    /// The tally.
     Tallied {
-        /// Divide by the number of queries that could see the token.
+        /// Divided by the number of tokens that could attend to it.
         mean: bool,
     },
 }
 
-/// One sequence in one layer.
-pub struct RankItem<'a> {
-    /// Its KV heads.
-    pub heads: &'a mut [HeadCache],
-    /// First row of the step that is its own.
-    pub first_row: usize,
-    /// Its rows in this step.
-    pub rows: usize,
-    /// Tokens it has seen, this step's included.
-    pub seen: u32,
-}
-
-/// One sequence in one layer.
-pub struct TallyItem<'a> {
-    /// Its KV heads.
-    pub heads: &'a mut [HeadCache],
-    /// First row of the step that is its own.
-    pub first_row: usize,
-    /// Its rows in this step.
-    pub rows: usize,
-}
-
-/// Adds the attention of all queries of this step to each token's running sum (over queries and heads of the group, query
-/// after query, so that chunks make no difference).
-pub fn tally(
-    threads: &Threads,
-    pool: &BlockPool,
-    items: &mut [TallyItem<'_>],
-    shape: &AttendShape,
-    qkv: &[f32],
-    qkv_width: usize,
-    lse: &[f32],
-) {
-    let mut tasks: Vec<_> = items
-        .iter_mut()
-        .flat_map(|item| {
-            let (first_row, rows) = (item.first_row, item.rows);
-            item.heads.iter_mut().enumerate().map(move |(h, head)| (h, first_row, rows, head))
-        })
-        .collect();
-    let count = tasks.len();
-    let tasks = Disjoint::new(&mut tasks);
-    threads.run(count, |i| {
-        // SAFETY: every task takes its own element.
-        let (kv_head, first_row, rows, head) = &mut unsafe { tasks.part(i..i + 1) }[0];
-        let mut sums = std::mem::take(&mut head.tally);
-        sums.resize(head.tokens(), 0.0);
-        let task = mass_task(
-            head,
-            pool,
-            shape,
-            *kv_head,
-            (*first_row, *rows, *rows),
-            (qkv, qkv_width, lse),
-        );
-        attention_mass(&task, &mut sums);
-        head.tally = sums;
-    });
-}
-
-/// Scores every token of every head of every item, items by KV heads, into `scores`.
-#[expect(clippy::too_many_arguments, reason = "a kernel takes raw parts")]
+/// Scores every cached token of every head: `scores[item * kv_heads + head][token]`. `qkv` and `lse` are those of this
+/// step's attention; only [`Scorer::WindowAttention`] reads them.
+///
+/// # Panics
+/// If the sizes do not fit each other.
+#[expect(clippy::too_many_arguments, reason = "the layout of a fused row")]
 pub fn rank(
     threads: &Threads,
     pool: &BlockPool,
@@ -105,183 +79,131 @@ pub fn rank(
     lse: &[f32],
     scores: &mut Vec<Vec<f32>>,
 ) {
-    let mut tasks: Vec<_> = items
-        .iter_mut()
-        .flat_map(|item| {
-            let at = (item.first_row, item.rows, item.seen);
-            item.heads.iter_mut().enumerate().map(move |(h, head)| (h, at, head))
-        })
-        .collect();
-    scores.resize_with(tasks.len(), Vec::new);
-    let count = tasks.len();
-    let tasks = Disjoint::new(&mut tasks);
-    let scores = Disjoint::new(scores.as_mut_slice());
-    threads.run(count, |i| {
-        // SAFETY: every task takes its own elements.
-        let ((kv_head, (first_row, rows, seen), head), out) =
-            unsafe { (&mut tasks.part(i..i + 1)[0], &mut scores.part(i..i + 1)[0]) };
-        out.clear();
+    rank_with(isa(), threads, pool, items, scorer, &Step { shape, qkv, qkv_width, lse }, scores);
+}
+
+fn rank_with(
+    isa: Isa,
+    threads: &Threads,
+    pool: &BlockPool,
+    items: &mut [RankItem<'_>],
+    scorer: Scorer,
+    step: &Step<'_>,
+    scores: &mut Vec<Vec<f32>>,
+) {
+    if let Scorer::WindowAttention { window, .. } = scorer {
+        let mut work = Vec::new();
+        for item in items.iter_mut() {
+            let state = item.heads.iter().all(|h| !h.tally.is_empty());
+            let (last, by, anew) = if item.rows == 1 && state {
+                (1, window.max(1) as usize, false)
+            } else {
+                let last = item.rows.min(window as usize);
+                (last, last.max(1), true)
+            };
+            work.push(Mass {
+                heads: &mut *item.heads,
+                first_row: item.first_row,
+                rows: item.rows,
+                last,
+                by,
+                anew,
+            });
+        }
+        mass::add(isa, threads, pool, work, step);
+    }
+    let kv_heads = items.first().map_or(0, |i| i.heads.len());
+    scores.resize_with(items.len() * kv_heads, Vec::new);
+    let out = Disjoint::new(scores);
+    let items = &*items;
+    threads.run(items.len() * kv_heads, |i| {
+        let item = &items[i / kv_heads];
+        let head = &item.heads[i % kv_heads];
+        // SAFETY: each task has its own head's scores.
+        let scores = unsafe { out.item_mut(i) };
+        scores.clear();
+        scores.resize(head.tokens(), 0.0);
         match scorer {
-            Scorer::Recency => out.extend(head.positions.iter().map(|p| *p as f32)),
-            Scorer::KeyNorm | Scorer::KeyDiff => {
-                out.resize(head.tokens(), 0.0);
-                with_element!(pool.format(), E => {
-                    // SAFETY: the head's blocks hold its tokens; the path is available.
-                    unsafe { run_keys::<E>(isa(), head, pool, scorer == Scorer::KeyDiff, out) };
-                });
-            }
-            Scorer::WindowAttention { window, pool: width, exclude_window } => {
-                let mut mass = std::mem::take(&mut head.tally);
-                if *rows > 1 {
-                    mass.clear();
-                }
-                mass.resize(head.tokens(), 0.0);
-                let last = (window as usize).min(*rows);
-                let at = (*first_row, *rows, last);
-                let task = mass_task(head, pool, shape, *kv_head, at, (qkv, qkv_width, lse));
-                attention_mass(&task, &mut mass);
-                let pooled = if exclude_window {
-                    head.positions.partition_point(|p| *p < seen.saturating_sub(window))
+            Scorer::Recency => fill(scores, &head.positions, |p| p as f32),
+            Scorer::KeyNorm => keys::norms(isa, pool, head, scores),
+            Scorer::KeyDiff => keys::differences(isa, pool, head, scores),
+            Scorer::WindowAttention { window, pool, exclude_window } => {
+                let end = if exclude_window {
+                    head.positions.partition_point(|p| *p < item.seen.saturating_sub(window))
                 } else {
-                    mass.len()
+                    head.tokens()
                 };
-                let scale = 1.0 / (window as f32 * shape.group() as f32);
-                average_pool(&mass[..pooled], width as usize, scale, out);
-                out.extend(mass[pooled..].iter().map(|m| m * scale));
-                head.tally = mass;
+                average(&head.tally, end, pool.max(1) as usize, scores);
             }
             Scorer::Tallied { mean } => {
-                let group = shape.group() as f32;
-                out.extend(head.tally.iter().zip(&head.positions).map(|(sum, position)| {
-                    let queries = if mean { (*seen - position) as f32 } else { 1.0 };
-                    sum / (group * queries)
-                }));
-                // A token that nobody has tallied yet has received nothing.
-                out.resize(head.tokens(), 0.0);
+                let known = head.tally.len().min(scores.len());
+                scores[..known].copy_from_slice(&head.tally[..known]);
+                if mean {
+                    for (score, p) in scores.iter_mut().zip(&head.positions) {
+                        *score /= (item.seen.saturating_sub(*p)).max(1) as f32;
+                    }
+                }
             }
         }
     });
 }
 
-/// Means of `width` neighbours, zeros beyond the ends.
-fn average_pool(values: &[f32], width: usize, scale: f32, out: &mut Vec<f32>) {
-    let reach = width / 2;
-    out.extend((0..values.len()).map(|i| {
-        let around = &values[i.saturating_sub(reach)..(i + reach + 1).min(values.len())];
-        around.iter().sum::<f32>() * scale / width as f32
-    }));
+fn fill(scores: &mut [f32], positions: &[u32], score: impl Fn(u32) -> f32) {
+    for (out, p) in scores.iter_mut().zip(positions) {
+        *out = score(*p);
+    }
 }
 
-dispatch!(unsafe fn run_keys<E: Element>(head: &HeadCache, pool: &BlockPool, diff: bool, out: &mut [f32]) = keys_body);
+/// Each of the first `end` values averaged with its neighbours among them, of which there are `pool` with itself; those
+/// outside count as zero. Values from `end` on stay as they are.
+fn average(values: &[f32], end: usize, pool: usize, scores: &mut [f32]) {
+    for (i, out) in scores.iter_mut().enumerate() {
+        if i < end {
+            let first = i as isize - (pool / 2) as isize;
+            let last = (first + pool as isize).min(end as isize) as usize;
+            let sum: f32 = values[first.max(0) as usize..last].iter().sum();
+            *out = sum / pool as f32;
+        } else {
+            *out = values[i];
+        }
+    }
+}
 
-/// Key norms or distances from the mean direction. Plain loops over 32 tokens: the compiler vectorises them.
-#[inline(always)]
-unsafe fn keys_body<S: Simd, E: Element>(
-    head: &HeadCache,
+/// Adds to each cached token's tally the probability that every query row of this step gives it, averaged over the heads of
+/// its group. New tokens start at zero. Rows are added one by one in order, so chunks of a prompt give what the whole does.
+///
+/// # Panics
+/// If the sizes do not fit each other.
+pub fn tally(
+    threads: &Threads,
     pool: &BlockPool,
-    diff: bool,
-    out: &mut [f32],
+    items: &mut [TallyItem<'_>],
+    shape: &AttendShape,
+    qkv: &[f32],
+    qkv_width: usize,
+    lse: &[f32],
 ) {
-    let dim = pool.head_dim();
-    let mut anchor = vec![0.0f32; dim];
-    let tokens = head.tokens();
-    let key = |block: *const E, d: usize, t: usize| -> f32 {
-        // SAFETY: inside the K block; slots past the last token are cut from the result.
-        unsafe { *block.add(d * BLOCK_TOKENS + t) }.widen()
-    };
-    for (index, id) in head.blocks.iter().enumerate() {
-        let block: *const E = pool.block::<E>(*id);
-        let here = BLOCK_TOKENS.min(tokens.saturating_sub(index * BLOCK_TOKENS));
-        let mut squares = [0.0f32; BLOCK_TOKENS];
-        for d in 0..dim {
-            for (t, square) in squares[..here].iter_mut().enumerate() {
-                let k = key(block, d, t);
-                *square += k * k;
-            }
-        }
-        let norms = &mut out[index * BLOCK_TOKENS..index * BLOCK_TOKENS + here];
-        for (norm, square) in norms.iter_mut().zip(&squares) {
-            *norm = -square.sqrt();
-        }
-        if diff {
-            for (d, sum) in anchor.iter_mut().enumerate() {
-                for (t, norm) in norms.iter().enumerate() {
-                    *sum += key(block, d, t) / -norm.min(-f32::MIN_POSITIVE);
-                }
-            }
-        }
-    }
-    if !diff {
-        return;
-    }
-    for a in &mut anchor {
-        *a /= tokens.max(1) as f32;
-    }
-    let length = anchor.iter().map(|a| a * a).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
-    for (index, id) in head.blocks.iter().enumerate() {
-        let block: *const E = pool.block::<E>(*id);
-        let here = BLOCK_TOKENS.min(tokens.saturating_sub(index * BLOCK_TOKENS));
-        let mut dots = [0.0f32; BLOCK_TOKENS];
-        for (d, a) in anchor.iter().enumerate() {
-            for (t, dot) in dots[..here].iter_mut().enumerate() {
-                *dot += key(block, d, t) * a;
-            }
-        }
-        let scores = &mut out[index * BLOCK_TOKENS..index * BLOCK_TOKENS + here];
-        for (score, dot) in scores.iter_mut().zip(&dots) {
-            let norm = -score.min(-f32::MIN_POSITIVE);
-            *score = -dot / (norm * length);
-        }
-    }
+    tally_with(isa(), threads, pool, items, &Step { shape, qkv, qkv_width, lse });
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::append::{AppendItem, append};
-    use crate::kv::KvFormat;
-
-    #[test]
-    fn pooling_by_hand() {
-        let mut out = Vec::new();
-        average_pool(&[5.0, 0.0, 10.0, 0.0, 0.0, 5.0], 5, 1.0, &mut out);
-        assert_eq!(out, [3.0, 3.0, 3.0, 3.0, 3.0, 1.0]);
+fn tally_with(
+    isa: Isa,
+    threads: &Threads,
+    pool: &BlockPool,
+    items: &mut [TallyItem<'_>],
+    step: &Step<'_>,
+) {
+    let mut work = Vec::new();
+    for item in items.iter_mut() {
+        let (first_row, rows) = (item.first_row, item.rows);
+        work.push(Mass {
+            heads: &mut *item.heads,
+            first_row,
+            rows,
+            last: rows,
+            by: 1,
+            anew: false,
+        });
     }
-
-    #[test]
-    fn key_scores_by_hand() {
-        let threads = Threads::new(1);
-        let mut pool = BlockPool::new(8, KvFormat::F32, 1 << 20);
-        let mut heads = vec![HeadCache::default()];
-        // Two columns matter: keys (3,4), (0,2), (1,0); no queries, no values.
-        let mut qkv = vec![0.0f32; 3 * 24];
-        (qkv[8], qkv[9]) = (3.0, 4.0);
-        (qkv[24 + 8], qkv[24 + 9]) = (0.0, 2.0);
-        (qkv[48 + 8], qkv[48 + 9]) = (1.0, 0.0);
-        let mut items =
-            [AppendItem { heads: &mut heads, first_row: 0, rows: 3, first_position: 0 }];
-        append(&threads, &mut pool, &mut items, &qkv, 24, 8, 16, 8).expect("room");
-        let shape = AttendShape {
-            heads: 1,
-            kv_heads: 1,
-            head_dim: 8,
-            scale: 1.0,
-            softcap: None,
-            window: None,
-        };
-        let mut scores = Vec::new();
-        let mut rank_by = |scorer| {
-            let mut items = [RankItem { heads: &mut heads, first_row: 0, rows: 3, seen: 3 }];
-            rank(&threads, &pool, &mut items, scorer, &shape, &qkv, 24, &[0.0; 3], &mut scores);
-            scores[0].clone()
-        };
-        assert_eq!(rank_by(Scorer::Recency), [0.0, 1.0, 2.0]);
-        assert_eq!(rank_by(Scorer::KeyNorm), [-5.0, -2.0, -1.0]);
-        // Anchor = ((.6,.8) + (0,1) + (1,0)) / 3 = (.5333, .6); |anchor| = .80277.
-        let expected =
-            [-(0.6 * 1.6 / 3.0 + 0.8 * 0.6) / 0.802_77, -0.6 / 0.802_77, -(1.6 / 3.0) / 0.802_77];
-        for (got, want) in rank_by(Scorer::KeyDiff).iter().zip(expected) {
-            assert!((f64::from(*got) - want).abs() < 1e-5, "{got} {want}");
-        }
-    }
+    mass::add(isa, threads, pool, work, step);
 }

@@ -1,84 +1,103 @@
-//! Rotary position embedding: pairs of channels turned by position times a frequency.
+//! Rotary position embedding.
 
-use crate::threads::{Threads, for_row_blocks};
+use std::sync::OnceLock;
 
-/// Which channels form a pair.
+use crate::threads::Threads;
+
+/// Which channels of a head form a rotated pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeLayout {
-    /// 2i and 2i + 1.
+    /// Channels 2i and 2i + 1.
     Interleaved,
-    /// i and i + half of the rotated channels.
+    /// Channels i and i + half of the rotated ones.
     Half,
 }
 
-/// Cosines and sines of all positions.
+/// Positions whose angles are worked out together, when one of them is first needed.
+const PAGE: usize = 256;
+
+/// Cosines and sines by position, worked out in double precision.
 pub struct RopeTable {
-    pairs: usize,
-    /// [position][pair]: cosine, sine.
-    turns: Vec<(f32, f32)>,
+    inverse: Vec<f32>,
+    factor: f32,
+    max_position: usize,
+    pages: Vec<OnceLock<Box<[f32]>>>,
 }
 
 impl RopeTable {
-    /// For the angles `position * inv_freq[pair]`; results are multiplied by `attention_factor`.
+    /// For positions below `max_position`. Pair i turns by `inv_freq[i]` per position; cosines and sines are multiplied by
+    /// `attention_factor`.
     #[must_use]
     pub fn new(inv_freq: &[f32], max_position: usize, attention_factor: f32) -> Self {
-        let factor = f64::from(attention_factor);
-        let turns = (0..max_position)
-            .flat_map(|position| {
-                inv_freq.iter().map(move |frequency| {
-                    // The angle is rounded to f32 first, as the reference implementations do.
-                    let angle = f64::from(position as f32 * frequency);
-                    ((angle.cos() * factor) as f32, (angle.sin() * factor) as f32)
-                })
-            })
-            .collect();
-        Self { pairs: inv_freq.len(), turns }
+        let pages =
+            std::iter::repeat_with(OnceLock::new).take(max_position.div_ceil(PAGE)).collect();
+        Self { inverse: inv_freq.to_vec(), factor: attention_factor, max_position, pages }
     }
 
-    /// Bytes held.
+    /// Channels that are rotated.
     #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.turns.len() * size_of::<(f32, f32)>()
+    pub fn rotary_dim(&self) -> usize {
+        2 * self.inverse.len()
+    }
+
+    /// Cosines, then sines, of a position.
+    fn row(&self, position: u32) -> (&[f32], &[f32]) {
+        let (position, pairs) = (position as usize, self.inverse.len());
+        let page = self.pages[position / PAGE].get_or_init(|| self.make_page(position / PAGE));
+        page[position % PAGE * 2 * pairs..][..2 * pairs].split_at(pairs)
+    }
+
+    fn make_page(&self, page: usize) -> Box<[f32]> {
+        let factor = f64::from(self.factor);
+        let mut values = Vec::with_capacity(PAGE * self.rotary_dim());
+        for position in page * PAGE..(page + 1) * PAGE {
+            let angle = |f: &f32| f64::from(*f) * position as f64;
+            values.extend(self.inverse.iter().map(|f| (angle(f).cos() * factor) as f32));
+            values.extend(self.inverse.iter().map(|f| (angle(f).sin() * factor) as f32));
+        }
+        values.into_boxed_slice()
     }
 }
 
-/// Rotates the first `heads` heads of every row (queries, then keys) to its position.
+/// Rotates the first `heads_to_rotate` heads of every row of `qkv` (queries, then keys) by the row's position. Channels
+/// beyond the table's stay as they are.
 ///
 /// # Panics
-/// If there are fewer positions than rows, or one is past the table.
-#[expect(clippy::too_many_arguments, reason = "a kernel takes raw parts")]
+/// If the sizes do not fit each other or a position is not below the table's end.
+#[expect(clippy::too_many_arguments, reason = "the layout of a fused row")]
 pub fn rope(
     threads: &Threads,
     qkv: &mut [f32],
     qkv_width: usize,
-    heads: usize,
+    heads_to_rotate: usize,
     head_dim: usize,
     positions: &[u32],
     table: &RopeTable,
     layout: RopeLayout,
 ) {
-    assert!(heads * head_dim <= qkv_width && qkv.len() == positions.len() * qkv_width);
-    let pairs = table.pairs;
-    assert!(2 * pairs <= head_dim);
-    for_row_blocks(threads, qkv, qkv_width, 16, |first, rows| {
-        for (i, row) in rows.chunks_mut(qkv_width).enumerate() {
-            let position = positions[first + i] as usize;
-            let turns = &table.turns[position * pairs..(position + 1) * pairs];
-            for head in row[..heads * head_dim].chunks_mut(head_dim) {
+    assert_eq!(qkv.len(), positions.len() * qkv_width, "qkv is not one row per position");
+    assert!(heads_to_rotate * head_dim <= qkv_width, "heads outside the row");
+    assert!(table.rotary_dim() <= head_dim, "more rotated channels than channels");
+    if let Some(last) = positions.iter().max() {
+        assert!((*last as usize) < table.max_position, "position {last} of {}", table.max_position);
+    }
+    let pairs = table.inverse.len();
+    threads.for_rows(qkv, qkv_width, |first, rows| {
+        for (row, position) in rows.chunks_exact_mut(qkv_width).zip(&positions[first..]) {
+            let (cos, sin) = table.row(*position);
+            for head in row[..heads_to_rotate * head_dim].chunks_exact_mut(head_dim) {
                 match layout {
-                    RopeLayout::Interleaved => {
-                        for (pair, (cos, sin)) in head.chunks_mut(2).zip(turns) {
-                            let (a, b) = (pair[0], pair[1]);
-                            pair[0] = a * cos - b * sin;
-                            pair[1] = a * sin + b * cos;
-                        }
-                    }
                     RopeLayout::Half => {
                         let (low, high) = head[..2 * pairs].split_at_mut(pairs);
-                        for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(turns) {
-                            let (x, y) = (*a, *b);
-                            *a = x * cos - y * sin;
-                            *b = x * sin + y * cos;
+                        for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                            (*a, *b) = turn(*a, *b, *c, *s);
+                        }
+                    }
+                    RopeLayout::Interleaved => {
+                        for ((pair, c), s) in
+                            head[..2 * pairs].chunks_exact_mut(2).zip(cos).zip(sin)
+                        {
+                            (pair[0], pair[1]) = turn(pair[0], pair[1], *c, *s);
                         }
                     }
                 }
@@ -87,22 +106,51 @@ pub fn rope(
     });
 }
 
+#[inline(always)]
+fn turn(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
+    (a * cos - b * sin, b * cos + a * sin)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_quarter_turn() {
-        let table = RopeTable::new(&[std::f32::consts::FRAC_PI_2, 0.0], 2, 1.0);
-        let mut interleaved = [1.0, 2.0, 3.0, 4.0, 9.0];
-        rope(&Threads::new(1), &mut interleaved, 5, 1, 4, &[1], &table, RopeLayout::Interleaved);
-        let mut half = [1.0, 3.0, 2.0, 4.0, 9.0];
-        rope(&Threads::new(1), &mut half, 5, 1, 4, &[1], &table, RopeLayout::Half);
-        for (got, want) in interleaved.iter().zip([-2.0, 1.0, 3.0, 4.0, 9.0]) {
-            assert!((got - want).abs() < 1e-6, "{got} {want}");
-        }
-        for (got, want) in half.iter().zip([-2.0, 3.0, 1.0, 4.0, 9.0]) {
-            assert!((got - want).abs() < 1e-6, "{got} {want}");
-        }
+    fn a_quarter_turn_in_both_layouts() {
+        let threads = Threads::new(2);
+        let table = RopeTable::new(&[std::f32::consts::FRAC_PI_2, 0.0], 1000, 1.0);
+        let row = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0];
+        let check = |layout: RopeLayout, expected: [f32; 7]| {
+            let mut qkv = row;
+            // Position 1 turns the first pair by 90 degrees: (a, b) becomes (-b, a).
+            rope(&threads, &mut qkv, 7, 1, 6, &[1], &table, layout);
+            for (y, exact) in qkv.iter().zip(expected) {
+                assert!((y - exact).abs() < 1e-6, "{layout:?}: {qkv:?}");
+            }
+        };
+        check(RopeLayout::Half, [-3.0, 2.0, 1.0, 4.0, 5.0, 6.0, 9.0]);
+        check(RopeLayout::Interleaved, [-2.0, 1.0, 3.0, 4.0, 5.0, 6.0, 9.0]);
+    }
+
+    #[test]
+    fn scores_depend_on_the_distance_only() {
+        let threads = Threads::new(1);
+        let table = RopeTable::new(&[1.0, 0.1, 0.01, 0.001], 5000, 1.0);
+        let score = |q: u32, k: u32| {
+            let mut rows = [0.3, -1.0, 0.5, 2.0, 0.7, 0.1, -0.4, 1.1].repeat(2);
+            rope(&threads, &mut rows, 8, 1, 8, &[q, k], &table, RopeLayout::Half);
+            rows[..8].iter().zip(&rows[8..]).map(|(a, b)| a * b).sum::<f32>()
+        };
+        assert!((score(10, 3) - score(4010, 4003)).abs() < 1e-4);
+        assert!((score(10, 3) - score(10, 4)).abs() > 1e-3);
+    }
+
+    #[test]
+    fn the_factor_scales_and_position_zero_turns_nothing() {
+        let threads = Threads::new(1);
+        let table = RopeTable::new(&[1.0], 1, 1.5);
+        let mut qkv = [2.0, 4.0];
+        rope(&threads, &mut qkv, 2, 1, 2, &[0], &table, RopeLayout::Interleaved);
+        assert_eq!(qkv, [3.0, 6.0]);
     }
 }

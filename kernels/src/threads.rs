@@ -1,244 +1,288 @@
-//! A persistent pool of threads for short parallel loops.
+//! A pool of threads that stays alive between kernels.
 //!
-//! A decode step runs some three hundred loops of a few microseconds: waking sleeping threads for each would cost more
-//! than the work. Workers therefore spin for a moment before they park. Tasks are claimed one by one from a counter, so
-//! a worker that the system has taken off its core holds up nothing but the task it has in hand.
+//! A kernel call takes microseconds at batch 1, so dispatch has to cost less than that: workers spin for a moment before
+//! they park, tasks are claimed from one counter, and the caller works too. A worker that the system has descheduled
+//! holds nobody up, because the caller only waits for tasks that somebody has begun.
 
+use std::any::Any;
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::{JoinHandle, Thread};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long a worker looks for the next loop before it parks. Longer than the serial work between two ops of a step.
-const SPIN: Duration = Duration::from_micros(60);
+/// How long an idle worker watches for work before it parks.
+const SPIN: Duration = Duration::from_micros(40);
 
-/// The loop at work, as the workers see it.
+// The gate: bit 0 shuts the pool down, bit 1 says that a job is open, 2..32 count the workers inside it, 32..64 number
+// the jobs. One word, so that a worker cannot enter a job that its caller has just closed.
+const STOP: u64 = 1;
+const OPEN: u64 = 2;
+const INSIDE: u64 = 4;
+const INSIDE_MASK: u64 = (u32::MAX as u64) & !(STOP | OPEN);
+const EPOCH: u64 = 1 << 32;
+
+type Payload = Box<dyn Any + Send>;
+
+#[derive(Clone, Copy)]
 struct Job {
-    call: *const (dyn Fn(usize) + Sync),
+    data: *const (),
+    call: unsafe fn(*const (), usize),
     tasks: usize,
 }
 
+unsafe fn nothing(_: *const (), _: usize) {}
+
 struct Shared {
-    /// Odd while a loop is published, even between loops; never the same twice.
-    epoch: AtomicUsize,
-    job: UnsafeCell<Job>,
+    gate: AtomicU64,
     next: AtomicUsize,
-    /// Workers that are inside the published loop.
-    inside: AtomicUsize,
-    stop: AtomicBool,
-    panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
+    job: UnsafeCell<Job>,
+    panic: Mutex<Option<Payload>>,
+    busy: AtomicBool,
 }
 
-// SAFETY: `job` is written only while no worker is inside a loop (`inside` is 0 and `epoch` is even), and read only by
-// workers that have counted themselves into `inside` and have seen the odd epoch afterwards.
+// SAFETY: `job` is written only by the caller that holds `busy`, while the gate is closed with nobody inside; it is read
+// only by workers inside.
 unsafe impl Sync for Shared {}
-// SAFETY: the pointer in `job` is only used during the call to `run` that published it.
+// SAFETY: the pointer in `job` is used only between opening and closing the gate, while the caller keeps its target.
 unsafe impl Send for Shared {}
 
-/// The pool.
-pub struct Threads {
-    shared: Arc<Shared>,
-    workers: Vec<JoinHandle<()>>,
-    handles: Vec<Thread>,
+impl Shared {
+    fn work(&self, job: Job) {
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= job.tasks {
+                return;
+            }
+            // SAFETY: `data` is the closure that `call` was made for; the caller keeps it until nobody is inside.
+            let result = catch_unwind(AssertUnwindSafe(|| unsafe { (job.call)(job.data, task) }));
+            if let Err(payload) = result {
+                self.next.store(job.tasks, Ordering::Relaxed);
+                let mut slot = self.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                slot.get_or_insert(payload);
+            }
+        }
+    }
 }
 
-fn nothing(_: usize) {}
+struct Worker {
+    parked: Arc<AtomicBool>,
+    handle: Option<JoinHandle<()>>,
+}
+
+/// A pool of threads. Dropping it ends them.
+pub struct Threads {
+    shared: Arc<Shared>,
+    workers: Vec<Worker>,
+}
 
 impl Threads {
-    /// `count` threads, the caller's included; at least one.
+    /// A pool of `n` threads, the caller's included.
+    ///
+    /// # Panics
+    /// If `n` is 0 or the system refuses a thread.
     #[must_use]
-    pub fn new(count: usize) -> Self {
-        let idle: &(dyn Fn(usize) + Sync) = &nothing;
+    pub fn new(n: usize) -> Self {
+        assert!(n >= 1, "a pool needs at least one thread");
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
-            job: UnsafeCell::new(Job { call: std::ptr::from_ref(idle), tasks: 0 }),
+            gate: AtomicU64::new(0),
             next: AtomicUsize::new(0),
-            inside: AtomicUsize::new(0),
-            stop: AtomicBool::new(false),
+            job: UnsafeCell::new(Job { data: std::ptr::null(), call: nothing, tasks: 0 }),
             panic: Mutex::new(None),
+            busy: AtomicBool::new(false),
         });
-        let workers: Vec<_> = (1..count.max(1))
-            .map(|_| {
-                let shared = Arc::clone(&shared);
-                std::thread::spawn(move || work(&shared))
+        let workers = (1..n)
+            .map(|i| {
+                let parked = Arc::new(AtomicBool::new(false));
+                let (shared, flag) = (Arc::clone(&shared), Arc::clone(&parked));
+                let handle = std::thread::Builder::new()
+                    .name(format!("kernel-{i}"))
+                    .spawn(move || serve(&shared, &flag))
+                    .expect("the system refused a thread");
+                Worker { parked, handle: Some(handle) }
             })
             .collect();
-        let handles = workers.iter().map(|w| w.thread().clone()).collect();
-        Self { shared, workers, handles }
+        Self { shared, workers }
     }
 
-    /// Threads, the caller's included.
+    /// Number of threads, the caller's included.
     #[must_use]
     pub fn count(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// Calls `f` once for every task in `0..tasks`, in any order and on any thread; returns when all are done.
-    pub fn run(&self, tasks: usize, f: impl Fn(usize) + Sync) {
-        if tasks <= 1 || self.workers.is_empty() {
-            for task in 0..tasks {
-                f(task);
-            }
-            return;
+    /// Calls `f` once for every task in `0..tasks` and returns when all are done. A panic in `f` is passed on, and tasks
+    /// that nobody had begun by then are dropped. A call from inside a task, or beside another caller, runs inline.
+    pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, f: F) {
+        unsafe fn call<F: Fn(usize)>(data: *const (), task: usize) {
+            // SAFETY: `run` passes the address of its `f`.
+            unsafe { (*data.cast::<F>())(task) }
         }
         let shared = &*self.shared;
-        let call: &(dyn Fn(usize) + Sync) = &f;
-        // SAFETY: the lifetime of `f` is erased; workers leave the loop before `run` returns, see the wait below.
-        let call: *const (dyn Fn(usize) + Sync) = unsafe {
-            std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync)>(
-                std::ptr::from_ref(call),
-            )
-        };
-        // SAFETY: the epoch is even and no worker is inside, so nobody reads `job`.
-        unsafe { *shared.job.get() = Job { call, tasks } };
-        shared.next.store(0, Ordering::Relaxed);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
-        for handle in &self.handles {
-            handle.unpark();
-        }
-        let mine = catch_unwind(AssertUnwindSafe(|| claim(shared, tasks, &f)));
-        if mine.is_err() {
-            shared.next.store(tasks, Ordering::Relaxed);
-        }
-        // Closes the loop: a worker that counts itself in from now on sees an even epoch and leaves.
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
-        let mut spins = 0u32;
-        while shared.inside.load(Ordering::SeqCst) != 0 {
-            spins += 1;
-            if spins < 10_000 {
-                std::hint::spin_loop();
-            } else {
-                // The worker has lost its core: give it ours.
-                std::thread::yield_now();
-            }
-        }
-        if let Err(panic) = mine {
-            resume_unwind(panic);
-        }
-        let theirs = shared.panic.lock().map_or(None, |mut p| p.take());
-        if let Some(panic) = theirs {
-            resume_unwind(panic);
-        }
-    }
-}
-
-fn claim(shared: &Shared, tasks: usize, f: &(impl Fn(usize) + Sync + ?Sized)) {
-    loop {
-        let task = shared.next.fetch_add(1, Ordering::Relaxed);
-        if task >= tasks {
+        if tasks <= 1 || self.workers.is_empty() || shared.busy.swap(true, Ordering::Acquire) {
+            (0..tasks).for_each(f);
             return;
         }
-        f(task);
-    }
-}
-
-fn work(shared: &Shared) {
-    let mut seen = 0;
-    let mut idle_since = Instant::now();
-    let mut looks = 0u32;
-    while !shared.stop.load(Ordering::Relaxed) {
-        let epoch = shared.epoch.load(Ordering::SeqCst);
-        if epoch % 2 == 1 && epoch != seen {
-            seen = epoch;
-            shared.inside.fetch_add(1, Ordering::SeqCst);
-            // Still the same loop after counting in: `run` now waits for this worker.
-            if shared.epoch.load(Ordering::SeqCst) == epoch {
-                // SAFETY: see above; `job` is not written while this worker is inside.
-                let (call, tasks) = unsafe {
-                    let job = &*shared.job.get();
-                    (&*job.call, job.tasks)
-                };
-                let done = catch_unwind(AssertUnwindSafe(|| claim(shared, tasks, call)));
-                if let Err(panic) = done {
-                    shared.next.store(tasks, Ordering::Relaxed);
-                    if let Ok(mut slot) = shared.panic.lock() {
-                        *slot = Some(panic);
-                    }
-                }
+        let job = Job { data: (&raw const f).cast(), call: call::<F>, tasks };
+        // SAFETY: this caller holds `busy`, the gate is closed and nobody is inside.
+        unsafe { *shared.job.get() = job };
+        shared.next.store(0, Ordering::Relaxed);
+        let gate = shared.gate.load(Ordering::Relaxed);
+        // Sequentially consistent with a worker's `parked` flag: either it sees the job or we see the flag.
+        shared.gate.store(gate.wrapping_add(EPOCH) | OPEN, Ordering::SeqCst);
+        for worker in self.workers.iter().take(tasks - 1) {
+            if worker.parked.load(Ordering::SeqCst)
+                && let Some(handle) = &worker.handle
+            {
+                handle.thread().unpark();
             }
-            shared.inside.fetch_sub(1, Ordering::SeqCst);
-            idle_since = Instant::now();
-            looks = 0;
-            continue;
         }
-        std::hint::spin_loop();
-        looks += 1;
-        if looks.is_multiple_of(64) && idle_since.elapsed() > SPIN {
-            std::thread::park_timeout(Duration::from_millis(50));
-            looks = 0;
+        shared.work(job);
+        shared.gate.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut spins = 0u32;
+        while shared.gate.load(Ordering::Acquire) & INSIDE_MASK != 0 {
+            spins += 1;
+            if spins.is_multiple_of(4096) {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
         }
+        let payload = shared.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        shared.busy.store(false, Ordering::Release);
+        if let Some(payload) = payload {
+            resume_unwind(payload);
+        }
+    }
+
+    /// Cuts `out` into groups of rows and calls `f(first row, group)` for each, in parallel where that pays.
+    pub(crate) fn for_rows<T: Send>(
+        &self,
+        out: &mut [T],
+        width: usize,
+        f: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        /// Elements that are worth a task, some microseconds of element-wise work.
+        const WORTH: usize = 1 << 13;
+        let rows = out.len() / width;
+        let share = rows.div_ceil(self.count() * 4).max(WORTH.div_ceil(width)).max(1);
+        let parts = Disjoint::new(out);
+        self.run(rows.div_ceil(share), |task| {
+            let (first, last) = (task * share, ((task + 1) * share).min(rows));
+            // SAFETY: each task has rows of its own.
+            f(first, unsafe { parts.slice_mut(first * width..last * width) });
+        });
     }
 }
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        for handle in &self.handles {
-            handle.unpark();
-        }
-        for worker in self.workers.drain(..) {
-            // A worker's panic was handed to `run`; there is nothing left to report.
-            worker.join().ok();
+        self.shared.gate.fetch_or(STOP, Ordering::SeqCst);
+        for worker in &mut self.workers {
+            if let Some(handle) = worker.handle.take() {
+                handle.thread().unpark();
+                // A worker catches its tasks' panics, so it has none of its own to report.
+                let _ = handle.join();
+            }
         }
     }
 }
 
-/// A mutable slice of which tasks take parts that do not overlap.
-pub(crate) struct Disjoint<'a, T> {
+/// A worker's life: wait for a job it has not served, enter, work, leave.
+fn serve(shared: &Shared, parked: &AtomicBool) {
+    let mut served = 0;
+    loop {
+        let Some(gate) = wait(shared, parked, served) else {
+            return;
+        };
+        let entered = shared.gate.compare_exchange_weak(
+            gate,
+            gate + INSIDE,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        );
+        if entered.is_ok() {
+            served = gate >> 32;
+            // SAFETY: inside the gate the job stays as it is.
+            let job = unsafe { *shared.job.get() };
+            shared.work(job);
+            shared.gate.fetch_sub(INSIDE, Ordering::Release);
+        }
+    }
+}
+
+/// Waits until a job other than `served` is open: the gate then, or `None` at the end.
+fn wait(shared: &Shared, parked: &AtomicBool, served: u64) -> Option<u64> {
+    let news = |gate: u64| gate & STOP != 0 || (gate & OPEN != 0 && gate >> 32 != served);
+    let answer = |gate: u64| if gate & STOP != 0 { None } else { Some(gate) };
+    loop {
+        let start = Instant::now();
+        while start.elapsed() < SPIN {
+            for _ in 0..32 {
+                let gate = shared.gate.load(Ordering::Acquire);
+                if news(gate) {
+                    return answer(gate);
+                }
+                std::hint::spin_loop();
+            }
+        }
+        parked.store(true, Ordering::SeqCst);
+        while !news(shared.gate.load(Ordering::SeqCst)) {
+            std::thread::park();
+        }
+        parked.store(false, Ordering::Relaxed);
+    }
+}
+
+/// A mutable slice of which tasks take disjoint parts.
+pub struct Disjoint<'a, T> {
     start: *mut T,
     len: usize,
     slice: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the parts that threads take do not overlap, by the contract of `part`.
+// SAFETY: parts are disjoint by the contract of `slice_mut`, so sharing is like sending each part to one thread.
 unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
+// SAFETY: as for the slice itself.
+unsafe impl<T: Send> Send for Disjoint<'_, T> {}
 
 impl<'a, T> Disjoint<'a, T> {
-    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+    /// Of this slice.
+    pub fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
     }
 
-    /// A part of the slice.
+    /// The elements in `range`.
     ///
     /// # Safety
     /// No two parts that are alive at the same time may overlap.
-    pub(crate) unsafe fn part(&self, range: Range<usize>) -> &'a mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len);
-        // SAFETY: in bounds by the assertion, unaliased by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    #[must_use]
+    pub unsafe fn slice_mut(&self, range: Range<usize>) -> &'a mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "part outside the slice");
+        // SAFETY: inside the slice by the check above; not aliased by the contract.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.start.add(range.start), range.end - range.start)
+        }
     }
 
-    /// The address of an element, for writes that no rectangle of rows describes.
+    /// One element.
     ///
     /// # Safety
-    /// No two threads may write the same element.
-    pub(crate) unsafe fn pointer(&self, at: usize) -> *mut T {
-        assert!(at <= self.len);
-        // SAFETY: in bounds by the assertion.
-        unsafe { self.start.add(at) }
+    /// As for [`Self::slice_mut`].
+    #[must_use]
+    pub unsafe fn item_mut(&self, index: usize) -> &'a mut T {
+        assert!(index < self.len, "element outside the slice");
+        // SAFETY: inside the slice by the check above; not aliased by the contract.
+        unsafe { &mut *self.start.add(index) }
     }
-}
 
-/// Runs `f` over row blocks of a matrix with `width` columns, `block` rows a task.
-pub(crate) fn for_row_blocks(
-    threads: &Threads,
-    out: &mut [f32],
-    width: usize,
-    block: usize,
-    f: impl Fn(usize, &mut [f32]) + Sync,
-) {
-    let rows = out.len() / width.max(1);
-    let out = Disjoint::new(out);
-    threads.run(rows.div_ceil(block), |task| {
-        let rows = task * block..((task + 1) * block).min(rows);
-        // SAFETY: row blocks of different tasks do not overlap.
-        let part = unsafe { out.part(rows.start * width..rows.end * width) };
-        f(rows.start, part);
-    });
+    /// Address of the first element, for kernels that write strided parts.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut T {
+        self.start
+    }
 }
 
 #[cfg(test)]
@@ -247,44 +291,69 @@ mod tests {
 
     #[test]
     fn every_task_runs_once() {
-        for count in [1, 2, 4] {
-            let threads = Threads::new(count);
-            for tasks in [0usize, 1, 2, 3, 17, 1000] {
-                let hits: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                threads.run(tasks, |t| {
-                    hits[t].fetch_add(1, Ordering::Relaxed);
+        for n in [1, 2, 4] {
+            let threads = Threads::new(n);
+            for tasks in [0, 1, 2, 7, 1000] {
+                let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                threads.run(tasks, |i| {
+                    counts[i].fetch_add(1, Ordering::Relaxed);
                 });
-                assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1), "{count} {tasks}");
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
             }
         }
     }
 
     #[test]
-    fn many_short_loops_and_pauses() {
+    fn many_short_jobs_with_pauses_do_not_hang() {
         let threads = Threads::new(3);
         let sum = AtomicUsize::new(0);
-        for i in 0..20_000 {
-            threads.run(4, |t| {
-                sum.fetch_add(t, Ordering::Relaxed);
+        for round in 0..3000 {
+            threads.run(4, |i| {
+                sum.fetch_add(i, Ordering::Relaxed);
             });
-            if i % 5000 == 0 {
-                std::thread::sleep(Duration::from_millis(2));
+            if round % 100 == 0 {
+                std::thread::sleep(Duration::from_micros(200));
             }
         }
-        assert_eq!(sum.load(Ordering::Relaxed), 20_000 * 6);
+        assert_eq!(sum.load(Ordering::Relaxed), 3000 * 6);
     }
 
     #[test]
-    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+    fn a_panic_reaches_the_caller_and_the_pool_survives() {
         let threads = Threads::new(2);
-        let caught = catch_unwind(AssertUnwindSafe(|| {
-            threads.run(100, |t| assert!(t != 50, "task 50"));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            threads.run(64, |i| assert!(i != 13, "bad luck"));
         }));
-        assert!(caught.is_err());
+        assert!(result.is_err());
         let sum = AtomicUsize::new(0);
-        threads.run(10, |t| {
-            sum.fetch_add(t, Ordering::Relaxed);
+        threads.run(10, |i| {
+            sum.fetch_add(i, Ordering::Relaxed);
         });
         assert_eq!(sum.load(Ordering::Relaxed), 45);
+    }
+
+    #[test]
+    fn a_nested_run_runs_inline() {
+        let threads = Threads::new(2);
+        let sum = AtomicUsize::new(0);
+        threads.run(4, |_| {
+            threads.run(3, |j| {
+                sum.fetch_add(j, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(sum.load(Ordering::Relaxed), 12);
+    }
+
+    #[test]
+    fn disjoint_parts_are_written_in_parallel() {
+        let threads = Threads::new(2);
+        let mut data = vec![0usize; 100];
+        let parts = Disjoint::new(&mut data);
+        threads.run(10, |i| {
+            // SAFETY: each task has ten elements of its own.
+            let part = unsafe { parts.slice_mut(i * 10..(i + 1) * 10) };
+            part.fill(i);
+        });
+        assert!(data.iter().enumerate().all(|(i, x)| *x == i / 10));
     }
 }

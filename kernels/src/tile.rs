@@ -1,179 +1,233 @@
-//! The register tile that matrix products and attention share: `rows x 2 vectors += A (rows x k) * B (k x 2 vectors)`.
+//! The register tile: the one inner loop behind matrix products and attention.
 //!
-//! Every output element is one chain of multiply-adds over k in ascending order, whatever the number of rows.
+//! It multiplies a few rows of floats with a strip of columns and keeps every output in one accumulator over the whole of
+//! k, in order. That makes an output's value independent of the tile it happened to be computed in.
 
-use crate::simd::{Element, Simd};
+use crate::simd::{LANES, Simd, Source};
 
-/// Rows of the largest tile: 12 x 2 accumulators, 2 for B and the broadcasts fit 32 registers.
-pub(crate) const MOST_ROWS: usize = 12;
+/// Columns of a panel of packed weights or keys.
+pub(crate) const PANEL: usize = 32;
 
-/// Accumulates into `acc`.
+/// One tile: `out[r][c] = init[r][c] * scale[r] + sum over k of a[r][k] * b[k][c] (+ out[r][c]) (+ bias[c])`.
+pub(crate) struct Tile {
+    /// Rows, at most [`Simd::TILE_ROWS`].
+    pub(crate) rows: usize,
+    /// Vectors of 16 columns, as many as [`fits`] allows. 1, 2, 4 or 8.
+    pub(crate) vectors: usize,
+    /// Terms of each sum.
+    pub(crate) k: usize,
+    /// First row of the left factor.
+    pub(crate) a: *const f32,
+    /// Floats between its rows.
+    pub(crate) a_stride: usize,
+    /// First number of the right factor.
+    pub(crate) b: *const u8,
+    /// Numbers between its rows.
+    pub(crate) b_stride: usize,
+    /// Numbers between its pairs of vectors: 32 where columns are contiguous, else a panel or the way to another block,
+    /// which may lead backwards.
+    pub(crate) b_pair: usize,
+    /// What the sums start with; null for zero. Pairs of vectors are `out_pair` apart here too.
+    pub(crate) init: *const f32,
+    /// Factor per row of `init`; null for one.
+    pub(crate) scale: *const f32,
+    /// Floats between rows of `init`.
+    pub(crate) init_stride: usize,
+    /// Where results go.
+    pub(crate) out: *mut f32,
+    /// Floats between rows of `out`.
+    pub(crate) out_stride: usize,
+    /// Columns of the last vectors that exist in `out`: results beyond are dropped.
+    pub(crate) columns: usize,
+    /// Add what is in `out`.
+    pub(crate) accumulate: bool,
+    /// Added to every row; null for none.
+    pub(crate) bias: *const f32,
+    /// Bytes from a number of the right factor to what will be read next: tiles of few rows wait for memory, so they ask
+    /// for that early.
+    pub(crate) ahead: isize,
+}
+
+/// Rows from which on a tile has enough to do not to wait for memory.
+const PATIENT: usize = 8;
+
+impl Tile {
+    /// A plain product of contiguous columns, for [`wide`].
+    #[inline(always)]
+    pub(crate) fn product(
+        rows: usize,
+        k: usize,
+        (a, a_stride): (*const f32, usize),
+        (b, b_stride): (*const u8, usize),
+        (out, out_stride): (*mut f32, usize),
+    ) -> Self {
+        Self {
+            rows,
+            vectors: 0,
+            k,
+            a,
+            a_stride,
+            b,
+            b_stride,
+            b_pair: PANEL,
+            init: std::ptr::null(),
+            scale: std::ptr::null(),
+            init_stride: 0,
+            out,
+            out_stride,
+            columns: 0,
+            accumulate: false,
+            bias: std::ptr::null(),
+            ahead: 0,
+        }
+    }
+}
+
+/// Runs `tile`.
 ///
 /// # Safety
-/// `a` must have `ROWS` rows of `k` elements, `lda` apart; `b` must have `k` rows of `2 * S::LANES` elements, `ldb`
-/// apart; the target features of `S` must be present.
+/// All pointers are valid for the shape that the fields describe, `b` for `vectors * 16` numbers per row even where
+/// `columns` is less; `out` does not overlap `a`, `b` or `bias`.
 #[inline(always)]
-pub(crate) unsafe fn multiply<S: Simd, E: Element, const ROWS: usize>(
-    a: *const f32,
-    lda: usize,
-    b: *const E,
-    ldb: usize,
-    k: usize,
-    acc: &mut [[S::V; 2]; ROWS],
-) {
-    // SAFETY: in bounds by the caller's promise.
+pub(crate) unsafe fn body<S: Simd, B: Source>(s: S, tile: &Tile) {
+    macro_rules! variants {
+        ($(($rows:literal, $vectors:literal))+) => {
+            match (tile.rows, tile.vectors) {
+                // SAFETY: the same contract, and the shape is the matched one.
+                $(($rows, $vectors) => unsafe { fixed::<S, B, $rows, $vectors>(s, tile) },)+
+                (rows, vectors) => unreachable!("no tile of {rows} x {vectors}"),
+            }
+        };
+    }
+    variants! {
+        (1, 1) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (7, 1) (8, 1) (9, 1) (10, 1) (11, 1) (12, 1)
+        (1, 2) (2, 2) (3, 2) (4, 2) (5, 2) (6, 2) (7, 2) (8, 2) (9, 2) (10, 2) (11, 2) (12, 2)
+        (1, 4) (2, 4) (3, 4) (4, 4) (5, 4) (6, 4)
+        (1, 8) (2, 8)
+    }
+}
+
+/// Whether the registers have room for such a tile: accumulators, one row of the right factor and one number of the left.
+#[inline(always)]
+pub(crate) const fn fits<S: Simd>(rows: usize, vectors: usize) -> bool {
+    rows * vectors <= S::ACCUMULATORS && (rows + 1) * vectors < S::ACCUMULATORS + 8
+}
+
+/// Runs `tile` over `columns` contiguous columns, a multiple of 16 of them, as the registers have room.
+///
+/// # Safety
+/// As [`body`] for the whole of the columns.
+#[inline(always)]
+pub(crate) unsafe fn wide<S: Simd, B: Source>(s: S, mut tile: Tile, columns: usize) {
+    let mut left = columns / LANES;
+    while left > 0 {
+        let mut vectors = 8;
+        while vectors > left || !fits::<S>(tile.rows, vectors) {
+            vectors /= 2;
+        }
+        tile.vectors = vectors;
+        tile.columns = vectors * LANES;
+        // SAFETY: the part lies inside the columns of the contract.
+        unsafe {
+            s.tile::<B>(&tile);
+            tile.b = tile.b.add(tile.columns * B::BYTES);
+            tile.out = tile.out.add(tile.columns);
+            if !tile.init.is_null() {
+                tile.init = tile.init.add(tile.columns);
+            }
+        }
+        left -= vectors;
+    }
+}
+
+/// # Safety
+/// As [`body`], with `R` rows and `N` vectors.
+#[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "plain indices become registers, iterators over vectors may not"
+)]
+unsafe fn fixed<S: Simd, B: Source, const R: usize, const N: usize>(s: S, tile: &Tile) {
+    if const { !fits::<S>(R, N) } {
+        unreachable!("{R} x {N} accumulators don't fit the registers");
+    }
+    // SAFETY: all addresses lie in the shape of the contract.
     unsafe {
-        for i in 0..k {
-            let row = b.add(i * ldb);
-            let b0 = E::load::<S>(row);
-            let b1 = E::load::<S>(row.add(S::LANES));
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let x = S::splat(*a.add(r * lda + i));
-                acc[0] = S::fma(x, b0, acc[0]);
-                acc[1] = S::fma(x, b1, acc[1]);
+        let mut acc = [[s.splat(0.0); N]; R];
+        if !tile.init.is_null() {
+            for r in 0..R {
+                let from = tile.init.add(r * tile.init_stride);
+                for v in 0..N {
+                    acc[r][v] = s.load(from.add(v * LANES));
+                }
+            }
+            if !tile.scale.is_null() {
+                for r in 0..R {
+                    let scale = s.splat(*tile.scale.add(r));
+                    for v in 0..N {
+                        acc[r][v] = s.mul(acc[r][v], scale);
+                    }
+                }
+            }
+        }
+        let mut b = tile.b;
+        let b_step = tile.b_stride * B::BYTES;
+        for k in 0..tile.k {
+            let mut columns = [s.splat(0.0); N];
+            for v in 0..N {
+                let pair = (v / 2).wrapping_mul(tile.b_pair);
+                let at = b.wrapping_add(pair.wrapping_add((v % 2) * LANES).wrapping_mul(B::BYTES));
+                if const { R <= PATIENT } && (v * LANES * B::BYTES).is_multiple_of(64) {
+                    s.prefetch(at.wrapping_offset(tile.ahead));
+                }
+                columns[v] = B::load(s, at);
+            }
+            for r in 0..R {
+                let a = s.splat(*tile.a.add(r * tile.a_stride + k));
+                for v in 0..N {
+                    acc[r][v] = s.mul_add(a, columns[v], acc[r][v]);
+                }
+            }
+            b = b.wrapping_add(b_step);
+        }
+        if tile.columns < N * LANES || tile.accumulate || !tile.bias.is_null() {
+            // By way of memory, so that the code for all the combinations is not there in every variant.
+            let mut results = [[[0.0f32; LANES]; N]; R];
+            for r in 0..R {
+                for v in 0..N {
+                    s.store(results[r][v].as_mut_ptr(), acc[r][v]);
+                }
+            }
+            finish(tile, results.as_ptr().cast::<f32>(), N * LANES);
+            return;
+        }
+        for r in 0..R {
+            let out = tile.out.add(r * tile.out_stride);
+            for v in 0..N {
+                s.store(out.add(v * LANES), acc[r][v]);
             }
         }
     }
 }
 
-/// Runs `$body` with `$rows` as a constant, for 1 to 12 rows.
-macro_rules! with_rows {
-    ($count:expr, $rows:ident => $body:expr) => {
-        match $count {
-            1 => {
-                const $rows: usize = 1;
-                $body
-            }
-            2 => {
-                const $rows: usize = 2;
-                $body
-            }
-            3 => {
-                const $rows: usize = 3;
-                $body
-            }
-            4 => {
-                const $rows: usize = 4;
-                $body
-            }
-            5 => {
-                const $rows: usize = 5;
-                $body
-            }
-            6 => {
-                const $rows: usize = 6;
-                $body
-            }
-            7 => {
-                const $rows: usize = 7;
-                $body
-            }
-            8 => {
-                const $rows: usize = 8;
-                $body
-            }
-            9 => {
-                const $rows: usize = 9;
-                $body
-            }
-            10 => {
-                const $rows: usize = 10;
-                $body
-            }
-            11 => {
-                const $rows: usize = 11;
-                $body
-            }
-            _ => {
-                const $rows: usize = 12;
-                $body
-            }
-        }
-    };
-}
-pub(crate) use with_rows;
-
-/// Rows of a tile that keeps its accumulators in registers: 12 with 32 registers, 6 with 16.
-#[inline(always)]
-pub(crate) fn tile_rows<S: Simd>() -> usize {
-    if S::LANES == 16 { MOST_ROWS } else { 6 }
-}
-
-/// `out (rows x 2 vectors) = A * B`, `ldo` apart.
+/// Writes the columns that exist of a tile whose sums, `stride` per row, are in memory.
 ///
 /// # Safety
-/// As [`multiply`]; `out` must have `rows` rows of `2 * S::LANES` writable elements.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a kernel takes raw parts")]
-pub(crate) unsafe fn product<S: Simd, E: Element>(
-    a: *const f32,
-    lda: usize,
-    rows: usize,
-    b: *const E,
-    ldb: usize,
-    k: usize,
-    out: *mut f32,
-    ldo: usize,
-) {
-    let most = tile_rows::<S>();
-    let mut row = 0;
-    while row < rows {
-        let count = most.min(rows - row);
-        // SAFETY: in bounds by the caller's promise.
-        unsafe {
-            with_rows!(count, ROWS => {
-                let mut acc = [[S::zero(); 2]; ROWS];
-                multiply::<S, E, ROWS>(a.add(row * lda), lda, b, ldb, k, &mut acc);
-                for (r, acc) in acc.iter().enumerate() {
-                    let to = out.add((row + r) * ldo);
-                    S::store(to, acc[0]);
-                    S::store(to.add(S::LANES), acc[1]);
+/// As [`body`], and `sums` has as many rows as the tile.
+#[inline(never)]
+unsafe fn finish(tile: &Tile, sums: *const f32, stride: usize) {
+    let has_bias = !tile.bias.is_null();
+    for r in 0..tile.rows {
+        for c in 0..tile.columns {
+            // SAFETY: by the contract.
+            unsafe {
+                let mut sum = *sums.add(r * stride + c);
+                if has_bias {
+                    sum += *tile.bias.add(c);
                 }
-            });
+                let out = tile.out.add(r * tile.out_stride + c);
+                *out = if tile.accumulate { *out + sum } else { sum };
+            }
         }
-        row += count;
-    }
-}
-
-/// `out = out * factor[row] + A * B`.
-///
-/// # Safety
-/// As [`product`]; `factor` must have `rows` elements.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a kernel takes raw parts")]
-pub(crate) unsafe fn rescale_and_add<S: Simd, E: Element>(
-    a: *const f32,
-    lda: usize,
-    rows: usize,
-    b: *const E,
-    ldb: usize,
-    k: usize,
-    factor: *const f32,
-    out: *mut f32,
-    ldo: usize,
-) {
-    let most = tile_rows::<S>();
-    let mut row = 0;
-    while row < rows {
-        let count = most.min(rows - row);
-        // SAFETY: in bounds by the caller's promise.
-        unsafe {
-            with_rows!(count, ROWS => {
-                let mut acc = [[S::zero(); 2]; ROWS];
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let from = out.add((row + r) * ldo);
-                    let factor = S::splat(*factor.add(row + r));
-                    acc[0] = S::mul(S::load(from), factor);
-                    acc[1] = S::mul(S::load(from.add(S::LANES)), factor);
-                }
-                multiply::<S, E, ROWS>(a.add(row * lda), lda, b, ldb, k, &mut acc);
-                for (r, acc) in acc.iter().enumerate() {
-                    let to = out.add((row + r) * ldo);
-                    S::store(to, acc[0]);
-                    S::store(to.add(S::LANES), acc[1]);
-                }
-            });
-        }
-        row += count;
     }
 }

@@ -1,34 +1,28 @@
-//! One query per sequence: the heads of a group share each key they read.
+//! Attention of one query row per sequence, which is a matter of reading the cache once and fast.
 //!
-//! A long cache is cut into partitions of a fixed length, so that one sequence can keep several threads busy; the
-//! partitions are joined in order, so the result does not depend on who computed them.
+//! A long cache is cut into parts of 512 tokens, whatever the batch and the threads; each part has its own softmax, and the
+//! parts are joined in order.
 
-use super::{
-    AttendItem, AttendShape, EMPTY, Running, check, hide_outside_window, padded, scores, soften,
-    widen_values,
-};
-use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, with_element};
-use crate::simd::{Element, Simd, dispatch, isa};
+use std::ops::Range;
+
+use super::{AttendItem, AttendShape, Job, to_score, visible};
+use crate::buffer::{Scratch, lines, split_lines};
+use crate::kv::{BLOCK_TOKENS, BlockPool, with_format};
+use crate::simd::math::exp;
+use crate::simd::{Isa, LANES, Simd, Source, isa, multiversion};
 use crate::threads::{Disjoint, Threads};
-use crate::tile::rescale_and_add;
+use crate::tile::{Tile, fits, wide};
 
-/// Tokens of a partition: with 64 channels in 16 bits it is 64 KiB, a few microseconds of reading.
-const PARTITION: usize = 256;
+/// Blocks between the one at work and the one asked for.
+const LOOK_AHEAD: usize = 3;
+/// Tokens of a part.
+const PART: usize = 512;
 
-/// One partition of one KV head's cache.
-struct Task<'a> {
-    head: &'a HeadCache,
-    pool: &'a BlockPool,
-    shape: &'a AttendShape,
-    tokens: (usize, usize),
-    /// The group's queries.
-    q: *const f32,
-    /// Per head of the group: maximum, sum, then `padded(head_dim)` channels.
-    partial: &'a mut [f32],
-}
-
-/// Attention of one query per item. Arguments as of [`super::attend_prefill`].
-#[expect(clippy::too_many_arguments, reason = "a kernel takes raw parts")]
+/// Attention of one query row per sequence; see [`super::attend_prefill`] for the arguments.
+///
+/// # Panics
+/// If the sizes do not fit each other or an item has more or fewer rows than one.
+#[expect(clippy::too_many_arguments, reason = "the layout of a fused row")]
 pub fn attend_decode(
     threads: &Threads,
     pool: &BlockPool,
@@ -39,161 +33,297 @@ pub fn attend_decode(
     out: &mut [f32],
     lse: Option<&mut [f32]>,
 ) {
-    check(items, pool, shape, qkv, qkv_width, out, lse.as_deref());
-    assert!(items.iter().all(|i| i.rows == 1), "decode takes one query a sequence");
-    let group = shape.group();
-    let stride = group * (2 + padded(shape.head_dim));
-    // (item, KV head, first token) of every partition; a head's partitions are neighbours.
-    let mut parts = Vec::new();
-    let mut heads = Vec::with_capacity(items.len() * shape.kv_heads);
-    for (index, item) in items.iter().enumerate() {
-        for (kv_head, head) in item.heads.iter().enumerate() {
-            let from = parts.len();
-            parts.extend((0..head.tokens()).step_by(PARTITION).map(|t| (index, kv_head, t)));
-            heads.push((index, kv_head, from..parts.len()));
+    assert!(items.iter().all(|i| i.rows == 1), "an item without exactly one row");
+    decode_with(isa(), threads, &Job::new(pool, items, shape, qkv, qkv_width, out, lse));
+}
+
+/// One KV head of an item: its first part among all parts, and its number of parts.
+struct Head {
+    item: usize,
+    head: usize,
+    first: usize,
+    parts: usize,
+}
+
+pub(super) fn decode_with(isa: Isa, threads: &Threads, job: &Job<'_>) {
+    let mut heads = Vec::with_capacity(job.items.len() * job.shape.kv_heads);
+    let mut tasks = Vec::with_capacity(heads.capacity());
+    for (item, caches) in job.items.iter().map(|i| i.heads).enumerate() {
+        for (head, cache) in caches.iter().enumerate() {
+            // An empty cache has one empty part.
+            let parts = cache.tokens().div_ceil(PART).max(1);
+            tasks.extend((0..parts).map(|part| (heads.len(), part)));
+            heads.push(Head { item, head, first: tasks.len() - parts, parts });
         }
     }
-    let mut partials = vec![0.0f32; parts.len() * stride];
-    let path = isa();
-    {
-        let partials = Disjoint::new(&mut partials);
-        threads.run(parts.len(), |i| {
-            let (index, kv_head, start) = parts[i];
-            let item = &items[index];
-            let head = &item.heads[kv_head];
-            let first_column = item.first_row * qkv_width + kv_head * group * shape.head_dim;
-            let task = Task {
-                head,
-                pool,
-                shape,
-                tokens: (start, (start + PARTITION).min(head.tokens())),
-                q: qkv[first_column..].as_ptr(),
-                // SAFETY: every task takes its own part.
-                partial: unsafe { partials.part(i * stride..(i + 1) * stride) },
-            };
-            with_element!(pool.format(), E => {
-                // SAFETY: sizes were checked, the path is available.
-                unsafe { run::<E>(path, task) };
-            });
+    let size = part_size(job.shape);
+    let joins = heads.iter().any(|h| h.parts > 1);
+    let mut partial = vec![0.0f32; if joins { tasks.len() * size } else { 0 }];
+    let results = Disjoint::new(&mut partial);
+    threads.run(tasks.len(), |i| {
+        let (head, part) = tasks[i];
+        let head = &heads[head];
+        // SAFETY: tasks have parts of their own, and a head with a single part its own output.
+        unsafe {
+            let result =
+                if head.parts > 1 { results.slice_mut(i * size..(i + 1) * size) } else { &mut [] };
+            with_format!(job.pool.format(), run::<B>(isa, job, head, part, result));
+        }
+    });
+    if joins {
+        threads.run(heads.len(), |i| {
+            let head = &heads[i];
+            if head.parts > 1 {
+                // SAFETY: all parts are done; each head has its own output.
+                unsafe {
+                    let parts =
+                        results.slice_mut(head.first * size..(head.first + head.parts) * size);
+                    join(isa, job, head, parts);
+                }
+            }
         });
     }
-    let mut lse = lse;
-    for (index, kv_head, range) in heads {
-        let row = items[index].first_row;
-        let partials = &partials[range.start * stride..range.end * stride];
-        for g in 0..group {
-            let head = kv_head * group + g;
-            let to = (row * shape.heads + head) * shape.head_dim;
-            let total = join(partials, stride, g, &mut out[to..to + shape.head_dim]);
-            if let Some(lse) = &mut lse {
-                lse[row * shape.heads + head] = total;
+}
+
+/// Floats of a part's result: sums, then maximum, then denominator, of each query head.
+fn part_size(shape: &AttendShape) -> usize {
+    shape.group() * (shape.head_dim.next_multiple_of(LANES) + LANES)
+}
+
+multiversion! {
+    /// # Safety
+    /// The job is checked; no other task has this part.
+    unsafe fn run<B: Source>(job: &Job<'_>, head: &Head, part: usize, result: &mut [f32]) = body
+}
+
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn body<S: Simd, B: Source>(
+    s: S,
+    job: &Job<'_>,
+    head: &Head,
+    part: usize,
+    result: &mut [f32],
+) {
+    let (shape, item) = (job.shape, &job.items[head.item]);
+    let (dim, group) = (shape.head_dim, shape.group());
+    let padded = dim.next_multiple_of(LANES);
+    let cache = &item.heads[head.head];
+    let seen = visible(&cache.positions, 1, 0, shape.window);
+    let keys = seen.start.max(part * PART)..seen.end.min((part + 1) * PART);
+    let step = S::TILE_ROWS;
+    let mut scratch = Scratch::take(lines(step * PART) + lines(step * padded));
+    let scratch = scratch.floats();
+    let (scores, rest) = split_lines(scratch, step * PART);
+    let (sums, _) = split_lines(rest, step * padded);
+    // A large group goes through in pieces; the block is in a cache the second time.
+    for first in (0..group).step_by(step) {
+        let rows = step.min(group - first);
+        let query_head = head.head * group + first;
+        let from = item.first_row * job.qkv_width + query_head * dim;
+        let queries = &job.qkv[from..from + rows * dim];
+        let mut softmax = [(f32::NEG_INFINITY, 0.0); 16];
+        if keys.is_empty() {
+            sums.fill(0.0);
+        } else {
+            let view = View { pool: job.pool, cache, keys: keys.clone(), part: part * PART };
+            // SAFETY: the keys are cached tokens of this head; scratch rows have the sizes given.
+            unsafe {
+                view.products::<S, B>(s, queries, rows, scores);
+                for (i, softmax) in softmax.iter_mut().enumerate().take(rows) {
+                    *softmax = view.softmax(s, shape, &mut scores[i * PART..(i + 1) * PART]);
+                }
+                view.values::<S, B>(s, rows, scores, sums);
+            }
+        }
+        for (i, (max, total)) in softmax.into_iter().enumerate().take(rows) {
+            let sums = &sums[i * padded..(i + 1) * padded];
+            if head.parts == 1 {
+                // SAFETY: the head's only part writes its output.
+                unsafe { job.finish(item.first_row, query_head + i, sums, max, total) };
+            } else {
+                let at = (first + i) * (padded + LANES);
+                result[at..at + padded].copy_from_slice(sums);
+                result[at + padded] = max;
+                result[at + padded + 1] = total;
             }
         }
     }
 }
 
-/// Joins one head's partitions in order; returns the log-sum-exp.
-fn join(partials: &[f32], stride: usize, g: usize, out: &mut [f32]) -> f32 {
-    let width = padded(out.len());
-    let of = |part: &'_ [f32]| -> (f32, f32, usize) {
-        let at = g * (2 + width);
-        (part[at], part[at + 1], at + 2)
-    };
-    let max = partials.chunks(stride).map(|p| of(p).0).fold(f32::NEG_INFINITY, f32::max);
-    out.fill(0.0);
-    if max == f32::NEG_INFINITY {
-        return max;
-    }
-    let mut sum = 0.0f32;
-    for part in partials.chunks(stride) {
-        let (own, own_sum, at) = of(part);
-        let factor = if own == max { 1.0 } else { (own - max).exp() };
-        sum += own_sum * factor;
-        for (out, value) in out.iter_mut().zip(&part[at..]) {
-            *out += value * factor;
-        }
-    }
-    for value in out.iter_mut() {
-        *value /= sum;
-    }
-    max + sum.ln()
+/// The keys of a part that the query sees.
+struct View<'a> {
+    pool: &'a BlockPool,
+    cache: &'a crate::kv::HeadCache,
+    keys: Range<usize>,
+    /// First token of the part.
+    part: usize,
 }
 
-dispatch!(unsafe fn run<E: Element>(task: Task<'_>) = body);
+impl View<'_> {
+    fn blocks(&self) -> Range<usize> {
+        self.keys.start / BLOCK_TOKENS..self.keys.end.div_ceil(BLOCK_TOKENS)
+    }
+
+    /// # Safety
+    /// The keys are cached tokens; scratch rows have [`PART`] numbers.
+    #[inline(always)]
+    unsafe fn products<S: Simd, B: Source>(
+        &self,
+        s: S,
+        queries: &[f32],
+        rows: usize,
+        scores: &mut [f32],
+    ) {
+        let dim = self.pool.head_dim();
+        let mut block = self.blocks().start;
+        while block < self.blocks().end {
+            let two = block + 1 < self.blocks().end && fits::<S>(rows, 4);
+            // SAFETY: the blocks are part of the cache, their parts of the scratch row.
+            unsafe {
+                let keys = self.pool.key_ptr(self.cache.blocks[block]);
+                let at = scores.as_mut_ptr().add(block * BLOCK_TOKENS - self.part);
+                let mut product = Tile::product(
+                    rows,
+                    dim,
+                    (queries.as_ptr(), dim),
+                    (keys, BLOCK_TOKENS),
+                    (at, PART),
+                );
+                // The values come when the keys are done.
+                let (blocks, next) = (self.blocks(), block + LOOK_AHEAD);
+                let next = if next < blocks.end {
+                    self.pool.key_ptr(self.cache.blocks[next])
+                } else {
+                    self.pool
+                        .value_ptr(self.cache.blocks[(blocks.start + next - blocks.end).min(block)])
+                };
+                product.ahead = (next as isize).wrapping_sub(keys as isize);
+                if two {
+                    // Two streams of memory at a time, and twice the independent sums.
+                    let other = self.pool.key_ptr(self.cache.blocks[block + 1]);
+                    let way = (other as isize).wrapping_sub(keys as isize) / B::BYTES as isize;
+                    product.b_pair = way as usize;
+                    product.vectors = 4;
+                    product.columns = 2 * BLOCK_TOKENS;
+                    s.tile::<B>(&product);
+                } else {
+                    wide::<S, B>(s, product, BLOCK_TOKENS);
+                }
+            }
+            block += 1 + usize::from(two);
+        }
+    }
+
+    /// Products to weights, in place: their maximum and the sum of the weights.
+    ///
+    /// # Safety
+    /// `row` has [`PART`] numbers, products where blocks are.
+    #[inline(always)]
+    unsafe fn softmax<S: Simd>(&self, s: S, shape: &AttendShape, row: &mut [f32]) -> (f32, f32) {
+        let hidden = s.splat(f32::NEG_INFINITY);
+        let blocks = self.blocks();
+        let range = blocks.start * BLOCK_TOKENS - self.part..blocks.end * BLOCK_TOKENS - self.part;
+        let from = (self.keys.start - self.part) as isize;
+        let to = (self.keys.end - self.part) as isize;
+        // SAFETY: whole blocks lie inside the row.
+        unsafe {
+            let mut largest = hidden;
+            for at in range.clone().step_by(LANES) {
+                let p = row.as_mut_ptr().add(at);
+                let mut v = to_score(s, s.load(p), shape);
+                if (at as isize) < from || (at + LANES) as isize > to {
+                    v = s.keep(v, from - at as isize, to - at as isize, hidden);
+                }
+                s.store(p, v);
+                largest = s.max(largest, v);
+            }
+            let max = s.largest(largest);
+            let (by, mut total) = (s.splat(max), s.splat(0.0));
+            for at in range.step_by(LANES) {
+                let p = row.as_mut_ptr().add(at);
+                let v = exp(s, s.sub(s.load(p), by));
+                s.store(p, v);
+                total = s.add(total, v);
+            }
+            (max, s.sum(total))
+        }
+    }
+
+    /// Weights times values; values that the query does not see are not touched.
+    ///
+    /// # Safety
+    /// As [`Self::products`].
+    #[inline(always)]
+    unsafe fn values<S: Simd, B: Source>(
+        &self,
+        s: S,
+        rows: usize,
+        weights: &[f32],
+        sums: &mut [f32],
+    ) {
+        let dim = self.pool.head_dim();
+        let padded = dim.next_multiple_of(LANES);
+        let mut init: *const f32 = std::ptr::null();
+        for block in self.blocks() {
+            let base = block * BLOCK_TOKENS;
+            let tokens = self.keys.start.max(base)..self.keys.end.min(base + BLOCK_TOKENS);
+            // SAFETY: as above; a buffer can be read a vector beyond its last number.
+            unsafe {
+                let values = self.pool.value_ptr(self.cache.blocks[block]);
+                let mut product = Tile::product(
+                    rows,
+                    tokens.len(),
+                    (weights.as_ptr().add(tokens.start - self.part), PART),
+                    (values.add((tokens.start - base) * dim * B::BYTES), dim),
+                    (sums.as_mut_ptr(), padded),
+                );
+                product.init = init;
+                product.init_stride = padded;
+                if block + LOOK_AHEAD < self.blocks().end {
+                    let next = self.pool.value_ptr(self.cache.blocks[block + LOOK_AHEAD]);
+                    product.ahead = (next as isize).wrapping_sub(values as isize);
+                }
+                wide::<S, B>(s, product, padded);
+            }
+            init = sums.as_ptr();
+        }
+    }
+}
+
+multiversion! {
+    /// # Safety
+    /// Nobody else writes this head's output.
+    unsafe fn join(job: &Job<'_>, head: &Head, parts: &[f32]) = join_body
+}
 
 #[inline(always)]
-unsafe fn body<S: Simd, E: Element>(task: Task<'_>) {
-    let shape = task.shape;
-    let (dim, group) = (shape.head_dim, shape.group());
-    let width = padded(dim);
-    let wide = 2 * S::LANES;
-    let mut weights = vec![0.0f32; group * BLOCK_TOKENS];
-    let mut factors = vec![1.0f32; group];
-    let mut running = vec![EMPTY; group];
-    let mut out = vec![0.0f32; group * width];
-    // Where channels do not fill the tiles, values go through a padded copy.
-    let direct = dim.is_multiple_of(wide);
-    let mut values = if direct { Vec::new() } else { vec![0.0f32; BLOCK_TOKENS * width] };
-    let positions = &task.head.positions;
-    let query = positions[positions.len() - 1];
-    for start in (task.tokens.0..task.tokens.1).step_by(BLOCK_TOKENS) {
-        let here = BLOCK_TOKENS.min(task.tokens.1 - start);
-        // SAFETY: the block holds `here` tokens of this head; the scratch buffers have the sizes above.
-        unsafe {
-            let block: *const E = task.pool.block::<E>(task.head.blocks[start / BLOCK_TOKENS]);
-            scores::<S, E>(
-                task.q,
-                dim,
-                group,
-                block,
-                dim,
-                shape.scale,
-                shape.softcap,
-                &mut weights,
-            );
-            for g in 0..group {
-                let weights = &mut weights[g * BLOCK_TOKENS..(g + 1) * BLOCK_TOKENS];
-                weights[here..].fill(f32::NEG_INFINITY);
-                hide_outside_window(weights, &positions[start..start + here], query, shape.window);
-                factors[g] = soften::<S>(weights.as_mut_ptr(), &mut running[g]);
-            }
-            let from = block.add(task.pool.value_offset());
-            if direct {
-                for column in (0..dim).step_by(wide) {
-                    rescale_and_add::<S, E>(
-                        weights.as_ptr(),
-                        BLOCK_TOKENS,
-                        group,
-                        from.add(column),
-                        dim,
-                        here,
-                        factors.as_ptr(),
-                        out.as_mut_ptr().add(column),
-                        width,
-                    );
-                }
-            } else {
-                widen_values(from, here, dim, &mut values);
-                for column in (0..width).step_by(wide) {
-                    rescale_and_add::<S, f32>(
-                        weights.as_ptr(),
-                        BLOCK_TOKENS,
-                        group,
-                        values.as_ptr().add(column),
-                        width,
-                        here,
-                        factors.as_ptr(),
-                        out.as_mut_ptr().add(column),
-                        width,
-                    );
+unsafe fn join_body<S: Simd>(s: S, job: &Job<'_>, head: &Head, parts: &[f32]) {
+    let shape = job.shape;
+    let (group, padded) = (shape.group(), shape.head_dim.next_multiple_of(LANES));
+    let size = part_size(shape);
+    let mut scratch = Scratch::take(padded);
+    let sums = scratch.floats();
+    for i in 0..group {
+        let at = i * (padded + LANES);
+        let part = |p: usize| &parts[p * size + at..p * size + at + padded + LANES];
+        let max = (0..head.parts).map(|p| part(p)[padded]).fold(f32::NEG_INFINITY, f32::max);
+        sums.fill(0.0);
+        let mut total = 0.0;
+        for p in 0..head.parts {
+            let part = part(p);
+            // Hidden parts have no maximum to subtract from.
+            if part[padded] > f32::NEG_INFINITY {
+                let factor = s.to_array(exp(s, s.splat(part[padded] - max)))[0];
+                total += part[padded + 1] * factor;
+                for (sum, x) in sums.iter_mut().zip(part) {
+                    *sum += x * factor;
                 }
             }
         }
-    }
-    for (g, Running { max, sum }) in running.iter().enumerate() {
-        let part = &mut task.partial[g * (2 + width)..(g + 1) * (2 + width)];
-        part[0] = *max;
-        part[1] = *sum;
-        part[2..].copy_from_slice(&out[g * width..(g + 1) * width]);
+        let row = job.items[head.item].first_row;
+        // SAFETY: by the contract.
+        unsafe { job.finish(row, head.head * group + i, sums, max, total) };
     }
 }

@@ -1,40 +1,28 @@
-//! Many queries per sequence: tiles of queries against blocks of keys.
+//! Attention of many queries per sequence: tiles of queries against blocks of keys, with the softmax kept up to date block
+//! by block.
 
-use super::{
-    AttendItem, AttendShape, EMPTY, Running, check, hide_outside_window, padded, scores, soften,
-    widen_values,
-};
-use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, with_element};
-use crate::simd::{Element, Simd, dispatch, isa};
-use crate::threads::{Disjoint, Threads};
-use crate::tile::rescale_and_add;
+use std::ops::Range;
 
-/// Rows (queries x heads of the group) of a tile: eight register tiles share one widened block.
-const TILE: usize = 96;
+use super::{AttendItem, AttendShape, Job, to_score, visible};
+use crate::buffer::{Scratch, lines, split_lines};
+use crate::kv::{BLOCK_TOKENS, BlockId, BlockPool, with_format};
+use crate::simd::math::exp;
+use crate::simd::{F32, Isa, LANES, Simd, Source, isa, multiversion};
+use crate::threads::Threads;
+use crate::tile::{Tile, wide};
 
-/// One tile of queries of one KV head.
-struct Task<'a> {
-    head: &'a HeadCache,
-    pool: &'a BlockPool,
-    shape: &'a AttendShape,
-    /// First query of the tile inside the sequence, and how many.
-    queries: (usize, usize),
-    /// Queries of the sequence in this step.
-    sequence_rows: usize,
-    /// First query head of the group.
-    first_head: usize,
-    /// The tile's first row of qkv.
-    qkv: *const f32,
-    qkv_width: usize,
-    /// The tile's first row of the result.
-    out: *mut f32,
-    /// The tile's first row of log-sum-exp, or null.
-    lse: *mut f32,
-}
+/// Queries (rows times heads of a group) of a task: enough that turning a block into floats costs little beside using it.
+const QUERIES: usize = 192;
+/// Most rows of a register tile in any instruction set.
+const MOST_ROWS: usize = 12;
 
-/// Attention of prompt chunks. Query head h of a row is its h-th group of `head_dim` columns. A sequence without cached
-/// tokens gives zeros. `lse`, rows x heads, receives the logarithm of the softmax's denominator.
-#[expect(clippy::too_many_arguments, reason = "a kernel takes raw parts")]
+/// Attention of several query rows per sequence. The queries are the first `heads * head_dim` columns of a row of `qkv`;
+/// `out` has `heads * head_dim` columns. `lse` gets the logarithm of the softmax's denominator per row and head. A row that
+/// sees no key gives zeros and minus infinity.
+///
+/// # Panics
+/// If the sizes do not fit each other.
+#[expect(clippy::too_many_arguments, reason = "the layout of a fused row")]
 pub fn attend_prefill(
     threads: &Threads,
     pool: &BlockPool,
@@ -45,147 +33,238 @@ pub fn attend_prefill(
     out: &mut [f32],
     lse: Option<&mut [f32]>,
 ) {
-    check(items, pool, shape, qkv, qkv_width, out, lse.as_deref());
-    let per_tile = (TILE / shape.group()).max(1);
-    let mut tiles = Vec::new();
-    for item in items {
-        for kv_head in 0..shape.kv_heads {
-            for first in (0..item.rows).step_by(per_tile) {
-                tiles.push((item, kv_head, first, per_tile.min(item.rows - first)));
-            }
+    prefill_with(isa(), threads, &Job::new(pool, items, shape, qkv, qkv_width, out, lse));
+}
+
+/// A tile of queries: item, KV head, rows of the item.
+struct Task {
+    item: usize,
+    head: usize,
+    rows: Range<usize>,
+}
+
+pub(super) fn prefill_with(isa: Isa, threads: &Threads, job: &Job<'_>) {
+    let height = (QUERIES / job.shape.group()).clamp(8, 64);
+    let mut tasks = Vec::new();
+    for (item, rows) in job.items.iter().map(|i| i.rows).enumerate() {
+        // The last rows see most keys: begun first, they don't keep the others waiting at the end.
+        for first in (0..rows).step_by(height).rev() {
+            tasks.extend((0..job.shape.kv_heads).map(|head| Task {
+                item,
+                head,
+                rows: first..(first + height).min(rows),
+            }));
         }
     }
-    // Late queries see the most keys: starting with them leaves short tasks for the end.
-    tiles.sort_by_key(|(_, _, first, _)| std::cmp::Reverse(*first));
-    let out_width = shape.heads * shape.head_dim;
-    let out = Disjoint::new(out);
-    let lse = lse.map(Disjoint::new);
-    let path = isa();
-    threads.run(tiles.len(), |index| {
-        let (item, kv_head, first, count) = &tiles[index];
-        let row = item.first_row + first;
-        // SAFETY: a tile writes only the columns of its heads in its own rows.
-        let (out, lse) = unsafe {
-            let lse = lse.as_ref().map_or(std::ptr::null_mut(), |l| l.pointer(row * shape.heads));
-            (out.pointer(row * out_width), lse)
-        };
-        let task = Task {
-            head: &item.heads[*kv_head],
-            pool,
-            shape,
-            queries: (*first, *count),
-            sequence_rows: item.rows,
-            first_head: kv_head * shape.group(),
-            qkv: qkv[row * qkv_width..].as_ptr(),
-            qkv_width,
-            out,
-            lse,
-        };
-        with_element!(pool.format(), E => {
-            // SAFETY: sizes were checked, the path is available.
-            unsafe { run::<E>(path, &task) };
-        });
+    threads.run(tasks.len(), |i| {
+        // SAFETY: tasks are disjoint in the output; the job was checked when it was made.
+        unsafe { with_format!(job.pool.format(), run::<B>(isa, job, &tasks[i])) }
     });
 }
 
-dispatch!(unsafe fn run<E: Element>(task: &Task<'_>) = body);
-
-#[inline(always)]
-unsafe fn body<S: Simd, E: Element>(task: &Task<'_>) {
-    let shape = task.shape;
-    let (dim, group) = (shape.head_dim, shape.group());
-    let width = padded(dim);
-    let (first, count) = task.queries;
-    let rows = count * group;
-    let tokens = task.head.tokens();
-    let mut q = vec![0.0f32; rows * dim];
-    let mut out = vec![0.0f32; rows * width];
-    let mut weights = vec![0.0f32; rows * BLOCK_TOKENS];
-    let mut factors = vec![1.0f32; rows];
-    let mut running = vec![EMPTY; rows];
-    let mut keys = vec![0.0f32; dim * BLOCK_TOKENS];
-    let mut values = vec![0.0f32; BLOCK_TOKENS * width];
-    // SAFETY: the rows and heads of the tile are inside qkv (checked).
-    unsafe {
-        for row in 0..rows {
-            let from =
-                task.qkv.add(row / group * task.qkv_width + (task.first_head + row % group) * dim);
-            std::ptr::copy_nonoverlapping(from, q.as_mut_ptr().add(row * dim), dim);
-        }
-    }
-    // Keys that query i of the tile sees.
-    let visible = |i: usize| (tokens + first + i + 1).saturating_sub(task.sequence_rows);
-    let positions = &task.head.positions;
-    let most = if tokens == 0 { 0 } else { visible(count - 1) };
-    for start in (0..most).step_by(BLOCK_TOKENS) {
-        let here = BLOCK_TOKENS.min(tokens - start);
-        let used = BLOCK_TOKENS.min(most - start);
-        if let Some(window) = shape.window {
-            let oldest_query = positions[visible(0) - 1];
-            if positions[start + here - 1].saturating_add(window) <= oldest_query {
-                continue;
-            }
-        }
-        // SAFETY: the block holds `here` tokens of this head; the scratch buffers have the sizes above.
-        unsafe {
-            let block: *const E = task.pool.block::<E>(task.head.blocks[start / BLOCK_TOKENS]);
-            for (i, key) in keys.iter_mut().enumerate() {
-                *key = (*block.add(i)).widen();
-            }
-            widen_values(block.add(task.pool.value_offset()), used, dim, &mut values);
-            scores::<S, f32>(
-                q.as_ptr(),
-                dim,
-                rows,
-                keys.as_ptr(),
-                dim,
-                shape.scale,
-                shape.softcap,
-                &mut weights,
-            );
-            for row in 0..rows {
-                let sees = visible(row / group);
-                let weights = &mut weights[row * BLOCK_TOKENS..(row + 1) * BLOCK_TOKENS];
-                weights[sees.saturating_sub(start).min(BLOCK_TOKENS)..].fill(f32::NEG_INFINITY);
-                let seen = &positions[start..start + here];
-                hide_outside_window(weights, seen, positions[sees - 1], shape.window);
-                factors[row] = soften::<S>(weights.as_mut_ptr(), &mut running[row]);
-            }
-            for column in (0..width).step_by(2 * S::LANES) {
-                rescale_and_add::<S, f32>(
-                    weights.as_ptr(),
-                    BLOCK_TOKENS,
-                    rows,
-                    values.as_ptr().add(column),
-                    width,
-                    used,
-                    factors.as_ptr(),
-                    out.as_mut_ptr().add(column),
-                    width,
-                );
-            }
-        }
-    }
-    write(task, &out, &running);
+multiversion! {
+    /// # Safety
+    /// The job is checked, and no other task has the same rows and heads.
+    unsafe fn run<B: Source>(job: &Job<'_>, task: &Task) = body
 }
 
-fn write(task: &Task<'_>, out: &[f32], running: &[Running]) {
-    let shape = task.shape;
+/// Scratch space of a task. Pairs are (row, head of the group), rows outermost.
+struct Tiles<'a> {
+    queries: &'a mut [f32],
+    sums: &'a mut [f32],
+    keys: &'a mut [f32],
+    values: &'a mut [f32],
+    scores: &'a mut [f32],
+    maxima: &'a mut [f32],
+    totals: &'a mut [f32],
+}
+
+impl<'a> Tiles<'a> {
+    fn sizes(pairs: usize, dim: usize) -> [usize; 7] {
+        let padded = dim.next_multiple_of(LANES);
+        [
+            pairs * dim,
+            pairs * padded,
+            dim * BLOCK_TOKENS,
+            // A vector at the last number of the last row.
+            dim * BLOCK_TOKENS + LANES,
+            MOST_ROWS * BLOCK_TOKENS,
+            pairs + LANES,
+            pairs * LANES,
+        ]
+    }
+
+    fn scratch(pairs: usize, dim: usize) -> Scratch {
+        Scratch::take(Self::sizes(pairs, dim).iter().map(|n| lines(*n)).sum())
+    }
+
+    fn new(scratch: &'a mut [f32], pairs: usize, dim: usize) -> Self {
+        let sizes = Self::sizes(pairs, dim);
+        let (queries, rest) = split_lines(scratch, sizes[0]);
+        let (sums, rest) = split_lines(rest, sizes[1]);
+        let (keys, rest) = split_lines(rest, sizes[2]);
+        let (values, rest) = split_lines(rest, sizes[3]);
+        let (scores, rest) = split_lines(rest, sizes[4]);
+        let (maxima, rest) = split_lines(rest, sizes[5]);
+        let (totals, _) = split_lines(rest, sizes[6]);
+        sums.fill(0.0);
+        values.fill(0.0);
+        maxima.fill(f32::NEG_INFINITY);
+        totals.fill(0.0);
+        Self { queries, sums, keys, values, scores, maxima, totals }
+    }
+}
+
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn body<S: Simd, B: Source>(s: S, job: &Job<'_>, task: &Task) {
+    let (shape, item) = (job.shape, &job.items[task.item]);
     let (dim, group) = (shape.head_dim, shape.group());
-    let width = padded(dim);
-    for (row, Running { max, sum }) in running.iter().enumerate() {
-        let (query, head) = (row / group, task.first_head + row % group);
-        let inverse = if *sum > 0.0 { 1.0 / sum } else { 0.0 };
-        for d in 0..dim {
-            // SAFETY: this tile's own rows and heads, checked by the caller.
-            unsafe {
-                *task.out.add((query * shape.heads + head) * dim + d) =
-                    out[row * width + d] * inverse;
+    let cache = &item.heads[task.head];
+    let pairs = task.rows.len() * group;
+    let seen: Vec<Range<usize>> = task
+        .rows
+        .clone()
+        .map(|row| visible(&cache.positions, item.rows, row, shape.window))
+        .collect();
+    let start = seen.iter().map(|r| r.start).min().unwrap_or(0);
+    let end = seen.iter().map(|r| r.end).max().unwrap_or(0);
+    let first_head = task.head * group;
+    let mut scratch = Tiles::scratch(pairs, dim);
+    let mut tiles = Tiles::new(scratch.floats(), pairs, dim);
+    for (i, row) in task.rows.clone().enumerate() {
+        let from = (item.first_row + row) * job.qkv_width + first_head * dim;
+        tiles.queries[i * group * dim..(i + 1) * group * dim]
+            .copy_from_slice(&job.qkv[from..from + group * dim]);
+    }
+    for block in start / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS) {
+        let base = block * BLOCK_TOKENS;
+        // SAFETY: the block belongs to the cache, the tiles have the sizes that `new` gives them.
+        unsafe {
+            widen::<S, B>(s, job.pool, cache.blocks[block], cache.tokens() - base, &mut tiles);
+            let parts = pairs.div_ceil(S::TILE_ROWS);
+            for part in 0..parts {
+                let pairs = pairs * part / parts..pairs * (part + 1) / parts;
+                let rows = &seen[pairs.start / group..=(pairs.end - 1) / group];
+                if rows.iter().any(|r| r.start < base + BLOCK_TOKENS && r.end > base) {
+                    visit::<S>(s, shape, &mut tiles, pairs, base, &seen);
+                }
             }
         }
-        if !task.lse.is_null() {
-            // SAFETY: as above.
-            unsafe { *task.lse.add(query * shape.heads + head) = max + sum.ln() };
+    }
+    let padded = dim.next_multiple_of(LANES);
+    for pair in 0..pairs {
+        let row = item.first_row + task.rows.start + pair / group;
+        // SAFETY: the task has this head of this row for itself; totals are whole vectors.
+        unsafe {
+            let total = s.sum(s.load(tiles.totals[pair * LANES..].as_ptr()));
+            let sums = &tiles.sums[pair * padded..];
+            job.finish(row, first_head + pair % group, sums, tiles.maxima[pair], total);
         }
+    }
+}
+
+/// Turns a block into floats; values of tokens that are not there become zero.
+///
+/// # Safety
+/// The block belongs to the pool and nobody writes it.
+#[inline(always)]
+unsafe fn widen<S: Simd, B: Source>(
+    s: S,
+    pool: &BlockPool,
+    block: BlockId,
+    tokens: usize,
+    tiles: &mut Tiles<'_>,
+) {
+    let dim = pool.head_dim();
+    // SAFETY: both parts of a block have dim x 32 numbers, a multiple of 16.
+    unsafe {
+        let (keys, values) = (pool.key_ptr(block), pool.value_ptr(block));
+        for at in (0..dim * BLOCK_TOKENS).step_by(LANES) {
+            s.store(tiles.keys.as_mut_ptr().add(at), B::load(s, keys.add(at * B::BYTES)));
+            s.store(tiles.values.as_mut_ptr().add(at), B::load(s, values.add(at * B::BYTES)));
+        }
+    }
+    if tokens < BLOCK_TOKENS {
+        tiles.values[tokens * dim..].fill(0.0);
+    }
+}
+
+/// One register tile of pairs against one block.
+///
+/// # Safety
+/// The pairs are at most [`Simd::TILE_ROWS`] and the tiles are as large as [`Tiles::new`] makes them.
+#[inline(always)]
+unsafe fn visit<S: Simd>(
+    s: S,
+    shape: &AttendShape,
+    tiles: &mut Tiles<'_>,
+    pairs: Range<usize>,
+    base: usize,
+    seen: &[Range<usize>],
+) {
+    let (dim, group, rows) = (shape.head_dim, shape.group(), pairs.len());
+    let padded = dim.next_multiple_of(LANES);
+    let hidden = s.splat(f32::NEG_INFINITY);
+    // SAFETY: all addresses lie in the tiles.
+    unsafe {
+        let scores = tiles.scores.as_mut_ptr();
+        let queries = tiles.queries.as_ptr().add(pairs.start * dim);
+        let product = Tile::product(
+            rows,
+            dim,
+            (queries, dim),
+            (tiles.keys.as_ptr().cast(), BLOCK_TOKENS),
+            (scores, BLOCK_TOKENS),
+        );
+        wide::<S, F32>(s, product, BLOCK_TOKENS);
+        let maxima = tiles.maxima.as_mut_ptr().add(pairs.start);
+        let before = s.load(maxima);
+        for i in 0..rows {
+            let at = scores.add(i * BLOCK_TOKENS);
+            let mut low = to_score(s, s.load(at), shape);
+            let mut high = to_score(s, s.load(at.add(LANES)), shape);
+            let range = &seen[(pairs.start + i) / group];
+            if range.start > base || range.end < base + BLOCK_TOKENS {
+                let from = range.start as isize - base as isize;
+                let to = range.end as isize - base as isize;
+                low = s.keep(low, from, to, hidden);
+                high = s.keep(high, from - LANES as isize, to - LANES as isize, hidden);
+            }
+            s.store(at, low);
+            s.store(at.add(LANES), high);
+            let largest = s.largest(s.max(low, high));
+            if largest > *maxima.add(i) {
+                *maxima.add(i) = largest;
+            }
+        }
+        // While a query has seen no key its maximum is minus infinity, which can't be subtracted.
+        let after = s.load(maxima);
+        let safe = s.select_lt(hidden, after, after, s.splat(0.0));
+        let factors = s.to_array(exp(s, s.sub(before, safe)));
+        let safe = s.to_array(safe);
+        for i in 0..rows {
+            let at = scores.add(i * BLOCK_TOKENS);
+            let max = s.splat(safe[i]);
+            let low = exp(s, s.sub(s.load(at), max));
+            let high = exp(s, s.sub(s.load(at.add(LANES)), max));
+            s.store(at, low);
+            s.store(at.add(LANES), high);
+            let total = tiles.totals.as_mut_ptr().add((pairs.start + i) * LANES);
+            s.store(total, s.mul_add(s.load(total), s.splat(factors[i]), s.add(low, high)));
+        }
+        let sums = tiles.sums.as_mut_ptr().add(pairs.start * padded);
+        let mut product = Tile::product(
+            rows,
+            BLOCK_TOKENS,
+            (scores, BLOCK_TOKENS),
+            (tiles.values.as_ptr().cast(), dim),
+            (sums, padded),
+        );
+        product.init = sums;
+        product.init_stride = padded;
+        product.scale = factors.as_ptr();
+        wide::<S, F32>(s, product, padded);
     }
 }

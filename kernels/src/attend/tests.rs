@@ -1,204 +1,201 @@
-//! Attention against a plain f64 version, and the promises of the module's head bit by bit.
+//! Attention against a naive reference, and bit for bit against itself.
 
 use proptest::prelude::*;
 
+use super::decode::decode_with;
+use super::prefill::prefill_with;
 use super::*;
-use crate::append::{AppendItem, append};
-use crate::gemm::{Packed, WeightFormat};
 use crate::kv::KvFormat;
+use crate::reference;
+use crate::simd::{Isa, isa};
+use crate::testing::{Layer, assert_close, bits};
 use crate::threads::Threads;
 
-fn made(len: usize, seed: u64) -> Vec<f32> {
-    let mut out = vec![0.0; len];
-    Packed::synthetic(1, len, WeightFormat::F32, seed, 1.0).row(0, &mut out);
-    out
+fn shape(group: usize, kv_heads: usize, head_dim: usize) -> AttendShape {
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    AttendShape { heads: group * kv_heads, kv_heads, head_dim, scale, softcap: None, window: None }
 }
 
-struct Case {
-    pool: BlockPool,
-    heads: Vec<HeadCache>,
-    qkv: Vec<f32>,
-    width: usize,
-    rows: usize,
+/// Outputs and log-sum-exps of the layer's last step.
+fn attend(layer: &Layer, isa: Isa, threads: &Threads, decode: bool) -> (Vec<f32>, Vec<f32>) {
+    attend_items(layer, isa, threads, decode, &layer.items())
 }
 
-/// A sequence of `tokens` tokens, its rows in one buffer.
-fn case(shape: &AttendShape, format: KvFormat, tokens: usize, seed: u64) -> Case {
-    let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-    let qkv = made(tokens * width, seed);
-    let mut pool = BlockPool::new(shape.head_dim, format, 1 << 30);
-    let mut heads: Vec<_> = (0..shape.kv_heads).map(|_| HeadCache::default()).collect();
-    write(&mut pool, &mut heads, shape, &qkv, 0, tokens);
-    Case { pool, heads, qkv, width, rows: tokens }
-}
-
-fn write(
-    pool: &mut BlockPool,
-    heads: &mut [HeadCache],
-    shape: &AttendShape,
-    qkv: &[f32],
-    first_row: usize,
-    rows: usize,
-) {
-    let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-    let keys = shape.heads * shape.head_dim;
-    let values = keys + shape.kv_heads * shape.head_dim;
-    let first_position = first_row as u32;
-    let mut items = [AppendItem { heads, first_row, rows, first_position }];
-    append(&Threads::new(1), pool, &mut items, qkv, width, keys, values, shape.head_dim)
-        .expect("room");
-}
-
-/// softmax(scale q k^T) v in f64, from what the cache holds.
-fn reference(case: &Case, shape: &AttendShape, row: usize, head: usize) -> (Vec<f64>, f64) {
-    let cache = &case.heads[head / shape.group()];
-    let q = &case.qkv[row * case.width + head * shape.head_dim..][..shape.head_dim];
-    let sees = cache.tokens() - (case.rows - 1 - row);
-    let mut scores = Vec::new();
-    for t in 0..sees {
-        let dot: f64 = cache
-            .key(&case.pool, t)
-            .iter()
-            .zip(q)
-            .map(|(k, q)| f64::from(*k) * f64::from(*q))
-            .sum();
-        let mut score = dot * f64::from(shape.scale);
-        if let Some(cap) = shape.softcap {
-            score = f64::from(cap) * (score / f64::from(cap)).tanh();
-        }
-        let hidden =
-            shape.window.is_some_and(|w| cache.positions[t] + w <= cache.positions[sees - 1]);
-        scores.push(if hidden { f64::NEG_INFINITY } else { score });
+fn attend_items(
+    layer: &Layer,
+    isa: Isa,
+    threads: &Threads,
+    decode: bool,
+    items: &[AttendItem<'_>],
+) -> (Vec<f32>, Vec<f32>) {
+    let shape = &layer.shape;
+    let mut out = vec![0.0; layer.rows() * shape.heads * shape.head_dim];
+    let mut lse = vec![0.0; layer.rows() * shape.heads];
+    let job =
+        Job::new(&layer.pool, items, shape, &layer.qkv, layer.width, &mut out, Some(&mut lse));
+    if decode {
+        decode_with(isa, threads, &job);
+    } else {
+        prefill_with(isa, threads, &job);
     }
-    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-    let mut out = vec![0.0; shape.head_dim];
-    for (t, score) in scores.iter().enumerate() {
-        let p = (score - max).exp() / sum;
-        for (out, v) in out.iter_mut().zip(cache.value(&case.pool, t)) {
-            *out += p * f64::from(v);
-        }
-    }
-    (out, max + sum.ln())
+    (out, lse)
 }
 
-fn shapes() -> impl Strategy<Value = AttendShape> {
-    (
-        prop::sample::select(vec![1usize, 2, 3, 4, 7, 8]),
-        1..3usize,
-        prop::sample::select(vec![8usize, 64, 80, 96, 128]),
-        prop::option::of(prop::sample::select(vec![3u32, 20, 50])),
-        prop::option::of(Just(5.0f32)),
-    )
-        .prop_map(|(group, kv_heads, head_dim, window, softcap)| AttendShape {
-            heads: group * kv_heads,
-            kv_heads,
-            head_dim,
-            scale: (head_dim as f32).sqrt().recip(),
-            softcap,
-            window,
-        })
+fn check(layer: &Layer, decode: bool) {
+    check_within(layer, decode, 5e-6);
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
-
-    #[test]
-    fn prefill_agrees_with_f64(
-        shape in shapes(), tokens in 1..150usize, format in 0..3u8, seed in 0..1000u64,
-    ) {
-        let format = [KvFormat::F32, KvFormat::F16, KvFormat::Bf16][format as usize];
-        let case = case(&shape, format, tokens, seed);
-        let items = [AttendItem { heads: &case.heads, first_row: 0, rows: tokens }];
-        let mut out = vec![f32::NAN; tokens * shape.heads * shape.head_dim];
-        let mut lse = vec![f32::NAN; tokens * shape.heads];
-        attend_prefill(&Threads::new(2), &case.pool, &items, &shape, &case.qkv, case.width, &mut out, Some(&mut lse));
-        for row in [0, tokens / 2, tokens - 1] {
-            for head in 0..shape.heads {
-                let (exact, exact_lse) = reference(&case, &shape, row, head);
-                let got = &out[(row * shape.heads + head) * shape.head_dim..][..shape.head_dim];
-                for (got, exact) in got.iter().zip(&exact) {
-                    prop_assert!((f64::from(*got) - exact).abs() < 2e-5, "row {row} head {head}: {got} {exact}");
-                }
-                prop_assert!((f64::from(lse[row * shape.heads + head]) - exact_lse).abs() < 2e-5);
-            }
+fn check_within(layer: &Layer, decode: bool, tolerance: f64) {
+    let exact: Vec<_> = layer
+        .items()
+        .iter()
+        .map(|item| reference::attend(&layer.pool, item, &layer.shape, &layer.qkv, layer.width))
+        .collect();
+    let out_exact: Vec<f64> = exact.iter().flat_map(|e| e.0.clone()).collect();
+    let lse_exact: Vec<f64> = exact.iter().flat_map(|e| e.1.clone()).collect();
+    let one = Threads::new(1);
+    for isa in Isa::available() {
+        let (out, lse) = attend(layer, isa, &layer.threads, decode);
+        assert_close(&out, &out_exact, tolerance, &format!("{isa} out"));
+        assert_close(&lse, &lse_exact, tolerance, &format!("{isa} lse"));
+        // Each sequence alone, on one thread, has the same bits.
+        for item in layer.items() {
+            let (width, rows) = (
+                layer.shape.heads * layer.shape.head_dim,
+                item.first_row..item.first_row + item.rows,
+            );
+            let alone = attend_items(layer, isa, &one, decode, std::slice::from_ref(&item));
+            let part = rows.start * width..rows.end * width;
+            assert_eq!(bits(&alone.0[part.clone()]), bits(&out[part]), "{isa} alone");
+            let part = rows.start * layer.shape.heads..rows.end * layer.shape.heads;
+            assert_eq!(bits(&alone.1[part.clone()]), bits(&lse[part]), "{isa} alone");
         }
-    }
-
-    #[test]
-    fn decode_agrees_with_f64(
-        shape in shapes(), tokens in 1..700usize, format in 0..3u8, seed in 0..1000u64,
-    ) {
-        let format = [KvFormat::F32, KvFormat::F16, KvFormat::Bf16][format as usize];
-        let mut case = case(&shape, format, tokens, seed);
-        // Only the last row asks.
-        case.qkv.drain(..(tokens - 1) * case.width);
-        case.rows = 1;
-        let items = [AttendItem { heads: &case.heads, first_row: 0, rows: 1 }];
-        let mut out = vec![f32::NAN; shape.heads * shape.head_dim];
-        let mut lse = vec![f32::NAN; shape.heads];
-        attend_decode(&Threads::new(2), &case.pool, &items, &shape, &case.qkv, case.width, &mut out, Some(&mut lse));
-        for head in 0..shape.heads {
-            let (exact, exact_lse) = reference(&case, &shape, 0, head);
-            for (got, exact) in out[head * shape.head_dim..].iter().zip(&exact) {
-                prop_assert!((f64::from(*got) - exact).abs() < 2e-5, "{got} {exact}");
-            }
-            prop_assert!((f64::from(lse[head]) - exact_lse).abs() < 2e-5);
-        }
-    }
-
-    /// A prompt in chunks, rows of any size, any number of threads: the same bits.
-    #[test]
-    fn chunks_and_threads_change_no_bit(shape in shapes(), tokens in 2..150usize, chunk in 1..80usize, seed in 0..1000u64) {
-        let whole = case(&shape, KvFormat::F16, tokens, seed);
-        let out_width = shape.heads * shape.head_dim;
-        let mut expected = vec![0.0f32; tokens * out_width];
-        let items = [AttendItem { heads: &whole.heads, first_row: 0, rows: tokens }];
-        attend_prefill(&Threads::new(1), &whole.pool, &items, &shape, &whole.qkv, whole.width, &mut expected, None);
-        let mut pool = BlockPool::new(shape.head_dim, KvFormat::F16, 1 << 30);
-        let mut heads: Vec<_> = (0..shape.kv_heads).map(|_| HeadCache::default()).collect();
-        let mut out = vec![0.0f32; tokens * out_width];
-        for first in (0..tokens).step_by(chunk) {
-            let rows = chunk.min(tokens - first);
-            write(&mut pool, &mut heads, &shape, &whole.qkv, first, rows);
-            let items = [AttendItem { heads: &heads, first_row: first, rows }];
-            attend_prefill(&Threads::new(3), &pool, &items, &shape, &whole.qkv, whole.width, &mut out, None);
-        }
-        prop_assert_eq!(out, expected);
-    }
-
-    /// The mass of all queries over all keys is the number of queries times the group.
-    #[test]
-    fn probabilities_sum_to_one(shape in shapes(), tokens in 1..120usize, last in 1..130usize, seed in 0..1000u64) {
-        let case = case(&shape, KvFormat::F32, tokens, seed);
-        let items = [AttendItem { heads: &case.heads, first_row: 0, rows: tokens }];
-        let mut out = vec![0.0; tokens * shape.heads * shape.head_dim];
-        let mut lse = vec![0.0; tokens * shape.heads];
-        attend_prefill(&Threads::new(1), &case.pool, &items, &shape, &case.qkv, case.width, &mut out, Some(&mut lse));
-        let mut mass = vec![0.0; tokens];
-        attention_mass(&mass::Mass {
-            head: &case.heads[0], pool: &case.pool, shape: &shape, kv_head: 0, first_row: 0,
-            rows: tokens, last, qkv: &case.qkv, qkv_width: case.width, lse: &lse,
-        }, &mut mass);
-        let expected = (last.min(tokens) * shape.group()) as f32;
-        let sum: f32 = mass.iter().sum();
-        prop_assert!((sum - expected).abs() < 1e-3 * expected, "{sum} {expected}");
     }
 }
 
 #[test]
-fn empty_sequences_give_zeros() {
-    let shape =
-        AttendShape { heads: 2, kv_heads: 1, head_dim: 8, scale: 1.0, softcap: None, window: None };
-    let pool = BlockPool::new(8, KvFormat::F16, 1 << 20);
-    let heads = vec![HeadCache::default()];
-    let items = [AttendItem { heads: &heads, first_row: 0, rows: 1 }];
-    let qkv = vec![1.0; 32];
-    for run in [attend_prefill, attend_decode] {
-        let mut out = vec![f32::NAN; 16];
-        let mut lse = vec![0.0; 2];
-        run(&Threads::new(1), &pool, &items, &shape, &qkv, 32, &mut out, Some(&mut lse));
-        assert!(out.iter().all(|o| *o == 0.0));
-        assert!(lse.iter().all(|l| *l == f32::NEG_INFINITY));
+fn two_keys_by_hand() {
+    // Keys (1, 0, ..) and (0, 1, ..), values 3 and 5 in channel 0; scores ln 2 and 0: weights 2/3 and 1/3.
+    let mut layer = Layer::new(1, AttendShape { scale: 1.0, ..shape(1, 1, 8) }, KvFormat::F32);
+    layer.feed(1, &[2]);
+    let row = |q: f32, k: [f32; 2], v: f32| {
+        let mut row = vec![0.0; 24];
+        (row[0], row[8], row[9], row[16]) = (q, k[0], k[1], v);
+        row
+    };
+    layer.qkv = [row(0.0, [1.0, 0.0], 3.0), row(2f32.ln(), [0.0, 1.0], 5.0)].concat();
+    layer.caches[0][0].clear(&mut layer.pool);
+    let mut items = [crate::append::AppendItem {
+        heads: &mut layer.caches[0],
+        first_row: 0,
+        rows: 2,
+        first_position: 0,
+    }];
+    crate::append::append(&layer.threads, &mut layer.pool, &mut items, &layer.qkv, 24, 8, 16, 8)
+        .expect("room");
+    for decode in [false, true] {
+        if decode {
+            layer.step[0] = (1, 1);
+        }
+        let (out, lse) = attend(&layer, isa(), &layer.threads, decode);
+        assert!((out[8] - 11.0 / 3.0).abs() < 1e-6);
+        assert!((lse[1] - 3f32.ln()).abs() < 1e-6);
+    }
+    // The first row sees the first key only.
+    layer.step[0] = (0, 2);
+    let (out, lse) = attend(&layer, isa(), &layer.threads, false);
+    assert_eq!((out[0], lse[0]), (3.0, 0.0));
+}
+
+#[test]
+fn an_empty_cache_gives_zeros() {
+    let layer = {
+        let mut layer = Layer::new(2, shape(2, 1, 16), KvFormat::F16);
+        layer.feed(1, &[1, 1]);
+        layer.caches[0][0].clear(&mut layer.pool);
+        layer
+    };
+    for decode in [false, true] {
+        let (out, lse) = attend(&layer, isa(), &layer.threads, decode);
+        assert!(out[..32].iter().all(|x| x.to_bits() == 0));
+        assert!(lse[..2].iter().all(|x| *x == f32::NEG_INFINITY));
+        assert!(lse[2].is_finite());
+    }
+}
+
+#[test]
+fn chunks_of_a_prompt_have_the_bits_of_the_whole() {
+    for (dim, window) in [(64, None), (80, Some(37)), (64, Some(1000))] {
+        let shape = AttendShape { window, ..shape(3, 2, dim) };
+        let width = shape.heads * dim;
+        let mut whole = Layer::new(1, shape, KvFormat::F16);
+        whole.feed(3, &[217]);
+        for isa in Isa::available() {
+            let (out, lse) = attend(&whole, isa, &whole.threads, false);
+            for cuts in [[1, 32, 31, 100, 53], [64, 64, 64, 24, 1], [7, 200, 5, 4, 1]] {
+                let mut layer = Layer::new(1, shape, KvFormat::F16);
+                let mut first = 0;
+                for rows in cuts {
+                    layer.feed(3, &[rows]);
+                    let (part, part_lse) = attend(&layer, isa, &layer.threads, false);
+                    assert_eq!(
+                        bits(&part),
+                        bits(&out[first * width..(first + rows) * width]),
+                        "{isa} {cuts:?}"
+                    );
+                    assert_eq!(
+                        bits(&part_lse),
+                        bits(&lse[first * shape.heads..(first + rows) * shape.heads])
+                    );
+                    first += rows;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn long_caches_join_their_parts() {
+    for (format, window) in
+        [(KvFormat::F16, None), (KvFormat::F32, Some(700)), (KvFormat::Bf16, Some(40))]
+    {
+        let mut layer = Layer::new(2, AttendShape { window, ..shape(2, 1, 64) }, format);
+        layer.feed(5, &[1700, 511]);
+        layer.feed(5, &[1, 1]);
+        check(&layer, true);
+    }
+}
+
+#[test]
+fn large_scores_do_not_overflow() {
+    let mut layer = Layer::new(1, AttendShape { scale: 40.0, ..shape(2, 1, 64) }, KvFormat::F32);
+    layer.feed(8, &[70]);
+    // Scores of hundreds have errors of 1e-5, and so have the exponents.
+    check_within(&layer, false, 1e-3);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(30))]
+
+    #[test]
+    fn attention_matches_the_reference(
+        seed in any::<u64>(),
+        group in 1usize..=8,
+        kv_heads in 1usize..=2,
+        dim in prop::sample::select(vec![8usize, 64, 72, 80, 96, 128, 256]),
+        format in prop::sample::select(vec![KvFormat::F32, KvFormat::F16, KvFormat::Bf16]),
+        softcap in prop::option::of(5.0f32..50.0),
+        window in prop::option::of(1u32..90),
+        before in prop::collection::vec(0usize..90, 3),
+        kept in 1usize..90,
+        rows in prop::collection::vec(1usize..40, 3),
+    ) {
+        let mut layer = Layer::new(3, AttendShape { softcap, window, ..shape(group, kv_heads, dim) }, format);
+        layer.feed(seed, &before);
+        layer.thin(seed, &[kept, 1000, 0]);
+        layer.feed(seed, &rows);
+        check(&layer, false);
+        layer.feed(seed, &[1, 1, 1]);
+        check(&layer, true);
     }
 }

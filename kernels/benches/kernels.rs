@@ -1,0 +1,151 @@
+//! Rates of the kernels that matter: products, attention, eviction.
+
+use std::hint::black_box;
+
+use batchmax_kernels::append::{AppendItem, append};
+use batchmax_kernels::attend::{AttendItem, AttendShape, attend_decode, attend_prefill};
+use batchmax_kernels::evict::{EvictItem, Protect, evict};
+use batchmax_kernels::gemm::{Packed, WeightFormat, gemm};
+use batchmax_kernels::kv::{BlockPool, HeadCache, KvFormat};
+use batchmax_kernels::threads::Threads;
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+
+/// The attention of a model of 135 million parameters.
+const SHAPE: AttendShape =
+    AttendShape { heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, softcap: None, window: None };
+const WIDTH: usize = (9 + 2 * 3) * 64;
+
+fn noise(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i as f32 * 0.7123).sin()).collect()
+}
+
+/// Products: one element is one multiply-add, so 1 Gelem/s is 2 GFLOP/s.
+fn products(c: &mut Criterion) {
+    for threads in [1, 2] {
+        let pool = Threads::new(threads);
+        let mut group = c.benchmark_group(format!("gemm/{threads} threads"));
+        for (n, k) in [(1536, 576), (576, 1536)] {
+            for format in [WeightFormat::F32, WeightFormat::Bf16] {
+                let w = Packed::synthetic(n, k, format, 1, 0.05);
+                for m in [1, 8, 32, 512] {
+                    let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
+                    group.throughput(Throughput::Elements((m * n * k) as u64));
+                    group.bench_function(BenchmarkId::new(format!("{n}x{k} {format:?}"), m), |b| {
+                        b.iter(|| gemm(&pool, black_box(&x), m, &w, None, false, &mut out));
+                    });
+                }
+            }
+        }
+        // Larger than any cache: the rate of the memory.
+        for format in [WeightFormat::F32, WeightFormat::Bf16] {
+            let w = Packed::synthetic(32_768, 4096, format, 1, 0.05);
+            for m in [1, 4] {
+                let (x, mut out) = (noise(m * 4096), vec![0.0; m * 32_768]);
+                group.throughput(Throughput::Bytes(w.bytes() as u64));
+                group.bench_function(BenchmarkId::new(format!("32768x4096 {format:?}"), m), |b| {
+                    b.iter(|| gemm(&pool, black_box(&x), m, &w, None, false, &mut out));
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
+fn caches(pool: &mut BlockPool, sequences: usize, tokens: usize) -> Vec<Vec<HeadCache>> {
+    let mut all = Vec::new();
+    for _ in 0..sequences {
+        let mut heads: Vec<HeadCache> = (0..3).map(|_| HeadCache::default()).collect();
+        for head in &mut heads {
+            head.fill(pool, tokens).expect("room");
+        }
+        all.push(heads);
+    }
+    all
+}
+
+fn items(caches: &[Vec<HeadCache>], rows: usize) -> Vec<AttendItem<'_>> {
+    caches
+        .iter()
+        .enumerate()
+        .map(|(i, heads)| AttendItem { heads, first_row: i * rows, rows })
+        .collect()
+}
+
+fn attention(c: &mut Criterion) {
+    for threads in [1, 2] {
+        let workers = Threads::new(threads);
+        let mut group = c.benchmark_group(format!("attention/{threads} threads"));
+        for (sequences, tokens) in [(1, 2048), (64, 512), (64, 4096)] {
+            let mut pool = BlockPool::new(64, KvFormat::F16, 1 << 32);
+            let caches = caches(&mut pool, sequences, tokens);
+            let (qkv, mut out) = (noise(sequences * WIDTH), vec![0.0; sequences * 9 * 64]);
+            group.throughput(Throughput::Bytes(pool.held_bytes()));
+            group.bench_function(BenchmarkId::new(format!("decode {sequences}"), tokens), |b| {
+                let items = items(&caches, 1);
+                b.iter(|| {
+                    attend_decode(&workers, &pool, &items, &SHAPE, &qkv, WIDTH, &mut out, None);
+                });
+            });
+        }
+        for rows in [256, 2048] {
+            let mut pool = BlockPool::new(64, KvFormat::F16, 1 << 30);
+            let caches = caches(&mut pool, 1, rows);
+            let (qkv, mut out) = (noise(rows * WIDTH), vec![0.0; rows * 9 * 64]);
+            // Multiply-adds of the visible half: 1 Gelem/s is 2 GFLOP/s.
+            group.throughput(Throughput::Elements((9 * 64 * rows * (rows + 1)) as u64));
+            group.bench_function(BenchmarkId::new("prefill", rows), |b| {
+                let items = items(&caches, rows);
+                b.iter(|| {
+                    attend_prefill(&workers, &pool, &items, &SHAPE, &qkv, WIDTH, &mut out, None);
+                });
+            });
+        }
+        group.finish();
+    }
+}
+
+fn cache_upkeep(c: &mut Criterion) {
+    let workers = Threads::new(1);
+    let mut group = c.benchmark_group("cache/1 thread");
+    let qkv = noise(256 * WIDTH);
+    group.bench_function("append 256 rows", |b| {
+        let mut pool = BlockPool::new(64, KvFormat::F16, 1 << 30);
+        let mut heads: Vec<HeadCache> = (0..3).map(|_| HeadCache::default()).collect();
+        b.iter(|| {
+            heads.iter_mut().for_each(|h| h.clear(&mut pool));
+            let mut items =
+                [AppendItem { heads: &mut heads, first_row: 0, rows: 256, first_position: 0 }];
+            append(&workers, &mut pool, &mut items, &qkv, WIDTH, 9 * 64, 12 * 64, 64)
+                .expect("room");
+        });
+    });
+    let scores = vec![noise(4096); 3];
+    group.bench_function("evict 4096 to 1024", |b| {
+        let mut pool = BlockPool::new(64, KvFormat::F16, 1 << 30);
+        let mut heads = caches(&mut pool, 1, 4096).remove(0);
+        b.iter_batched(
+            || (),
+            |()| {
+                heads.iter_mut().for_each(|h| h.fill(&mut pool, 0).expect("room"));
+                for head in &mut heads {
+                    head.reserve(&mut pool, 4096).expect("room");
+                    head.positions.extend(0..4096);
+                }
+                let mut items = [EvictItem { heads: &mut heads, seen: 4096, keep: 1024 }];
+                evict(&workers, &mut pool, &mut items, &scores, Protect { sinks: 4, recent: 32 });
+            },
+            BatchSize::PerIteration,
+        );
+    });
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(15)
+        .warm_up_time(std::time::Duration::from_millis(200))
+        .measurement_time(std::time::Duration::from_millis(600));
+    targets = products, attention, cache_upkeep
+}
+criterion_main!(benches);

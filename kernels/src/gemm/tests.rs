@@ -1,0 +1,155 @@
+//! Products against a naive reference, and bit for bit against themselves.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::reference;
+use crate::testing::{assert_close, bits, noise};
+use half::bf16;
+
+/// Weights as the format holds them, and packed.
+fn weights(n: usize, k: usize, format: WeightFormat, seed: u64) -> (Vec<f32>, Packed) {
+    let mut plain = noise(seed, n * k);
+    if format == WeightFormat::Bf16 {
+        plain.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+    }
+    let packed = Packed::pack(n, k, format, |i, row| {
+        row.copy_from_slice(&plain[i * k..(i + 1) * k]);
+    });
+    (plain, packed)
+}
+
+fn check(
+    isa: Isa,
+    threads: &Threads,
+    m: usize,
+    n: usize,
+    k: usize,
+    format: WeightFormat,
+    accumulate: bool,
+) {
+    let seed = (m * 31 + n * 7 + k) as u64;
+    let (plain, packed) = weights(n, k, format, seed);
+    let (x, bias, before) = (noise(seed + 1, m * k), noise(seed + 2, n), noise(seed + 3, m * n));
+    let mut out = if accumulate { before.clone() } else { vec![f32::NAN; m * n] };
+    gemm_with(isa, threads, &x, m, &packed, Some(&bias), accumulate, &mut out);
+    let mut exact = reference::gemm(&x, &plain, k, Some(&bias));
+    if accumulate {
+        exact.iter_mut().zip(&before).for_each(|(y, b)| *y += f64::from(*b));
+    }
+    let what = format!("{isa} {m} x {n} x {k} {format:?} {accumulate}");
+    assert_close(&out, &exact, 1e-6 * (k as f64).sqrt() + 1e-6, &what);
+    // A row alone, on one thread, has the same bits.
+    let one = Threads::new(1);
+    for row in [0, m / 2, m - 1] {
+        let mut alone = before[row * n..(row + 1) * n].to_vec();
+        gemm_with(
+            isa,
+            &one,
+            &x[row * k..(row + 1) * k],
+            1,
+            &packed,
+            Some(&bias),
+            accumulate,
+            &mut alone,
+        );
+        assert_eq!(bits(&alone), bits(&out[row * n..(row + 1) * n]), "{what}: row {row} alone");
+    }
+}
+
+#[test]
+fn a_hand_worked_product() {
+    let w = Packed::pack(2, 3, WeightFormat::F32, |i, row| {
+        row.copy_from_slice(if i == 0 { &[1.0, 2.0, 3.0] } else { &[-1.0, 0.5, 4.0] });
+    });
+    let mut out = [10.0, 20.0];
+    gemm(&Threads::new(1), &[2.0, 4.0, 1.0], 1, &w, Some(&[0.5, 0.25]), true, &mut out);
+    // 2 + 8 + 3 + 0.5 + 10, and -2 + 2 + 4 + 0.25 + 20.
+    assert_eq!(out, [23.5, 24.25]);
+}
+
+#[test]
+fn k_in_blocks_changes_no_bit() {
+    let threads = Threads::new(2);
+    for isa in Isa::available().into_iter().filter(|i| *i != Isa::Portable) {
+        // Blocks of 4096 for f32 and of 8192 for bf16.
+        check(isa, &threads, 30, 40, 9001, WeightFormat::F32, true);
+        check(isa, &threads, 14, 33, 17_000, WeightFormat::Bf16, false);
+    }
+}
+
+#[test]
+fn many_rows_in_several_row_blocks() {
+    check(isa(), &Threads::new(2), 400, 70, 65, WeightFormat::Bf16, false);
+}
+
+#[test]
+fn rows_unpack_and_padding_is_zero() {
+    for format in [WeightFormat::F32, WeightFormat::Bf16] {
+        let (plain, packed) = weights(45, 7, format, 5);
+        let mut row = vec![0.0; 7];
+        for i in 0..45 {
+            packed.row(i, &mut row);
+            assert_eq!(row, plain[i * 7..(i + 1) * 7]);
+        }
+        assert_eq!(packed.bytes(), Packed::bytes_for(45, 7, format));
+        assert_eq!(packed.bytes(), 64 * 7 * if format == WeightFormat::F32 { 4 } else { 2 });
+    }
+}
+
+#[test]
+fn synthetic_weights_are_uniform_and_repeat() {
+    for format in [WeightFormat::F32, WeightFormat::Bf16] {
+        let (a, b) = (
+            Packed::synthetic(100, 500, format, 9, 0.5),
+            Packed::synthetic(100, 500, format, 9, 0.5),
+        );
+        let other = Packed::synthetic(100, 500, format, 10, 0.5);
+        let (mut x, mut y, mut z) = (vec![0.0; 500], vec![0.0; 500], vec![0.0; 500]);
+        let (mut sum, mut square, mut same) = (0.0, 0.0, 0);
+        for i in 0..100 {
+            a.row(i, &mut x);
+            b.row(i, &mut y);
+            other.row(i, &mut z);
+            assert_eq!(x, y);
+            same += x.iter().zip(&z).filter(|(x, z)| x == z).count();
+            sum += x.iter().map(|x| f64::from(*x)).sum::<f64>();
+            square += x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+            assert!(x.iter().all(|x| x.abs() <= 0.5));
+        }
+        assert!((sum / 50_000.0).abs() < 0.005, "{sum}");
+        // The variance of a uniform distribution on -1/2..1/2 is 1/12.
+        assert!((square / 50_000.0 - 1.0 / 12.0).abs() < 0.002, "{square}");
+        assert!(same < 500, "{same}");
+    }
+}
+
+#[test]
+fn no_rows_and_no_terms_are_fine() {
+    let threads = Threads::new(2);
+    let (_, packed) = weights(33, 5, WeightFormat::F32, 1);
+    gemm(&threads, &[], 0, &packed, None, false, &mut []);
+    let empty = Packed::pack(3, 0, WeightFormat::F32, |_, _| {});
+    let mut out = [7.0; 3];
+    gemm(&threads, &[], 1, &empty, Some(&[1.0, 2.0, 3.0]), false, &mut out);
+    assert_eq!(out, [1.0, 2.0, 3.0]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn products_match_the_reference(
+        m in 1usize..70,
+        n in 1usize..140,
+        k in 1usize..120,
+        bf16 in any::<bool>(),
+        accumulate in any::<bool>(),
+    ) {
+        let threads = Threads::new(2);
+        let format = if bf16 { WeightFormat::Bf16 } else { WeightFormat::F32 };
+        for isa in Isa::available() {
+            check(isa, &threads, m, n, k, format, accumulate);
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! AVX-512: one register per vector.
+
+use std::arch::x86_64::*;
+
+use super::{Simd, Source};
+use crate::tile::{Tile, body};
+
+/// Proof that the processor has AVX-512 F, BW, DQ and VL, and all of [`super::Avx2`].
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// # Safety
+    /// The processor has the features.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+macro_rules! lanewise {
+    ($($name:ident($($arg:ident),+) = $intrinsic:ident($($order:ident),+);)+) => {
+        $(
+            #[inline(always)]
+            fn $name(self, $($arg: __m512),+) -> __m512 {
+                // SAFETY: `self` proves the feature.
+                unsafe { $intrinsic($($order),+) }
+            }
+        )+
+    };
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const ACCUMULATORS: usize = 24;
+    const TILE_ROWS: usize = 12;
+
+    lanewise! {
+        add(a, b) = _mm512_add_ps(a, b);
+        sub(a, b) = _mm512_sub_ps(a, b);
+        mul(a, b) = _mm512_mul_ps(a, b);
+        div(a, b) = _mm512_div_ps(a, b);
+        sqrt(a) = _mm512_sqrt_ps(a);
+        max(a, b) = _mm512_max_ps(a, b);
+        min(a, b) = _mm512_min_ps(a, b);
+        mul_add(a, b, c) = _mm512_fmadd_ps(a, b, c);
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` proves the feature.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> __m512 {
+        // SAFETY: readable by the contract; `self` proves the feature.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u16) -> __m512 {
+        // SAFETY: readable by the contract; `self` proves the feature.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u16) -> __m512 {
+        // SAFETY: readable by the contract; `self` proves the feature.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: __m512) {
+        // SAFETY: writable by the contract; `self` proves the feature.
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, v: __m512) {
+        // SAFETY: writable by the contract; `self` proves the feature.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
+    }
+
+    #[inline(always)]
+    fn select_lt(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        // SAFETY: `self` proves the feature.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x) }
+    }
+
+    #[inline(always)]
+    fn keep(self, v: __m512, from: isize, to: isize, other: __m512) -> __m512 {
+        let below = |end: isize| (1u32 << end.clamp(0, 16)) - 1;
+        let mask = below(to) & !below(from);
+        // SAFETY: `self` proves the feature.
+        unsafe { _mm512_mask_blend_ps(mask as u16, other, v) }
+    }
+
+    #[inline(always)]
+    fn pow2(self, n: __m512) -> __m512 {
+        // SAFETY: `self` proves the feature.
+        unsafe {
+            let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
+        }
+    }
+
+    #[inline(always)]
+    fn largest(self, v: __m512) -> f32 {
+        // SAFETY: `self` proves the feature.
+        unsafe { _mm512_reduce_max_ps(v) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch has no effect but on time, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+
+    unsafe fn tile<B: Source>(self, tile: &Tile) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        unsafe fn run<B: Source>(s: Avx512, tile: &Tile) {
+            // SAFETY: the contract of `tile`.
+            unsafe { body::<Avx512, B>(s, tile) }
+        }
+        // SAFETY: `self` proves the features; the rest is the caller's contract.
+        unsafe { run::<B>(self, tile) }
+    }
+}
