@@ -56,7 +56,6 @@ pub enum Command {
     #[cfg(feature = "exec")]
     Profile(ProfileArgs),
     /// Fit the cost models to measured kernels
-    #[cfg(feature = "exec")]
     Calibrate(CalibrateArgs),
     /// Really run a configuration
     #[cfg(feature = "exec")]
@@ -236,15 +235,63 @@ pub struct ProfileArgs {
 }
 
 /// `calibrate`.
-#[cfg(feature = "exec")]
 #[derive(Args, Clone, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct CalibrateArgs {
-    /// Measurements of `batchmax profile` [default: the newest in the data directory]
-    #[arg(long, value_name = "FILE")]
-    pub points: Option<PathBuf>,
+    #[command(subcommand)]
+    pub command: Option<CalibrateCommand>,
+    /// Measurements of `batchmax profile` (JSON), or kernel timings of GPUs (CSV, several files)
+    /// [default: this machine's newest profile]
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub points: Vec<PathBuf>,
     /// CPU threads the measurements were made with [default: all cores]
     #[arg(long, short)]
     pub threads: Option<usize>,
+    #[command(flatten)]
+    pub filter: PointFilter,
+    /// Directory for the fitted files, one per device and framework [default: the data directory]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Who measured, for the fitted files [default: by the timings' own source column]
+    #[arg(long, value_name = "TEXT")]
+    pub source: Option<String>,
+    /// Licence of the timings
+    #[arg(long, value_name = "TEXT", default_value = "unstated")]
+    pub licence: String,
+}
+
+/// Which timings count.
+#[derive(Args, Clone, Debug, Default)]
+pub struct PointFilter {
+    /// Only timings of this device
+    #[arg(long)]
+    pub gpu: Option<String>,
+    /// Only timings of this framework (vllm, sglang, trtllm ...)
+    #[arg(long)]
+    pub framework: Option<String>,
+    /// Only timings of this type (bf16, fp8, bf16/fp8 ...)
+    #[arg(long)]
+    pub dtype: Option<String>,
+}
+
+/// What `calibrate` can do beside fitting.
+#[derive(clap::Subcommand, Clone, Debug)]
+pub enum CalibrateCommand {
+    /// Score the fitted kernels on timings
+    Check(CheckArgs),
+}
+
+/// `calibrate check`.
+#[derive(Args, Clone, Debug)]
+pub struct CheckArgs {
+    /// Kernel timings (CSV)
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub points: Vec<PathBuf>,
+    #[command(flatten)]
+    pub filter: PointFilter,
+    /// Fit anew without a part of the timings and score on that part: keys, largest or devices
+    #[arg(long, value_name = "PART")]
+    pub hold_out: Option<batchmax_sim::surface::HoldOut>,
 }
 
 /// `run`.

@@ -11,6 +11,7 @@
 
 mod cli;
 mod commands;
+mod dates;
 mod paths;
 mod report;
 mod setting;

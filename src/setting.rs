@@ -13,6 +13,7 @@ use batchmax_sim::op::DType;
 use batchmax_sim::plan::{Case, LARGEST_BATCH, Limits};
 use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::{Catalog, Gpu, Model};
+use batchmax_sim::surface::{Library, Surface};
 use batchmax_sim::units::{Bytes, Tokens, parse_bytes, parse_tokens};
 
 use crate::cli::{ConfigArgs, Global, MemoryArgs};
@@ -57,6 +58,27 @@ impl Places {
     /// The measurements a profile is fitted from.
     pub fn measurements_path(&self, device: &str, threads: usize) -> PathBuf {
         self.data_dir.join("measurements").join(device).join(format!("batchmax-{threads}t.json"))
+    }
+
+    /// Kernel surfaces that the user has fitted: `kernels/<device>/<framework>.toml` in the data directory.
+    pub fn own_surfaces(&self) -> Result<Vec<Surface>> {
+        let mut surfaces = Vec::new();
+        let devices = std::fs::read_dir(self.data_dir.join("kernels"));
+        for device in devices.into_iter().flatten().flatten() {
+            // This machine's own profile is of another kind: shapes of one model, not of a framework.
+            if device.file_name() == LOCAL {
+                continue;
+            }
+            for file in std::fs::read_dir(device.path()).into_iter().flatten().flatten() {
+                let path = file.path();
+                if path.extension().is_some_and(|e| e == "toml") {
+                    let text = std::fs::read_to_string(&path)
+                        .with_context(|| path.display().to_string())?;
+                    surfaces.extend(Library::read(&path.display().to_string(), &text)?);
+                }
+            }
+        }
+        Ok(surfaces)
     }
 
     fn kernel_profile(&self, device: &str, threads: usize) -> Result<KernelProfile> {

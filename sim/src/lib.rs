@@ -30,5 +30,6 @@ pub mod policy;
 pub mod probe;
 pub mod profile;
 pub mod program;
+pub mod surface;
 pub mod timeline;
 pub mod units;

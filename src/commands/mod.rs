@@ -1,6 +1,5 @@
 //! One verb a file.
 
-#[cfg(feature = "exec")]
 mod calibrate;
 #[cfg(feature = "exec")]
 mod compare;
@@ -43,7 +42,6 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         Command::Fetch(args) => fetch::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]
         Command::Profile(args) => profile::run(&places, args, &cli.global),
-        #[cfg(feature = "exec")]
         Command::Calibrate(args) => calibrate::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]
         Command::Run(args) => run::run(&places, args, &cli.global),

@@ -1,6 +1,6 @@
-//! `batchmax calibrate`: fits the cost models to measurements that exist.
+//! Fits the CPU cost models to what `batchmax profile` measured.
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use batchmax_exec::profile::Measurements;
 use serde_json::json;
 
@@ -18,9 +18,13 @@ pub fn run(places: &Places, args: &CalibrateArgs, global: &Global) -> Result<Out
         kv_dtype: None,
         threads: args.threads,
     };
-    let path = match &args.points {
-        Some(path) => path.clone(),
-        None => places.measurements_path(LOCAL, setting::threads(&memory)?),
+    let path = match args.points.as_slice() {
+        [one] => one.clone(),
+        [_, second, ..] => bail!(
+            "--points {}: one file of `batchmax profile` at a time; timings of GPUs are CSV",
+            second.display()
+        ),
+        [] => places.measurements_path(LOCAL, setting::threads(&memory)?),
     };
     let text = std::fs::read_to_string(&path).map_err(|e| {
         anyhow!("{}: {e}; hint: batchmax profile measures this machine", path.display())
