@@ -150,12 +150,16 @@ pub fn setup(model: &Model, local: bool, memory: &MemoryArgs) -> Result<Setup> {
             kv: KvLayout { dtype: kv.unwrap_or(DType::F16), block_tokens: CPU_BLOCK_TOKENS },
             weights: weights.unwrap_or(DType::F32),
             activations: DType::F32,
+            head: weights.unwrap_or(DType::F32),
+            tp: 1,
         }
     } else {
         Setup {
             kv: KvLayout { dtype: kv.unwrap_or(DType::Bf16), block_tokens: GPU_BLOCK_TOKENS },
             weights: weights.unwrap_or(model.weight_dtype),
             activations: DType::Bf16,
+            head: DType::Bf16,
+            tp: 1,
         }
     })
 }

@@ -209,6 +209,13 @@ impl Interpreter<'_> {
             OpKind::Tally { heads } => self.tally(heads, lanes, layer),
             OpKind::Rank { heads, by } => self.rank(heads, by, lanes, layer),
             OpKind::Evict { protect, .. } => self.evict(protect, lanes, layer),
+            // One process on one machine: there is nobody to add up with.
+            OpKind::AllReduce { .. } => {
+                return Err(ExecError::NotExecutable {
+                    model: model.name.clone(),
+                    part: "layers that several devices share".to_owned(),
+                });
+            }
             OpKind::Gated { ffn } => {
                 let ffn = ffn as usize;
                 let activation = match model.activation {

@@ -132,7 +132,10 @@ fn tokens(lanes: &Lanes, growing: bool, kept: bool) -> String {
 pub fn shape(op: &Op, growing: bool) -> String {
     let rows = op.lanes.rows();
     match op.kind {
-        OpKind::Embed { width } | OpKind::RmsNorm { width, .. } | OpKind::Softcap { width } => {
+        OpKind::Embed { width }
+        | OpKind::RmsNorm { width, .. }
+        | OpKind::AllReduce { width }
+        | OpKind::Softcap { width } => {
             format!("{rows} x {width}")
         }
         OpKind::Gemm { n, k, weights, accumulate } => {

@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cost;
+pub mod engine;
 pub mod explain;
 pub mod kv;
 pub mod load;
@@ -30,6 +31,8 @@ pub mod policy;
 pub mod probe;
 pub mod profile;
 pub mod program;
+pub mod runs;
+pub mod serve;
 pub mod surface;
 pub mod timeline;
 pub mod units;

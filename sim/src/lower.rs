@@ -25,6 +25,10 @@ pub struct Setup {
     pub weights: DType,
     /// Type of the activations.
     pub activations: DType,
+    /// Type of the embedding and the output head: engines leave them at 16 bits when they quantise the rest.
+    pub head: DType,
+    /// Devices that share each layer; the model is then one device's part ([`Model::shard`]).
+    pub tp: u32,
 }
 
 /// Why there is no program.
@@ -150,6 +154,7 @@ fn header(model: &Model, policy: &dyn Policy, load: &Load, setup: Setup) -> Head
         kv: setup.kv,
         weights: setup.weights,
         activations: setup.activations,
+        head: setup.head,
     }
 }
 
@@ -504,6 +509,14 @@ impl<'a> Lowering<'a> {
         self.op(name, kind, rows.clone())
     }
 
+    /// Where devices share a layer, each has a part of the sum.
+    fn reduce(&self, ops: &mut Vec<Op>, rows: &Lanes) {
+        if self.setup.tp > 1 {
+            let kind = OpKind::AllReduce { width: self.model.hidden };
+            ops.push(self.op("all_reduce", kind, rows.clone()));
+        }
+    }
+
     /// The ops of one decoder layer.
     fn layer(
         &self,
@@ -533,6 +546,7 @@ impl<'a> Lowering<'a> {
         ops.push(self.op("attend", OpKind::Attend { heads, window }, seen));
         ops.append(&mut spoken);
         ops.push(self.gemm("output", hidden, attention_width, residual, rows));
+        self.reduce(&mut ops, rows);
         if model.post_norms {
             ops.push(norm("post_attention_norm", true));
         }
@@ -544,6 +558,7 @@ impl<'a> Lowering<'a> {
         }
         ops.push(self.op("gated", OpKind::Gated { ffn: model.ffn }, rows.clone()));
         ops.push(self.gemm("down", hidden, ffn, residual, rows));
+        self.reduce(&mut ops, rows);
         if model.post_norms {
             ops.push(norm("post_ffn_norm", true));
         }
@@ -566,9 +581,15 @@ impl<'a> Lowering<'a> {
         let rows = Lanes::new(&lanes);
         let (width, vocab) = (self.model.hidden, self.model.vocab);
         let final_norm = OpKind::RmsNorm { width, accumulate: false };
+        let head = OpKind::Gemm {
+            n: u64::from(vocab),
+            k: u64::from(width),
+            weights: self.setup.head,
+            accumulate: false,
+        };
         let mut ops = vec![
             self.op("final_norm", final_norm, rows.clone()),
-            self.gemm("head", u64::from(vocab), u64::from(width), false, &rows),
+            self.op("head", head, rows.clone()),
         ];
         if self.model.logit_softcap.is_some() {
             ops.push(self.op("softcap", OpKind::Softcap { width: vocab }, rows.clone()));

@@ -124,10 +124,11 @@ impl Buffers {
     }
 }
 
-/// Bytes of the weights.
+/// Bytes of the weights: linear layers in `dtype`, embedding and head in `head`.
 #[must_use]
-pub fn weight_bytes(model: &Model, dtype: crate::op::DType) -> Bytes {
-    dtype.bytes(model.parameters())
+pub fn weight_bytes(model: &Model, dtype: crate::op::DType, head: crate::op::DType) -> Bytes {
+    let linear = u64::from(model.layers) * model.layer_linear_parameters();
+    dtype.bytes(linear) + head.bytes(model.parameters() - linear)
 }
 
 /// The footprint of a program on an engine that takes `runtime` bytes for itself.
@@ -142,7 +143,7 @@ pub fn footprint(model: &Model, program: &Program, runtime: Bytes) -> Footprint 
     // A 4-byte position per token and KV head, and a running sum where a score needs one.
     let bookkeeping = Bytes(cached_heads * if buffers.tallied { 8 } else { 4 });
     Footprint {
-        weights: weight_bytes(model, program.header.weights),
+        weights: weight_bytes(model, program.header.weights, program.header.head),
         kv_prefill_peak: peaks.prefill,
         kv_decode_peak: peaks.decode,
         activations: buffers.bytes(model, program.header.activations.bits() / 8),

@@ -303,6 +303,11 @@ pub enum OpKind {
         /// Exempt tokens.
         protect: Protect,
     },
+    /// Sum of each row over the devices that share a layer.
+    AllReduce {
+        /// Row width.
+        width: u32,
+    },
     /// activation(gate) * up.
     Gated {
         /// Width of gate (and of up).
@@ -357,6 +362,8 @@ pub enum Family {
     RankTally,
     /// Compaction.
     Evict,
+    /// Sums over devices.
+    Collective,
     /// Gate activation.
     Gated,
     /// Logit cap.
@@ -369,7 +376,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -384,6 +391,7 @@ impl Family {
         Self::RankWindow,
         Self::RankTally,
         Self::Evict,
+        Self::Collective,
         Self::Gated,
         Self::Softcap,
         Self::Sample,
@@ -408,6 +416,7 @@ impl Family {
             Self::RankWindow => "rank-window",
             Self::RankTally => "rank-tally",
             Self::Evict => "evict",
+            Self::Collective => "collective",
             Self::Gated => "gated",
             Self::Softcap => "softcap",
             Self::Sample => "sample",
@@ -486,6 +495,7 @@ impl Op {
                 Score::TalliedAttention { .. } => Family::RankTally,
             },
             OpKind::Evict { .. } => Family::Evict,
+            OpKind::AllReduce { .. } => Family::Collective,
             OpKind::Gated { .. } => Family::Gated,
             OpKind::Softcap { .. } => Family::Softcap,
             OpKind::Sample { .. } => Family::Sample,
@@ -554,6 +564,8 @@ impl Op {
                     + act(rows.saturating_mul(if accumulate { n + k } else { k })),
                 written: act(rows.saturating_mul(n)),
             },
+            // Each device reads its own row and the sum of the others'.
+            OpKind::AllReduce { width } => dense(1.0, 2 * u64::from(width), u64::from(width)),
             OpKind::Gated { ffn } => dense(5.0, 2 * u64::from(ffn), u64::from(ffn)),
             OpKind::Softcap { width } => dense(3.0, u64::from(width), u64::from(width)),
             OpKind::Sample { vocab } => Work {

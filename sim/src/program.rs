@@ -151,6 +151,8 @@ pub struct Header {
     pub weights: DType,
     /// Type of the activations.
     pub activations: DType,
+    /// Type of the embedding and the output head.
+    pub head: DType,
 }
 
 /// The ops of a run.

@@ -50,6 +50,8 @@ fn setup(block_tokens: Tokens) -> Setup {
         kv: KvLayout { dtype: DType::F16, block_tokens },
         weights: DType::F32,
         activations: DType::F32,
+        head: DType::F32,
+        tp: 1,
     }
 }
 

@@ -68,6 +68,8 @@ pub fn setup(kv: DType) -> Setup {
         kv: KvLayout { dtype: kv, block_tokens: 32 },
         weights: DType::F32,
         activations: DType::F32,
+        head: DType::F32,
+        tp: 1,
     }
 }
 

@@ -150,6 +150,9 @@ pub fn features(op: &Op, step: u32) -> Features {
             one([1, 0, 0, 0, 0], [log2(rows * width), 0.0, 0.0])
         }
         OpKind::Gated { ffn } => one([0; 5], [log2(rows * f64::from(ffn)), 0.0, 0.0]),
+        OpKind::AllReduce { width } => {
+            one([width, 1, 0, 0, 0], [log2(rows * f64::from(width)), 0.0, 0.0])
+        }
         OpKind::Softcap { width } => one([0; 5], [log2(rows * f64::from(width)), 0.0, 0.0]),
         OpKind::Sample { vocab } => one([vocab, 0, 0, 0, 0], [log2(rows), 0.0, 0.0]),
         OpKind::Append { .. } => one(head_key(0), [log2(rows), log2(sequences), 0.0]),

@@ -1,6 +1,7 @@
 //! How long ops take.
 
 pub mod calibrated;
+pub mod gpu;
 pub mod roofline;
 
 use crate::op::{Op, Phase};
@@ -9,6 +10,7 @@ use crate::timeline::{Source, Span, Timeline};
 use crate::units::Seconds;
 
 pub use calibrated::Calibrated;
+pub use gpu::GpuKernels;
 pub use roofline::Roofline;
 
 /// The time of one launch, and how far to trust it.

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
+use crate::engine::Engine;
+
 use super::{Gpu, Model, ProfileError, gguf::model_from_gguf, hf::model_from_hf};
 
 mod built_in {
@@ -67,6 +69,18 @@ impl Catalog {
     /// All models, by name.
     pub fn models(&self) -> Result<Vec<Model>, ProfileError> {
         self.names("models").iter().map(|n| self.model(n)).collect()
+    }
+
+    /// An engine by name, alias or file.
+    pub fn engine(&self, name: &str) -> Result<Engine, ProfileError> {
+        let engine: Engine = self.described("engines", "engine", name, |e: &Engine| &e.name)?;
+        engine.validate(&self.origin("engines", name))?;
+        Ok(engine)
+    }
+
+    /// All engines, by name.
+    pub fn engines(&self) -> Result<Vec<Engine>, ProfileError> {
+        self.names("engines").iter().map(|n| self.engine(n)).collect()
     }
 
     /// Names of the policy presets.

@@ -193,6 +193,30 @@ impl Model {
         Ok(())
     }
 
+    /// One device's part where `tp` devices share each layer: heads, feed-forward width and vocabulary divided, KV heads
+    /// repeated where there are fewer than devices.
+    ///
+    /// # Errors
+    /// When `tp` does not divide the query heads.
+    pub fn shard(&self, tp: u32) -> Result<Self, String> {
+        if tp <= 1 {
+            return Ok(self.clone());
+        }
+        if !self.heads.is_multiple_of(tp) {
+            return Err(format!(
+                "{tp} devices can't share the {} heads of {}",
+                self.heads, self.name
+            ));
+        }
+        Ok(Self {
+            heads: self.heads / tp,
+            kv_heads: (self.kv_heads / tp).max(1),
+            ffn: self.ffn.div_ceil(tp),
+            vocab: self.vocab.div_ceil(tp),
+            ..self.clone()
+        })
+    }
+
     /// Query heads per KV head.
     #[must_use]
     pub fn group(&self) -> u32 {

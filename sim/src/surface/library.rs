@@ -166,10 +166,17 @@ impl Library {
         self.matching(same).into_iter().next()
     }
 
-    /// Whatever says most about a kernel; see [`Model`].
+    /// Whatever says most about a kernel on a device of the catalog; see [`Model`].
     #[must_use]
     pub fn model(&self, id: &SurfaceId) -> Option<Model> {
         let gpu = self.gpu(&id.gpu)?;
+        self.model_on(&gpu, id)
+    }
+
+    /// Whatever says most about a kernel on a described device.
+    #[must_use]
+    pub fn model_on(&self, gpu: &Gpu, id: &SurfaceId) -> Option<Model> {
+        let gpu = Arc::new(gpu.clone());
         if let Some(own) = self.exact(id) {
             return Some(Model { gpu, parts: vec![(own, 1.0)], borrowed: 1.0, extra: 0.0 });
         }
@@ -354,6 +361,12 @@ impl Model {
     #[must_use]
     pub fn is_own(&self) -> bool {
         self.borrowed >= 1.0 && self.extra <= 0.0
+    }
+
+    /// Whether some framework's kernel was timed on this very device.
+    #[must_use]
+    pub fn is_timed(&self) -> bool {
+        self.borrowed >= 1.0
     }
 
     /// The surfaces it rests on.

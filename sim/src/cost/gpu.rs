@@ -1,0 +1,229 @@
+//! Times of a program on a GPU: every op through the surface of its kernel, ops that nobody timed from bytes and FLOPs.
+
+use std::sync::Arc;
+
+use super::{Cost, CostModel};
+use crate::op::{DType, Heads, Op, OpKind, Phase};
+use crate::profile::Gpu;
+use crate::surface::{Kernel, Library, Model, Shape, SurfaceId};
+use crate::timeline::Source;
+use crate::units::Seconds;
+
+/// Bytes per second that ops nobody timed reach, as a share of the data sheet: that of the timed memory-bound kernels.
+const BORROWED_BANDWIDTH: f64 = 0.6;
+/// FLOP/s that they reach, as a share of the peak.
+const BORROWED_COMPUTE: f64 = 0.3;
+/// Their launch inside a captured graph, seconds.
+const LAUNCH: f64 = 2.5e-6;
+/// Relative deviation of their time.
+const BORROWED_STDDEV: f64 = 0.4;
+
+/// The kernels of one framework on one device for one choice of types.
+#[derive(Clone, Debug)]
+pub struct GpuKernels {
+    gpu: Arc<Gpu>,
+    gemm: Option<Model>,
+    /// Products of what is left at 16 bits.
+    gemm16: Option<Model>,
+    prefill: Option<Model>,
+    decode: Option<Model>,
+    all_reduce: Option<Model>,
+    norm: Option<Model>,
+    rope: Option<Model>,
+    gated: Option<Model>,
+    embedding: Option<Model>,
+    sampler: Option<Model>,
+    /// Devices that share each layer.
+    tp: u32,
+}
+
+/// The name of a product's type in timing files.
+fn gemm_type(weights: DType, gpu: &Gpu) -> &'static str {
+    match weights {
+        DType::Int4 if gpu.peak_flops_per_s.fp4.is_some() => "nvfp4",
+        DType::F32 => "fp32",
+        DType::F16 | DType::Bf16 => "bf16",
+        DType::Fp8 => "fp8",
+        DType::Int8 => "w8a16",
+        DType::Int4 | DType::Int2 => "w4a16",
+    }
+}
+
+/// The name of an attention's types: math, and the cache's where it differs.
+fn attention_type(cache: DType) -> &'static str {
+    match cache {
+        DType::F32 | DType::F16 | DType::Bf16 => "bf16",
+        DType::Fp8 | DType::Int8 => "bf16/fp8",
+        DType::Int4 => "bf16/int4",
+        DType::Int2 => "bf16/int2",
+    }
+}
+
+impl GpuKernels {
+    /// Of `framework` on `gpu`, for weights and caches of these types, `tp` devices to a layer.
+    #[must_use]
+    pub fn new(
+        library: &Library,
+        gpu: Gpu,
+        framework: &str,
+        weights: DType,
+        cache: DType,
+        tp: u32,
+    ) -> Self {
+        let id = |kernel: Kernel, framework: &str, dtype: &str, variant: &str| SurfaceId {
+            gpu: gpu.name.clone(),
+            framework: framework.to_owned(),
+            kernel,
+            dtype: dtype.to_owned(),
+            variant: variant.to_owned(),
+        };
+        let model = |kernel, framework: &str, dtype: &str, variant: &str| {
+            library.model_on(&gpu, &id(kernel, framework, dtype, variant))
+        };
+        let memory = |kernel| model(kernel, "-", "bf16", "");
+        // Packed caches that nobody timed are costed as fp8 ones: the unpacking that makes those slower is theirs too.
+        let attention = |kernel| {
+            model(kernel, framework, attention_type(cache), "")
+                .or_else(|| model(kernel, framework, "bf16/fp8", ""))
+                .or_else(|| model(kernel, framework, "bf16", ""))
+        };
+        let reduce = (tp > 1)
+            .then(|| {
+                model(Kernel::AllReduce, "collectives", "fp16", "node8 vLLM_custom_graph 0.24.0")
+            })
+            .flatten();
+        Self {
+            gemm: model(Kernel::Gemm, framework, gemm_type(weights, &gpu), "")
+                .or_else(|| model(Kernel::Gemm, framework, "bf16", "")),
+            gemm16: model(Kernel::Gemm, framework, "bf16", ""),
+            prefill: attention(Kernel::AttnPrefill),
+            decode: attention(Kernel::AttnDecode),
+            all_reduce: reduce,
+            norm: memory(Kernel::Rmsnorm),
+            rope: memory(Kernel::Rope),
+            gated: memory(Kernel::SiluMul),
+            embedding: memory(Kernel::Embedding),
+            sampler: memory(Kernel::Sampler),
+            gpu: Arc::new(gpu),
+            tp,
+        }
+    }
+
+    /// Whether products and attention were timed on this very device.
+    #[must_use]
+    pub fn is_timed(&self) -> bool {
+        [&self.gemm, &self.prefill, &self.decode]
+            .iter()
+            .all(|m| m.as_ref().is_some_and(Model::is_timed))
+    }
+
+    fn look_up(
+        &self,
+        model: Option<&Model>,
+        kernel: Kernel,
+        key: [f64; 3],
+        at: [f64; 4],
+        op: &Op,
+        step: u32,
+    ) -> Cost {
+        let Some(model) = model else { return self.from_work(op, step) };
+        let estimate = model.estimate(&Shape { kernel, key, at });
+        Cost {
+            seconds: estimate.seconds,
+            relative_stddev: estimate.log_stddev,
+            source: estimate.source,
+        }
+    }
+
+    /// From bytes and FLOPs, with the efficiencies of kernels that are alike.
+    fn from_work(&self, op: &Op, step: u32) -> Cost {
+        let work = op.work(step);
+        let peak = self.gpu.peak_flops_per_s.of(op.dtype).unwrap_or(1e12);
+        let compute = work.flops.0 / (peak * BORROWED_COMPUTE);
+        let memory = work.bytes().0 as f64 / (self.gpu.bandwidth_bytes_per_s * BORROWED_BANDWIDTH);
+        Cost {
+            seconds: LAUNCH + compute.max(memory),
+            relative_stddev: BORROWED_STDDEV,
+            source: Source::Roofline,
+        }
+    }
+
+    /// Attention: lanes of different lengths are launched together and cost what each would, weighed by its work.
+    fn attend(&self, op: &Op, heads: Heads, window: Option<u32>, phase: Phase, step: u32) -> Cost {
+        let key = [f64::from(heads.query), f64::from(heads.kv), f64::from(heads.dim)];
+        let lanes = op.lanes.as_slice();
+        let kv = |lane: &crate::op::Lane| {
+            let held = lane.kv.saturating_add(step.saturating_mul(lane.rows));
+            f64::from(window.map_or(held, |w| held.min(w.saturating_add(lane.rows - 1).max(1))))
+        };
+        if phase == Phase::Decode && lanes.iter().all(|l| l.rows == 1) {
+            let sequences = op.lanes.sequences() as f64;
+            let cached: f64 = lanes.iter().map(|l| f64::from(l.sequences) * kv(l)).sum();
+            let at = [sequences, (cached / sequences.max(1.0)).max(1.0), 0.0, 0.0];
+            return self.look_up(self.decode.as_ref(), Kernel::AttnDecode, key, at, op, step);
+        }
+        // A ragged launch takes the time of as many sequences of each lane's length, in proportion.
+        let sequences = op.lanes.sequences() as f64;
+        let (mut seconds, mut spread, mut source) = (0.0, 0.0, Source::Run);
+        for lane in lanes {
+            let at =
+                [sequences, f64::from(lane.rows), (kv(lane) - f64::from(lane.rows)).max(0.0), 0.0];
+            let cost = self.look_up(self.prefill.as_ref(), Kernel::AttnPrefill, key, at, op, step);
+            let share = f64::from(lane.sequences) / sequences.max(1.0);
+            seconds += share * cost.seconds;
+            spread += share * cost.seconds * cost.relative_stddev;
+            source = source.max(cost.source);
+        }
+        Cost {
+            seconds,
+            relative_stddev: if seconds > 0.0 { spread / seconds } else { 0.0 },
+            source,
+        }
+    }
+}
+
+impl CostModel for GpuKernels {
+    fn launch(&self, op: &Op, phase: Phase, step: u32) -> Cost {
+        let rows = op.lanes.rows() as f64;
+        let wide = |width: f64| ([width, 0.0, 0.0], [rows, 0.0, 0.0, 0.0]);
+        let by_width = |model: &Option<Model>, kernel, width: f64| {
+            let (key, at) = wide(width);
+            self.look_up(model.as_ref(), kernel, key, at, op, step)
+        };
+        match op.kind {
+            OpKind::Gemm { n, k, weights, .. } => {
+                let (key, at) = ([n as f64, k as f64, 0.0], [rows, 0.0, 0.0, 0.0]);
+                let model = if weights.bits() >= 16 { &self.gemm16 } else { &self.gemm };
+                self.look_up(model.as_ref(), Kernel::Gemm, key, at, op, step)
+            }
+            OpKind::Attend { heads, window } => self.attend(op, heads, window, phase, step),
+            OpKind::AllReduce { width } => {
+                let bytes = rows * f64::from(width) * 2.0;
+                let (key, at) = ([f64::from(self.tp), 0.0, 0.0], [bytes, 0.0, 0.0, 0.0]);
+                self.look_up(self.all_reduce.as_ref(), Kernel::AllReduce, key, at, op, step)
+            }
+            // The residual is added in the same kernel, the norm of queries and keys in that of the rotation.
+            OpKind::RmsNorm { width, .. } => {
+                by_width(&self.norm, Kernel::Rmsnorm, f64::from(width))
+            }
+            OpKind::QkNorm { heads } | OpKind::Rope { heads } => {
+                let width = f64::from((heads.query + heads.kv) * heads.dim);
+                by_width(&self.rope, Kernel::Rope, width)
+            }
+            OpKind::Gated { ffn } => by_width(&self.gated, Kernel::SiluMul, 2.0 * f64::from(ffn)),
+            OpKind::Embed { width } => {
+                by_width(&self.embedding, Kernel::Embedding, f64::from(width))
+            }
+            OpKind::Sample { vocab } => by_width(&self.sampler, Kernel::Sampler, f64::from(vocab)),
+            // Attention kernels were timed with the write of the new keys and values; returning blocks is the host's.
+            OpKind::Append { .. } | OpKind::Release { .. } => {
+                Cost { seconds: 0.0, relative_stddev: 0.0, source: Source::Measured }
+            }
+            _ => self.from_work(op, step),
+        }
+    }
+
+    fn step_overhead(&self, _phase: Phase) -> Seconds {
+        Seconds(0.0)
+    }
+}

@@ -1,0 +1,152 @@
+//! Serving engines as data: what a step costs beside its kernels, what memory is left for caches, what can be run.
+
+use serde::{Deserialize, Serialize};
+
+use crate::op::DType;
+use crate::profile::{Gpu, ProfileError};
+use crate::units::{Bytes, Tokens};
+
+/// Errors of a fit on runs it saw and on clusters left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineFit {
+    /// Measurements.
+    pub rows: usize,
+    /// Median of |predicted / measured - 1| on the runs of the fit.
+    pub median: f64,
+    /// 90th percentile of the same.
+    pub p90: f64,
+    /// Median on runs held out of the fit.
+    pub held_out_median: f64,
+    /// 90th percentile on runs held out of the fit.
+    pub held_out_p90: f64,
+}
+
+/// An engine between two releases that changed its speed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Generation {
+    /// First year of its releases; the newest that is not after a run's is taken.
+    pub since: u32,
+    /// Time of the prefill's kernels, as a multiple of today's.
+    pub prefill: f64,
+    /// Time of the decode's kernels, as a multiple of today's.
+    pub decode: f64,
+    /// Host time of a step that no kernel hides, seconds.
+    pub step_s: f64,
+    /// The same per sequence of the step.
+    pub sequence_s: f64,
+    /// The same per step and decoder layer (kernels launched one by one).
+    #[serde(default)]
+    pub layer_s: f64,
+    /// Time of a sum over devices beside the kernel's own, seconds.
+    #[serde(default)]
+    pub reduce_s: f64,
+    /// Deviation of the logarithm of a run's time, from runs held out.
+    pub log_stddev: f64,
+    /// How well that fits.
+    #[serde(default)]
+    pub fit: EngineFit,
+}
+
+/// A serving engine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Engine {
+    /// Kebab-case name, unique among the profiles.
+    pub name: String,
+    /// Other names people type.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// Where the figures come from.
+    pub source: String,
+    /// Whose kernel surfaces stand for its kernels.
+    pub framework: String,
+    /// Share of a device's memory that it takes.
+    pub memory_share: f64,
+    /// Bytes of that share that hold neither weights nor caches (activations, graphs, the runtime).
+    pub reserve_bytes: Bytes,
+    /// Copies of the caches that exist at the worst moment; 2 where growing concatenates.
+    #[serde(default = "one")]
+    pub kv_copies: f64,
+    /// Tokens per cache block.
+    pub kv_block_tokens: Tokens,
+    /// Sequences that run together at most.
+    pub most_sequences: u32,
+    /// Prompt tokens that a step takes at most.
+    pub step_tokens: Tokens,
+    /// "auto" KV types follow fp8 weights.
+    #[serde(default)]
+    pub kv_follows_weights: bool,
+    /// Policies it can run today, by the name of the preset; `*` for all.
+    pub policies: Vec<String>,
+    /// Weight types it can run.
+    pub weight_dtypes: Vec<DType>,
+    /// Cache types it can run.
+    pub kv_dtypes: Vec<DType>,
+    /// Schedules it can run.
+    pub schedules: Vec<String>,
+    /// Its speed, release by release, oldest first.
+    #[serde(rename = "generation")]
+    pub generations: Vec<Generation>,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl Engine {
+    /// Checks what types can't say; `origin` names the file in the error.
+    pub fn validate(&self, origin: &str) -> Result<(), ProfileError> {
+        let fail = |key: &str, problem: &str| {
+            Err(ProfileError::Invalid {
+                origin: origin.to_owned(),
+                key: key.to_owned(),
+                problem: problem.to_owned(),
+            })
+        };
+        if !(self.memory_share > 0.0 && self.memory_share <= 1.0) {
+            return fail("memory_share", "expected 0 to 1");
+        }
+        if !(self.kv_copies >= 1.0 && self.kv_copies.is_finite()) {
+            return fail("kv_copies", "expected at least 1");
+        }
+        if self.kv_block_tokens == 0 || self.most_sequences == 0 || self.step_tokens == 0 {
+            return fail("kv_block_tokens", "blocks, sequences and step tokens are at least 1");
+        }
+        if self.generations.is_empty() {
+            return fail("generation", "expected at least one");
+        }
+        let years = self.generations.windows(2).all(|w| w[0].since < w[1].since);
+        if !years {
+            return fail("generation", "expected ascending years");
+        }
+        for g in &self.generations {
+            let factors = [g.prefill, g.decode];
+            let times = [g.step_s, g.sequence_s, g.layer_s, g.reduce_s, g.log_stddev];
+            if factors.iter().any(|x| !x.is_finite() || *x <= 0.0)
+                || times.iter().any(|x| !x.is_finite() || *x < 0.0)
+            {
+                return fail("generation", "factors are positive, times not negative");
+            }
+        }
+        Ok(())
+    }
+
+    /// The generation of a release of `year`; the newest where no year is given.
+    #[must_use]
+    pub fn generation(&self, year: Option<u32>) -> &Generation {
+        let newest = self.generations.len() - 1;
+        let index = year.map_or(newest, |year| {
+            self.generations.iter().rposition(|g| g.since <= year).unwrap_or(0)
+        });
+        &self.generations[index]
+    }
+
+    /// Bytes for caches on each of the devices, after weights.
+    #[must_use]
+    pub fn kv_bytes(&self, gpu: &Gpu, weights: Bytes) -> Bytes {
+        let share = Bytes((gpu.memory_bytes.0 as f64 * self.memory_share) as u64);
+        share.saturating_sub(weights + self.reserve_bytes)
+    }
+}

@@ -1,0 +1,423 @@
+//! Whole runs of an engine: a static batch, everything queued at once, or a closed loop at a concurrency.
+
+use crate::cost::{CostModel, GpuKernels, predict};
+use crate::engine::{Engine, Generation};
+use crate::load::{Group, Load, Schedule};
+use crate::lower::{LowerError, Setup, lower, lower_pass};
+use crate::memory::{kv_peaks, weight_bytes};
+use crate::op::Phase;
+use crate::policy::Policy;
+use crate::profile::{Gpu, Model};
+use crate::program::Program;
+use crate::timeline::{SIGMAS_90, Source, Timeline};
+use crate::units::{Bytes, Tokens};
+
+/// A model on devices under an engine.
+#[derive(Clone, Copy)]
+pub struct Deployment<'a> {
+    /// One device's part of the model ([`Model::shard`]).
+    pub model: &'a Model,
+    /// Each device.
+    pub gpu: &'a Gpu,
+    /// The engine.
+    pub engine: &'a Engine,
+    /// Its release.
+    pub generation: &'a Generation,
+    /// Its kernels on the device.
+    pub kernels: &'a GpuKernels,
+    /// The cache policy.
+    pub policy: &'a dyn Policy,
+    /// Types, layout, devices to a layer.
+    pub setup: Setup,
+    /// Groups of devices that hold a part of the layers each.
+    pub pp: u32,
+}
+
+/// How requests come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// `batch` equal sequences start together and all finish.
+    Static {
+        /// Sequences.
+        batch: u32,
+    },
+    /// A new request for each that ends: `concurrency` are always there. `None`: as many as memory holds.
+    Closed {
+        /// Requests.
+        concurrency: Option<u32>,
+    },
+}
+
+/// Where the time of a run goes, before an engine's factors: what a fit of those factors needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Parts {
+    /// Kernels while prompts are read, seconds.
+    pub prefill_s: f64,
+    /// Kernels while tokens are generated, seconds.
+    pub decode_s: f64,
+    /// Steps that read prompts.
+    pub prefill_steps: f64,
+    /// Steps that generate.
+    pub decode_steps: f64,
+    /// Sequences of all generating steps.
+    pub sequence_steps: f64,
+    /// Decoder layers of a step.
+    pub layers: f64,
+    /// Sums over devices in a step.
+    pub reduces: f64,
+}
+
+impl Parts {
+    /// Seconds while prompts are read.
+    #[must_use]
+    pub fn prefill(&self, g: &Generation) -> f64 {
+        g.prefill * self.prefill_s + self.prefill_steps * self.host(g)
+    }
+
+    /// Seconds while tokens are generated.
+    #[must_use]
+    pub fn decode(&self, g: &Generation) -> f64 {
+        g.decode * self.decode_s
+            + self.decode_steps * self.host(g)
+            + self.sequence_steps * g.sequence_s
+    }
+
+    fn host(&self, g: &Generation) -> f64 {
+        g.step_s + self.layers * g.layer_s + self.reduces * g.reduce_s
+    }
+}
+
+/// A predicted run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Run {
+    /// Time to first token of a request, seconds; of a static batch, until all prompts are read.
+    pub ttft_s: f64,
+    /// Seconds per token after the first.
+    pub tpot_s: f64,
+    /// Generated tokens per second.
+    pub output_tok_s: f64,
+    /// Prompt and generated tokens per second.
+    pub total_tok_s: f64,
+    /// Prompt tokens per second of reading.
+    pub prefill_tok_s: f64,
+    /// Generated tokens per second of generating.
+    pub decode_tok_s: f64,
+    /// Until the last token of a batch, or of a request, seconds.
+    pub e2e_s: f64,
+    /// Sequences that run together.
+    pub batch: f64,
+    /// Sequences that memory holds.
+    pub capacity: u32,
+    /// Bytes of weights, caches and reserve on one device.
+    pub peak_bytes: Bytes,
+    /// Half width of the 90 % interval of the times, in logarithms.
+    pub half_width: f64,
+    /// Where the times come from.
+    pub source: Source,
+    /// Whether the first token waits for other requests.
+    pub queued: bool,
+    /// What the times are made of.
+    pub parts: Parts,
+}
+
+/// Why there is no prediction.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ServeError {
+    /// The program can't be lowered.
+    #[error(transparent)]
+    Lower(#[from] LowerError),
+    /// Weights alone are too large.
+    #[error("{weights} of weights do not fit {memory} of each device; hint: more devices or fewer bits")]
+    Weights {
+        /// One device's weights.
+        weights: Bytes,
+        /// One device's memory.
+        memory: Bytes,
+    },
+    /// Not even one sequence.
+    #[error("not even one sequence fits: {needed} of caches, {free} are free")]
+    NothingFits {
+        /// Caches of one sequence.
+        needed: Bytes,
+        /// What weights and reserve leave.
+        free: Bytes,
+    },
+}
+
+impl Deployment<'_> {
+    /// One device's weights.
+    #[must_use]
+    pub fn weights(&self) -> Bytes {
+        let all = weight_bytes(self.model, self.setup.weights, self.setup.head);
+        Bytes(all.0 / u64::from(self.pp.max(1)))
+    }
+
+    /// Bytes for caches on one device; an error where the weights leave nothing.
+    pub fn kv_budget(&self) -> Result<Bytes, ServeError> {
+        let weights = self.weights();
+        let free = self.engine.kv_bytes(self.gpu, weights);
+        if free.0 == 0 {
+            return Err(ServeError::Weights { weights, memory: self.gpu.memory_bytes });
+        }
+        Ok(free)
+    }
+
+    /// Tokens of an uncompressed cache that memory holds.
+    pub fn kv_tokens(&self) -> Result<u64, ServeError> {
+        let per_token = self.setup.kv.dtype.bytes(
+            self.model.kv_elements_per_token_layer() * u64::from(self.model.layers),
+        );
+        let copies = self.engine.kv_copies * per_token.0 as f64 / f64::from(self.pp.max(1));
+        Ok((self.kv_budget()?.0 as f64 / copies.max(1.0)) as u64)
+    }
+
+    fn one(&self, isl: Tokens, osl: Tokens) -> Result<Program, ServeError> {
+        let load = Load::uniform(1, isl, osl, Schedule::Static);
+        Ok(lower(self.model, self.policy, &load, self.setup)?)
+    }
+
+    /// Sequences that memory holds at their peak.
+    pub fn capacity(&self, isl: Tokens, osl: Tokens) -> Result<u32, ServeError> {
+        let free = self.kv_budget()?;
+        let peaks = kv_peaks(&self.one(isl, osl)?);
+        let needed = peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies
+            / f64::from(self.pp.max(1));
+        let sequences = (free.0 as f64 / needed.max(1.0)) as u32;
+        if sequences == 0 {
+            return Err(ServeError::NothingFits { needed: Bytes(needed as u64), free });
+        }
+        Ok(sequences)
+    }
+
+    /// Predicts a run.
+    pub fn run(&self, arrival: Arrival, isl: Tokens, osl: Tokens) -> Result<Run, ServeError> {
+        match arrival {
+            Arrival::Static { batch } => self.static_batch(batch, isl, osl),
+            Arrival::Closed { concurrency } => self.closed_loop(concurrency, isl, osl),
+        }
+    }
+
+    fn reduces(&self) -> f64 {
+        if self.setup.tp > 1 { 2.0 * f64::from(self.model.layers) } else { 0.0 }
+    }
+
+    fn static_batch(&self, batch: u32, isl: Tokens, osl: Tokens) -> Result<Run, ServeError> {
+        let capacity = self.capacity(isl, osl)?;
+        // More than fits runs in waves, each as large as fits.
+        let waves = batch.div_ceil(capacity.min(self.engine.most_sequences.max(batch)));
+        let together = batch.div_ceil(waves);
+        let load = Load::uniform(together, isl, osl, Schedule::Static);
+        let program = lower(self.model, self.policy, &load, self.setup)?;
+        let timeline = predict(self.kernels, &program);
+        let tokens = f64::from(together) * f64::from(isl);
+        let decode_steps = f64::from(osl.saturating_sub(1));
+        let (steps, decode_passes) = program.steps();
+        let prefill_passes = steps - decode_passes;
+        let parts = Parts {
+            prefill_s: timeline.phase(Phase::Prefill).0,
+            decode_s: timeline.phase(Phase::Decode).0,
+            prefill_steps: (tokens / f64::from(self.engine.step_tokens)).max(prefill_passes as f64),
+            decode_steps,
+            sequence_steps: decode_steps * f64::from(together),
+            layers: f64::from(self.model.layers),
+            reduces: self.reduces(),
+        };
+        let (prefill, decode) = (parts.prefill(self.generation), parts.decode(self.generation));
+        let waves = f64::from(waves);
+        let total = waves * (prefill + decode);
+        let all = f64::from(batch);
+        let (input, output) = (all * f64::from(isl), all * f64::from(osl));
+        Ok(Run {
+            ttft_s: prefill,
+            tpot_s: decode / decode_steps.max(1.0),
+            output_tok_s: output / total,
+            total_tok_s: (input + output) / total,
+            prefill_tok_s: tokens / prefill,
+            decode_tok_s: f64::from(together) * decode_steps / decode.max(1e-12),
+            e2e_s: total,
+            batch: f64::from(together),
+            capacity,
+            peak_bytes: self.peak(&program, together),
+            half_width: self.half_width(&timeline),
+            source: timeline.weakest_source(),
+            queued: false,
+            parts,
+        })
+    }
+
+    fn peak(&self, program: &Program, _batch: u32) -> Bytes {
+        let peaks = kv_peaks(program);
+        let caches = peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies
+            / f64::from(self.pp.max(1));
+        self.weights() + self.engine.reserve_bytes + Bytes(caches as u64)
+    }
+
+    fn half_width(&self, timeline: &Timeline) -> f64 {
+        let total = timeline.total().0.max(1e-12);
+        SIGMAS_90 * (timeline.stddev(|_| true).0 / total).hypot(self.generation.log_stddev)
+    }
+
+    /// Steady state: `running` sequences generate; in the time that one of them takes for its answer, each of the others
+    /// is replaced once, so a step carries `running / osl` prompts on average.
+    fn closed_loop(
+        &self,
+        concurrency: Option<u32>,
+        isl: Tokens,
+        osl: Tokens,
+    ) -> Result<Run, ServeError> {
+        // Blocks are taken as a sequence grows: half of the answer on average.
+        let capacity = self.capacity(isl, (osl / 2).max(1))?;
+        let wanted = concurrency.unwrap_or(u32::MAX);
+        let most = wanted.min(capacity).min(self.engine.most_sequences.max(1)).max(1);
+        let g = self.generation;
+        let chunk = self.engine.step_tokens.min(isl);
+        let chunks = isl.div_ceil(chunk.max(1)).max(1);
+        let mut running = f64::from(most);
+        let mut state = self.step(running, isl, osl, chunk, chunks);
+        for _ in 0..4 {
+            let step = state.decode(g) / state.decode_steps;
+            let read = state.prefill(g) / state.prefill_steps.max(1e-9) * f64::from(chunks);
+            let tpot = step + running / f64::from(osl) * read;
+            // Those whose prompt is being read do not generate.
+            let generating = f64::from(most) * (f64::from(osl) * tpot)
+                / (f64::from(osl) * tpot + f64::from(chunks) * (step + read / f64::from(chunks)));
+            if (generating - running).abs() < 0.5 {
+                break;
+            }
+            running = generating.max(1.0);
+            state = self.step(running, isl, osl, chunk, chunks);
+        }
+        let step = state.decode(g) / state.decode_steps;
+        let read = state.prefill(g) / state.prefill_steps.max(1e-9) * f64::from(chunks);
+        let tpot = step + running / f64::from(osl) * read;
+        let output = running / tpot;
+        // A request that comes in waits for the step under way and for prompts before its own: on average half of those
+        // that come while one is read.
+        let ahead = (running / f64::from(osl) * (read / tpot)).min(running);
+        let ttft = 0.5 * step + f64::from(chunks) * step + read * (1.0 + 0.5 * ahead);
+        let waiting = f64::from(wanted.min(u32::MAX / 2)) - f64::from(most);
+        let queued = concurrency.is_some() && waiting > 0.0;
+        let request = ttft + f64::from(osl.saturating_sub(1)) * tpot;
+        let queue = if queued { waiting / f64::from(most) * request } else { 0.0 };
+        let program = self.one(isl, osl)?;
+        let timeline = predict(self.kernels, &program);
+        Ok(Run {
+            ttft_s: ttft + queue,
+            tpot_s: tpot,
+            output_tok_s: output,
+            total_tok_s: output * (f64::from(isl) + f64::from(osl)) / f64::from(osl),
+            prefill_tok_s: f64::from(isl) / read,
+            decode_tok_s: running / step,
+            e2e_s: request + queue,
+            batch: running,
+            capacity,
+            peak_bytes: Bytes(
+                (self.gpu.memory_bytes.0 as f64 * self.engine.memory_share) as u64,
+            ),
+            half_width: self.half_width(&timeline),
+            source: timeline.weakest_source(),
+            queued: queued || most > 1,
+            parts: Parts {
+                prefill_s: state.prefill_s / state.prefill_steps.max(1e-9) * f64::from(chunks) * running
+                    / f64::from(osl),
+                prefill_steps: 0.0,
+                decode_s: state.decode_s / state.decode_steps,
+                decode_steps: 1.0,
+                sequence_steps: running,
+                ..state
+            },
+        })
+    }
+
+    /// One generating step of `running` sequences, and what reading one prompt adds to the steps it rides on.
+    fn step(&self, running: f64, isl: Tokens, osl: Tokens, chunk: Tokens, chunks: u32) -> Parts {
+        let sequences = running.round().max(1.0) as u32;
+        let group = |sequences| Load {
+            groups: vec![Group { sequences, isl, osl }],
+            schedule: Schedule::Static,
+        };
+        let resident = isl.saturating_add(osl / 2);
+        let generating = lower_pass(
+            self.model,
+            self.policy,
+            &group(sequences),
+            self.setup,
+            Phase::Decode,
+            1,
+            self.kept(resident, isl),
+        );
+        let decode = predict(self.kernels, &generating).total().0;
+        // The chunks of a prompt, each over what was read before.
+        let mut reading = 0.0;
+        for i in 0..chunks {
+            let before = i * chunk;
+            let rows = chunk.min(isl - before);
+            let pass = lower_pass(
+                self.model,
+                self.policy,
+                &group(1),
+                self.setup,
+                Phase::Prefill,
+                rows,
+                before,
+            );
+            let alone = predict(self.kernels, &pass).total().0;
+            // Weights are read once for the chunk and the generating rows together: the product of both costs as many
+            // rows more, not as a launch of its own.
+            let shared = self.shared_products(sequences, rows);
+            reading += (alone - shared).max(0.1 * alone);
+        }
+        Parts {
+            prefill_s: reading,
+            decode_s: decode,
+            prefill_steps: f64::from(chunks),
+            decode_steps: 1.0,
+            sequence_steps: running,
+            layers: f64::from(self.model.layers),
+            reduces: self.reduces(),
+        }
+    }
+
+    /// Seconds that the products of `sequences` generating rows and `rows` prompt rows save when launched as one.
+    fn shared_products(&self, sequences: u32, rows: Tokens) -> f64 {
+        let products = |count: u32| -> f64 {
+            let load = Load::uniform(count, 1, 1, Schedule::Static);
+            let pass =
+                lower_pass(self.model, self.policy, &load, self.setup, Phase::Decode, 1, 1);
+            let mut sum = 0.0;
+            pass.visit_passes(|_, pass, _| {
+                for (_, block) in pass.blocks() {
+                    for op in block.ops.iter().filter(|o| {
+                        matches!(o.kind, crate::op::OpKind::Gemm { .. }) && o.name != "head"
+                    }) {
+                        sum += f64::from(block.times())
+                            * self.kernels.launch(op, Phase::Decode, 0).seconds;
+                    }
+                }
+            });
+            sum
+        };
+        products(sequences) + products(rows) - products(sequences.saturating_add(rows))
+    }
+
+    /// Tokens of a cache that a policy leaves of `resident`.
+    fn kept(&self, resident: Tokens, isl: Tokens) -> Tokens {
+        let osl = resident.saturating_sub(isl).max(1);
+        let Ok(program) = self.one(isl, osl.saturating_mul(2)) else { return resident };
+        let per_token = self.setup.kv.held(
+            crate::op::Heads {
+                query: self.model.heads,
+                kv: self.model.kv_heads,
+                dim: self.model.head_dim,
+                dtype: self.setup.kv.dtype,
+            },
+            self.setup.kv.block_tokens,
+        );
+        let layer = per_token.0 as f64 / f64::from(self.setup.kv.block_tokens.max(1))
+            * f64::from(self.model.layers);
+        let full = f64::from(isl) + f64::from(osl) * 2.0;
+        let held = kv_peaks(&program).decode.0 as f64 / layer.max(1.0);
+        // The share of the decode peak that the policy keeps, applied to the average length.
+        (f64::from(resident) * (held / full).min(1.0)).round().max(1.0) as Tokens
+    }
+}
