@@ -228,12 +228,18 @@ pub fn parse_toml<T: DeserializeOwned>(origin: &str, text: &str) -> Result<T, Pr
         let line = error
             .span()
             .map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-        let mut problem = error.message().trim().replace('\n', " ");
-        if let Some(meant) = suggestion(&problem) {
-            problem += &format!("; did you mean `{meant}`?");
-        }
+        let problem = explained(error.message());
         ProfileError::Syntax { origin: origin.to_owned(), line, problem }
     })
+}
+
+/// What serde said, in one line; of the fields it would have expected only the one that was meant, where that is clear.
+pub(crate) fn explained(message: &str) -> String {
+    let problem = message.trim().replace('\n', " ");
+    match (suggestion(&problem), problem.split_once(", expected")) {
+        (Some(meant), Some((unknown, _))) => format!("{unknown}; did you mean `{meant}`?"),
+        _ => problem,
+    }
 }
 
 /// The expected field that is nearest to the unknown one, from serde's own message.
