@@ -33,6 +33,22 @@ pub enum Outcome {
     No,
 }
 
+/// Whether nothing that was typed is at fault: the executor itself could not keep to its program.
+#[cfg(feature = "exec")]
+pub fn failed_in_the_run(error: &anyhow::Error) -> bool {
+    use batchmax_exec::ExecError;
+    matches!(
+        error.downcast_ref::<ExecError>(),
+        Some(ExecError::PoolFull(_) | ExecError::KvMismatch { .. })
+    )
+}
+
+/// Without the executor nothing runs.
+#[cfg(not(feature = "exec"))]
+pub fn failed_in_the_run(_error: &anyhow::Error) -> bool {
+    false
+}
+
 /// Runs what was typed.
 pub fn run(cli: &Cli) -> Result<Outcome> {
     let places = Places::new(&cli.global)?;
