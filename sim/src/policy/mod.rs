@@ -282,7 +282,7 @@ impl Preset {
                 Some(index) if problem.starts_with("unknown field") => {
                     ProfileError::Syntax { origin: origin.clone(), line: index + 1, problem }
                 }
-                _ => invalid(name, problem),
+                _ => invalid(&kind, problem),
             }
         })?;
         Ok(Self { name: name.to_owned(), paper, about, policy })

@@ -83,7 +83,7 @@ impl Catalog {
     /// Where a description comes from: `built-in gpus/h100-sxm.toml`, or the user's file.
     #[must_use]
     pub fn origin(&self, kind: &str, name: &str) -> String {
-        self.user_file(kind, name).map_or_else(
+        self.file(kind, name).map_or_else(
             || format!("built-in {kind}/{}.toml", resolve_alias(kind, name)),
             |path| path.display().to_string(),
         )
@@ -115,13 +115,7 @@ impl Catalog {
         singular: &'static str,
         name: &str,
     ) -> Result<(String, String), ProfileError> {
-        let named = Path::new(name);
-        let path = if named.extension().is_some_and(|e| e == "toml") && named.is_file() {
-            Some(named.to_owned())
-        } else {
-            self.user_file(kind, name)
-        };
-        if let Some(path) = path {
+        if let Some(path) = self.file(kind, name) {
             return Ok((path.display().to_string(), read_text(&path)?));
         }
         let real = resolve_alias(kind, name);
@@ -134,6 +128,15 @@ impl Catalog {
                 name: name.to_owned(),
                 hint: self.hint(kind, name),
             })
+    }
+
+    /// The file that a name means, if it is not a built-in one.
+    fn file(&self, kind: &str, name: &str) -> Option<PathBuf> {
+        let named = Path::new(name);
+        if named.extension().is_some_and(|e| e == "toml") && named.is_file() {
+            return Some(named.to_owned());
+        }
+        self.user_file(kind, name)
     }
 
     fn user_file(&self, kind: &str, name: &str) -> Option<PathBuf> {
