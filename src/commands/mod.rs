@@ -72,3 +72,20 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         Command::Policies(args) => list::policies(&places, args, &cli.global),
     }
 }
+
+#[cfg(all(test, feature = "exec"))]
+mod tests {
+    use super::failed_in_the_run;
+    use batchmax_exec::ExecError;
+    use batchmax_sim::units::Bytes;
+
+    #[test]
+    fn broken_promises_of_the_executor_are_not_the_users_fault() {
+        let (held, predicted) = (Bytes(2), Bytes(1));
+        let mismatch = ExecError::KvMismatch { step: 3, held, predicted };
+        assert!(failed_in_the_run(&anyhow::Error::from(mismatch).context("a run")));
+        let over = ExecError::OverBudget { needed: Bytes(2), budget: Bytes(1) };
+        assert!(!failed_in_the_run(&over.into()));
+        assert!(!failed_in_the_run(&anyhow::anyhow!("--batch 0")));
+    }
+}
