@@ -19,17 +19,31 @@ mod setting;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind::{
+    DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand as MissingArgumentOrHelp, DisplayVersion,
+};
 
 use crate::commands::Outcome;
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error)
+            if matches!(error.kind(), DisplayHelp | DisplayVersion | MissingArgumentOrHelp) =>
+        {
+            error.exit()
+        }
+        Err(error) => {
+            report::complain_usage(&error);
+            return ExitCode::from(2);
+        }
+    };
     match commands::run(&cli) {
         Ok(Outcome::Answered) => ExitCode::SUCCESS,
         Ok(Outcome::No) => ExitCode::from(1),
         Err(error) => {
             report::complain(&error);
-            ExitCode::from(2)
+            ExitCode::from(if commands::failed_in_the_run(&error) { 3 } else { 2 })
         }
     }
 }

@@ -5,6 +5,7 @@
 use anyhow::{Result, bail};
 use batchmax_exec::RunOptions;
 use batchmax_exec::fetch;
+use batchmax_exec::weights::check_executable;
 use batchmax_sim::load::Schedule;
 use batchmax_sim::metrics::Metrics;
 use batchmax_sim::plan::LARGEST_BATCH;
@@ -37,6 +38,8 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
         kv_memory: Some(args.memory.kv_memory.clone().unwrap_or_else(|| KV_MEMORY.to_owned())),
         ..args.memory.clone()
     };
+    let model = setting::model(places, &args.model)?;
+    check_executable(&model, setting::setup(&model, true, &memory)?.weights)?;
     prepare(places, args, &memory, global)?;
     let (configurations, chosen) = choose(places, args, &memory)?;
     let first = &configurations[0];

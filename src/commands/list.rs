@@ -98,8 +98,8 @@ pub fn policies(places: &Places, args: &ListArgs, global: &Global) -> Result<Out
             .map(|p| json!({ "name": p.name, "about": p.about, "paper": p.paper, "policy": p.policy.label() }))
             .collect();
         answer(&json::document("policies", json!({ "policies": list })));
-    } else if let (Some(name), [preset]) = (&args.name, presets.as_slice()) {
-        let (origin, text) = places.catalog.policy_text(name)?;
+    } else if let (Some(_), [preset]) = (&args.name, presets.as_slice()) {
+        let (origin, text) = places.catalog.policy_text(&preset.name)?;
         answer(&format!("# {origin}\n{}\n# {}\n", text.trim_end(), preset.policy.label()));
     } else {
         let rows = presets

@@ -17,6 +17,7 @@ use batchmax_sim::memory::{Footprint, footprint};
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
+use batchmax_sim::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::Global;
@@ -135,13 +136,21 @@ pub fn engine(model: &Model, weights: Weights, threads: usize) -> Engine {
     Engine::new(model.clone(), weights, threads)
 }
 
+/// What a run may take where no limit is given: most of the machine's memory, or anything where the system does not say.
+pub fn machine_memory() -> Bytes {
+    match machine::memory() {
+        Bytes(0) => Bytes(u64::MAX),
+        Bytes(all) => Bytes(all / 10 * 9),
+    }
+}
+
 /// Refuses what would not fit before any weight is read.
 pub fn check_memory(configuration: &Configuration, program: &Program) -> Result<Footprint> {
     let limits = &configuration.limits;
     let needed = footprint(&configuration.model, program, limits.runtime);
     if needed.weights > limits.memory {
         bail!(
-            "the weights alone take {}, --memory is {}; hint: raise --memory, or --weight-dtype bf16",
+            "the weights alone take {}, the memory is {}; hint: raise --memory, or --weight-dtype bf16",
             needed.weights,
             limits.memory
         );

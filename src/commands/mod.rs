@@ -32,6 +32,22 @@ pub enum Outcome {
     No,
 }
 
+/// Whether nothing that was typed is at fault: the executor itself could not keep to its program.
+#[cfg(feature = "exec")]
+pub fn failed_in_the_run(error: &anyhow::Error) -> bool {
+    use batchmax_exec::ExecError;
+    matches!(
+        error.downcast_ref::<ExecError>(),
+        Some(ExecError::PoolFull(_) | ExecError::KvMismatch { .. })
+    )
+}
+
+/// Without the executor nothing runs.
+#[cfg(not(feature = "exec"))]
+pub fn failed_in_the_run(_error: &anyhow::Error) -> bool {
+    false
+}
+
 /// Runs what was typed.
 pub fn run(cli: &Cli) -> Result<Outcome> {
     let places = Places::new(&cli.global)?;
@@ -52,5 +68,22 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         Command::Models(args) => list::models(&places, args, &cli.global),
         Command::Gpus(args) => list::gpus(&places, args, &cli.global),
         Command::Policies(args) => list::policies(&places, args, &cli.global),
+    }
+}
+
+#[cfg(all(test, feature = "exec"))]
+mod tests {
+    use super::failed_in_the_run;
+    use batchmax_exec::ExecError;
+    use batchmax_sim::units::Bytes;
+
+    #[test]
+    fn broken_promises_of_the_executor_are_not_the_users_fault() {
+        let (held, predicted) = (Bytes(2), Bytes(1));
+        let mismatch = ExecError::KvMismatch { step: 3, held, predicted };
+        assert!(failed_in_the_run(&anyhow::Error::from(mismatch).context("a run")));
+        let over = ExecError::OverBudget { needed: Bytes(2), budget: Bytes(1) };
+        assert!(!failed_in_the_run(&over.into()));
+        assert!(!failed_in_the_run(&anyhow::anyhow!("--batch 0")));
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use batchmax_exec::machine;
 use batchmax_exec::profile::{Measurements, calibrate};
-use batchmax_exec::weights::Weights;
+use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_sim::cost::calibrated::KernelProfile;
 use batchmax_sim::op::{DType, Family};
 use batchmax_sim::probe::{GridLimits, grid};
@@ -47,8 +47,17 @@ pub fn measure(
     let threads = setting::threads(memory)?;
     let mut model = setting::model(places, model_name)?;
     let setup = setting::setup(&model, true, memory)?;
+    check_executable(&model, setup.weights)?;
     let runtime = machine::rss();
     model.layers = model.layers.min(LAYERS);
+    let weights = setup.weights.bytes(model.parameters());
+    if weights > local::machine_memory() {
+        bail!(
+            "{LAYERS} layers of {} take {weights}, this machine has {}; hint: a smaller model, or --weight-dtype bf16",
+            model.name,
+            machine::memory()
+        );
+    }
     let probes = grid(&model, setup.kv, setup, GridLimits::default());
     let provenance = local::provenance(&model.name, threads);
     let partial = path.with_extension("partial.json");

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::load::Checkpoint;
-use batchmax_exec::weights::Weights;
+use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_exec::{Engine, RunOptions, RunResult, Sampling, load_of};
+use batchmax_sim::load::Load;
 use batchmax_sim::lower::lower;
 use batchmax_sim::memory::kv_peaks;
 use batchmax_sim::program::Program;
@@ -32,6 +33,8 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     }
     let model = setting::model(places, &config.model)?;
     let setup = setting::setup(&model, true, &config.memory)?;
+    check_executable(&model, setup.weights)?;
+    check_sampling(args)?;
     let preset = batchmax_sim::policy::Preset::parse(&places.catalog, &config.policy)?;
     let (isl, osl) =
         (setting::tokens(&config.isl, "--isl")?, setting::tokens(&config.osl, "--osl")?);
@@ -48,10 +51,19 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             .map(|p| Checkpoint::open(&p))
             .transpose()?,
     };
-    let (prompts, chat) = prompts(args, checkpoint.as_ref(), &model, isl)?;
-    let load = load_of(&prompts, osl, setting::schedule(&config.schedule)?);
+    let batch = setting::batch(&config.batch)?.unwrap_or(1);
+    let schedule = setting::schedule(&config.schedule)?;
+    let given = given_prompts(args, checkpoint.as_ref(), batch)?;
+    let load = match &given {
+        Some(prompts) => load_of(prompts, osl, schedule),
+        None => Load::uniform(batch, isl, osl, schedule),
+    };
     let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
     refuse(args, &model, &program, budget)?;
+    let prompts = match given {
+        Some(prompts) => prompts,
+        None => local::prompts(checkpoint.as_ref(), &model, batch, isl)?,
+    };
     let (weights, _): (Weights, _) =
         local::weights(places, &config.model, &args.weights.weights, &model, setup, global)?;
     let engine = local::engine(&model, weights, setting::threads(&config.memory)?);
@@ -77,7 +89,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         for sequence in &result.sequences {
             answer(tokenizer.decode(&sequence.generated)?.trim_start());
         }
-        if chat {
+        if args.chat {
             remark(global.quiet, "");
         }
     }
@@ -102,21 +114,23 @@ fn refuse(
     budget: Option<Bytes>,
 ) -> Result<()> {
     let footprint = batchmax_sim::memory::footprint(model, program, Bytes(0));
-    if let Some(text) = &args.config.memory.memory {
-        let memory =
-            batchmax_sim::units::parse_bytes(text).map_err(|e| anyhow!("--memory: {e}"))?;
-        if footprint.weights > memory {
-            bail!(
-                "the weights alone take {}, --memory is {memory}; hint: raise --memory, or --weight-dtype bf16",
-                footprint.weights
-            );
+    let memory = match &args.config.memory.memory {
+        Some(text) => {
+            batchmax_sim::units::parse_bytes(text).map_err(|e| anyhow!("--memory: {e}"))?
         }
-        if footprint.total() > memory {
-            bail!(
-                "the run takes {}, --memory is {memory}; hint: a smaller --batch, or a policy with a smaller budget",
-                footprint.total()
-            );
-        }
+        None => local::machine_memory(),
+    };
+    if footprint.weights > memory {
+        bail!(
+            "the weights alone take {}, the memory is {memory}; hint: raise --memory, or --weight-dtype bf16",
+            footprint.weights
+        );
+    }
+    if footprint.total() > memory {
+        bail!(
+            "the run takes {}, the memory is {memory}; hint: a smaller --batch, or a policy with a smaller budget",
+            footprint.total()
+        );
     }
     let peaks = kv_peaks(program);
     let needed = peaks.prefill.max(peaks.decode);
@@ -146,37 +160,44 @@ fn go(
     Ok(result?)
 }
 
-/// The prompts as ids, and whether they are a chat.
-fn prompts(
+/// The prompts that were typed, as ids; `None`: prompts of --isl tokens are to be made up.
+fn given_prompts(
     args: &RunArgs,
     checkpoint: Option<&Checkpoint>,
-    model: &batchmax_sim::profile::Model,
-    isl: u32,
-) -> Result<(Vec<Vec<u32>>, bool)> {
+    batch: u32,
+) -> Result<Option<Vec<Vec<u32>>>> {
     if let Some(path) = &args.ids {
-        return Ok((read_ids(path)?, false));
+        return Ok(Some(read_ids(path)?));
     }
-    if let Some(text) = &args.prompt {
-        let checkpoint = checkpoint.ok_or_else(|| {
-            anyhow!("--prompt needs the model's tokeniser; hint: batchmax fetch, or token ids with --ids")
-        })?;
-        let tokenizer = checkpoint.tokenizer()?;
-        let text = if args.chat {
-            tokenizer.chat(text).ok_or_else(|| {
-                anyhow!("--chat: this model's chat template is not known; hint: leave --chat out")
-            })?
-        } else {
-            text.clone()
-        };
-        let ids = tokenizer.encode(&text, true)?;
-        if ids.is_empty() {
-            bail!("--prompt: the prompt has no tokens");
-        }
-        let batch = setting::batch(&args.config.batch)?.unwrap_or(1);
-        return Ok((vec![ids; batch as usize], args.chat));
+    let Some(text) = &args.prompt else { return Ok(None) };
+    let checkpoint = checkpoint.ok_or_else(|| {
+        anyhow!(
+            "--prompt needs the model's tokeniser; hint: batchmax fetch, or token ids with --ids"
+        )
+    })?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let text = if args.chat {
+        tokenizer.chat(text).ok_or_else(|| {
+            anyhow!("--chat: this model's chat template is not known; hint: leave --chat out")
+        })?
+    } else {
+        text.clone()
+    };
+    let ids = tokenizer.encode(&text, true)?;
+    if ids.is_empty() {
+        bail!("--prompt: the prompt has no tokens");
     }
-    let batch = setting::batch(&args.config.batch)?.unwrap_or(1);
-    Ok((local::prompts(checkpoint, model, batch, isl)?, false))
+    Ok(Some(vec![ids; batch as usize]))
+}
+
+fn check_sampling(args: &RunArgs) -> Result<()> {
+    if !(args.temperature.is_finite() && args.temperature >= 0.0) {
+        bail!("--temperature {}: expected 0 (greedy) or a positive number", args.temperature);
+    }
+    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
+        bail!("--top-p {}: expected a probability over 0 and up to 1", args.top_p);
+    }
+    Ok(())
 }
 
 fn read_ids(path: &Path) -> Result<Vec<Vec<u32>>> {

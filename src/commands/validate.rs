@@ -2,6 +2,7 @@
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::RunOptions;
+use batchmax_exec::weights::check_executable;
 use batchmax_sim::metrics::Metrics;
 use batchmax_sim::op::Phase;
 use batchmax_sim::timeline::{Comparison, compare, relative_error};
@@ -18,6 +19,9 @@ use crate::setting::{self, Configuration, Places};
 /// Predicts, runs, compares.
 pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outcome> {
     let tolerance = tolerance(&args.tolerance)?;
+    // Nobody should profile the machine for a model that it can't run.
+    let model = setting::model(places, &args.config.model)?;
+    check_executable(&model, setting::setup(&model, true, &args.config.memory)?.weights)?;
     let configuration = Configuration::resolve(places, &args.config)?;
     if !configuration.device.local {
         bail!("--gpu {}: only this machine's CPU can run", args.config.gpu);

@@ -21,7 +21,22 @@ pub fn remark(quiet: bool, text: &str) {
 
 /// An error: one line, its causes joined, and the hint on a line of its own.
 pub fn complain(error: &anyhow::Error) {
-    let text = format!("{error:#}").replace('\n', " ");
+    complain_text(&format!("{error:#}"));
+}
+
+/// The same for what the parser of the command line says: its first paragraph, and its tip or where to read on.
+pub fn complain_usage(error: &clap::Error) {
+    let text = error.to_string();
+    let mut paragraphs = text.split("\n\n");
+    let problem = paragraphs.next().unwrap_or_default().trim_start_matches("error: ");
+    let tip = paragraphs.find_map(|p| p.trim().strip_prefix("tip: "));
+    let hint = tip.unwrap_or("batchmax --help, or --help after a command");
+    complain_text(&format!("{problem}; hint: {hint}"));
+}
+
+fn complain_text(text: &str) {
+    // Texts quote names and files: nothing in them may start a line or steer the terminal.
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let mut err = std::io::stderr().lock();
     match text.split_once("; hint: ") {
         Some((problem, hint)) => writeln!(err, "error: {problem}\nhint: {hint}").ok(),

@@ -226,7 +226,9 @@ fn header_of(file: &File, path: &Path, shard: usize) -> Result<Vec<(String, Stor
         }
         last_end = last_end.max(end);
         let columns = info.shape.last().copied().unwrap_or(1);
-        let rows = info.shape.iter().rev().skip(1).product();
+        // An empty dimension passes the format's own check whatever stands beside it.
+        let rows =
+            info.shape.iter().rev().skip(1).fold(1, |rows: usize, n| rows.saturating_mul(*n));
         let kind = match info.dtype {
             Dtype::F32 => GgmlType::F32,
             Dtype::F16 => GgmlType::F16,

@@ -245,6 +245,66 @@ fn every_prefix_and_many_flipped_bits_of_safetensors_are_survived() {
     }
 }
 
+/// A whole file with several faults at once: bytes changed, put in, taken out, and lengths blown up.
+fn damaged(whole: &[u8], header: usize, state: &mut u64) -> Vec<u8> {
+    let mut next = |below: usize| {
+        *state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*state >> 33) as usize % below
+    };
+    let mut broken = whole.to_vec();
+    for _ in 0..=next(4) {
+        let at = next(header);
+        match next(5) {
+            0 => broken[at] = next(256) as u8,
+            1 => broken.insert(at, next(256) as u8),
+            2 => drop(broken.drain(at..at + next(16))),
+            3 => {
+                let value = [0, 1, u64::MAX, 1 << 63, u64::from(u32::MAX)][next(5)];
+                broken[at..at + 8].copy_from_slice(&value.to_le_bytes());
+            }
+            // Digits are what lengths in text are made of.
+            _ => broken[at..at + 8].copy_from_slice(b"99999999"),
+        }
+    }
+    broken
+}
+
+#[test]
+fn several_faults_at_once_never_panic() {
+    let mut state = 7;
+    let whole = tiny("llama").bytes();
+    for _ in 0..1000 {
+        if let Ok(checkpoint) = open_bytes(&damaged(&whole, 1300, &mut state)) {
+            let _ = values(&checkpoint, Role::Up, Some(0));
+        }
+    }
+    let folder = tempfile::tempdir().expect("a directory");
+    write_hugging_face(folder.path(), "LlamaForCausalLM", &TINY_TENSORS, "F32");
+    let file = folder.path().join("model.safetensors");
+    let whole = std::fs::read(&file).expect("readable");
+    for _ in 0..1000 {
+        std::fs::write(&file, damaged(&whole, 1100, &mut state)).expect("writable");
+        if let Ok(checkpoint) = Checkpoint::open(folder.path()) {
+            let _ = values(&checkpoint, Role::Up, Some(0));
+        }
+    }
+}
+
+#[test]
+fn a_shape_that_overflows_beside_an_empty_dimension_is_survived() {
+    let folder = tempfile::tempdir().expect("a directory");
+    std::fs::write(folder.path().join("config.json"), tiny_config("LlamaForCausalLM"))
+        .expect("writable");
+    let header =
+        r#"{"x":{"dtype":"F32","shape":[0,9223372036854775808,4,1],"data_offsets":[0,0]}}"#;
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    std::fs::write(folder.path().join("model.safetensors"), file).expect("writable");
+    let error = message(Checkpoint::open(folder.path()));
+    assert!(error.contains("is missing"), "{error}");
+}
+
 #[test]
 fn types_without_weights_in_them_are_refused() {
     let folder = tempfile::tempdir().expect("a directory");

@@ -21,6 +21,7 @@ pub use streaming_llm::StreamingLlm;
 
 use crate::kv::KvTape;
 use crate::op::{Phase, Score};
+use crate::profile::catalog::explained;
 use crate::profile::{Catalog, Model, ProfileError};
 use crate::units::{Layer, Tokens, parse_tokens};
 
@@ -273,15 +274,15 @@ impl Preset {
             invalid("kind", format!("no policy kind \"{kind}\"; known: {}", KINDS.join(", ")))
         })?;
         let policy = make(table).map_err(|e| {
-            let message = e.message().replace('\n', " ");
-            ProfileError::Invalid {
-                origin: if overrides.is_empty() {
-                    origin.clone()
-                } else {
-                    format!("--policy {text}")
-                },
-                key: name.to_owned(),
-                problem: message,
+            let problem = explained(e.message());
+            // The table has no positions any more: a key that stands in the file is looked for.
+            let key = problem.split('`').nth(1).unwrap_or_default();
+            let stands = |l: &str| l.split_once('=').is_some_and(|(k, _)| k.trim() == key);
+            match source.lines().position(stands) {
+                Some(index) if problem.starts_with("unknown field") => {
+                    ProfileError::Syntax { origin: origin.clone(), line: index + 1, problem }
+                }
+                _ => invalid(&kind, problem),
             }
         })?;
         Ok(Self { name: name.to_owned(), paper, about, policy })

@@ -97,7 +97,7 @@ impl Catalog {
     /// Where a description comes from: `built-in gpus/h100-sxm.toml`, or the user's file.
     #[must_use]
     pub fn origin(&self, kind: &str, name: &str) -> String {
-        self.user_file(kind, name).map_or_else(
+        self.file(kind, name).map_or_else(
             || format!("built-in {kind}/{}.toml", resolve_alias(kind, name)),
             |path| path.display().to_string(),
         )
@@ -129,13 +129,7 @@ impl Catalog {
         singular: &'static str,
         name: &str,
     ) -> Result<(String, String), ProfileError> {
-        let named = Path::new(name);
-        let path = if named.extension().is_some_and(|e| e == "toml") && named.is_file() {
-            Some(named.to_owned())
-        } else {
-            self.user_file(kind, name)
-        };
-        if let Some(path) = path {
+        if let Some(path) = self.file(kind, name) {
             return Ok((path.display().to_string(), read_text(&path)?));
         }
         let real = resolve_alias(kind, name);
@@ -148,6 +142,15 @@ impl Catalog {
                 name: name.to_owned(),
                 hint: self.hint(kind, name),
             })
+    }
+
+    /// The file that a name means, if it is not a built-in one.
+    fn file(&self, kind: &str, name: &str) -> Option<PathBuf> {
+        let named = Path::new(name);
+        if named.extension().is_some_and(|e| e == "toml") && named.is_file() {
+            return Some(named.to_owned());
+        }
+        self.user_file(kind, name)
     }
 
     fn user_file(&self, kind: &str, name: &str) -> Option<PathBuf> {
@@ -242,12 +245,18 @@ pub fn parse_toml<T: DeserializeOwned>(origin: &str, text: &str) -> Result<T, Pr
         let line = error
             .span()
             .map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-        let mut problem = error.message().trim().replace('\n', " ");
-        if let Some(meant) = suggestion(&problem) {
-            problem += &format!("; did you mean `{meant}`?");
-        }
+        let problem = explained(error.message());
         ProfileError::Syntax { origin: origin.to_owned(), line, problem }
     })
+}
+
+/// What serde said, in one line; of the fields it would have expected only the one that was meant, where that is clear.
+pub(crate) fn explained(message: &str) -> String {
+    let problem = message.trim().replace('\n', " ");
+    match (suggestion(&problem), problem.split_once(", expected")) {
+        (Some(meant), Some((unknown, _))) => format!("{unknown}; did you mean `{meant}`?"),
+        _ => problem,
+    }
 }
 
 /// The expected field that is nearest to the unknown one, from serde's own message.

@@ -185,6 +185,32 @@ impl Model {
         if !(self.rotary_share > 0.0 && self.rotary_share <= 1.0) {
             return fail("rotary_share", format!("expected 0 to 1, got {}", self.rotary_share));
         }
+        for (key, value) in [
+            ("attention_softcap", self.attention_softcap),
+            ("logit_softcap", self.logit_softcap),
+            ("attention_scale", self.attention_scale),
+            ("embedding_scale", self.embedding_scale),
+        ] {
+            if let Some(value) = value.filter(|v| !(v.is_finite() && *v > 0.0)) {
+                return fail(key, format!("expected a positive number, got {value}"));
+            }
+        }
+        let factors = match &self.rope_scaling {
+            RopeScaling::Linear { factor } => vec![*factor],
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, .. } => {
+                if low_freq_factor >= high_freq_factor {
+                    let problem = format!(
+                        "low_freq_factor {low_freq_factor} must be below {high_freq_factor}"
+                    );
+                    return fail("rope_scaling", problem);
+                }
+                vec![*factor, *low_freq_factor, *high_freq_factor]
+            }
+            RopeScaling::None | RopeScaling::Other { .. } => Vec::new(),
+        };
+        if let Some(bad) = factors.iter().find(|f| !(f.is_finite() && **f > 0.0)) {
+            return fail("rope_scaling", format!("expected positive factors, got {bad}"));
+        }
         if let Some(window) = self.sliding_window
             && (window.tokens == 0 || window.every == 0)
         {

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::op::DType;
 use crate::profile::{Activation, RopeScaling, SlidingWindow};
@@ -217,6 +219,55 @@ fn flipped_bits_never_panic() {
             let mut broken = whole.clone();
             broken[at] ^= 1 << bit;
             let _ = described(&broken);
+        }
+    }
+}
+
+/// One fault in a header: where, and what.
+#[derive(Clone, Debug)]
+enum Fault {
+    Byte(u8),
+    Insert(u8),
+    Remove(usize),
+    /// A length or a count becomes this.
+    Word(u64),
+}
+
+fn fault() -> impl Strategy<Value = (usize, Fault)> {
+    let kind = prop_oneof![
+        any::<u8>().prop_map(Fault::Byte),
+        any::<u8>().prop_map(Fault::Insert),
+        (1usize..40).prop_map(Fault::Remove),
+        prop_oneof![Just(0), Just(u64::MAX), Just(1 << 63), Just(1 << 32), 0u64..64, any::<u64>()]
+            .prop_map(Fault::Word),
+    ];
+    (any::<prop::sample::Index>().prop_map(|i| i.index(1 << 16)), kind)
+}
+
+proptest! {
+    #[test]
+    fn faults_never_panic_and_tensors_stay_within_the_file(
+        faults in prop::collection::vec(fault(), 1..6),
+        arch in prop_oneof![Just("llama"), Just("gemma2"), Just("phi3")],
+    ) {
+        let more = [("tokenizer.ggml.tokens", GgufValue::Array(vec![text("a"), text("b")]))];
+        let mut bytes = tiny(arch, &more, &[embedding()]);
+        for (at, fault) in faults {
+            // The last 680 bytes are the tensor: there is nothing to misread.
+            let at = at % bytes.len().saturating_sub(680).max(1);
+            match fault {
+                Fault::Byte(byte) => bytes[at] = byte,
+                Fault::Insert(byte) => bytes.insert(at, byte),
+                Fault::Remove(count) => drop(bytes.drain(at..at + count)),
+                Fault::Word(word) => bytes[at..at + 8].copy_from_slice(&word.to_le_bytes()),
+            }
+        }
+        let _ = described(&bytes);
+        if let Ok(header) = parse(&bytes) {
+            for tensor in header.tensors.iter().filter(|t| t.kind.layout().is_some()) {
+                let size = tensor.bytes().expect("checked by the parser");
+                prop_assert!(header.data_start + tensor.offset + size <= bytes.len() as u64);
+            }
         }
     }
 }

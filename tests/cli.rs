@@ -1,0 +1,722 @@
+//! The program from outside: exit codes, answers on stdout, refusals of one line on stderr.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A place where nothing of this machine is: no models, no profile, no variables.
+struct Place {
+    dir: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().expect("a directory") }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().expect("inside")).expect("writable");
+        std::fs::write(&path, text).expect("writable");
+        path
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        let output = Command::new(env!("CARGO_BIN_EXE_batchmax"))
+            .args(args)
+            .current_dir(self.dir.path())
+            .env_clear()
+            .env("HOME", self.dir.path())
+            .env("XDG_DATA_HOME", self.path("data"))
+            .output()
+            .expect("the program starts");
+        Ran::new(args, &output)
+    }
+}
+
+/// What came of a command.
+struct Ran {
+    command: String,
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+impl Ran {
+    fn new(args: &[&str], output: &Output) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8");
+        let ran = Self {
+            command: args.join(" "),
+            code: output.status.code(),
+            out: text(&output.stdout),
+            err: text(&output.stderr),
+        };
+        assert!(!ran.err.contains("panicked"), "{}: {}", ran.command, ran.err);
+        ran
+    }
+
+    /// It answered, and said nothing else.
+    #[track_caller]
+    fn answered(self) -> String {
+        assert_eq!(self.code, Some(0), "{}: {}", self.command, self.err);
+        assert_eq!(self.err, "", "{}", self.command);
+        self.out
+    }
+
+    /// The answer is no: that is an answer too, on stdout.
+    #[track_caller]
+    fn no(self) -> String {
+        assert_eq!(self.code, Some(1), "{}: {}", self.command, self.err);
+        assert_eq!(self.err, "", "{}", self.command);
+        self.out
+    }
+
+    /// Bad input: one line that says what is wrong, at most one more that says what to do.
+    #[track_caller]
+    fn refused(self) -> String {
+        assert_eq!(self.code, Some(2), "{}: {}", self.command, self.out);
+        assert_eq!(self.out, "", "{}", self.command);
+        let lines: Vec<_> = self.err.lines().collect();
+        assert!(lines[0].starts_with("error: "), "{}: {}", self.command, self.err);
+        assert!(
+            lines.len() == 1 || lines.len() == 2 && lines[1].starts_with("hint: "),
+            "{}: {}",
+            self.command,
+            self.err
+        );
+        self.err
+    }
+}
+
+#[track_caller]
+fn run(args: &str) -> Ran {
+    Place::new().run(&args.split_whitespace().collect::<Vec<_>>())
+}
+
+#[track_caller]
+fn refuses(args: &str, parts: &[&str]) {
+    let err = run(args).refused();
+    for part in parts {
+        assert!(err.contains(part), "{args}: {err}");
+    }
+}
+
+#[track_caller]
+fn document(text: &str, kind: &str) -> Value {
+    let value: Value = serde_json::from_str(text).expect("valid JSON");
+    assert_eq!(value["schema_version"], 1);
+    assert_eq!(value["kind"], kind);
+    value
+}
+
+fn records(text: &str) -> Vec<std::collections::HashMap<String, String>> {
+    csv::Reader::from_reader(text.as_bytes())
+        .deserialize()
+        .collect::<Result<_, _>>()
+        .expect("records of one length")
+}
+
+/// Numbers become `0` and runs of blanks one: what is left does not depend on the cost model.
+fn shape_of(text: &str) -> String {
+    let mut out = String::new();
+    for line in text.lines() {
+        let words: Vec<String> = line
+            .split_whitespace()
+            .map(|word| {
+                let number =
+                    word.trim_start_matches(['±', '+', '-']).replace(['.', ','], "").parse::<u64>();
+                if number.is_ok() { "0".to_owned() } else { word.to_owned() }
+            })
+            .collect();
+        out += words.join(" ").as_str();
+        out.push('\n');
+    }
+    out
+}
+
+const LLAMA_ON_H100: &str = "--model llama-3.1-8b --gpu h100-sxm";
+
+#[test]
+fn help_leads_to_every_command_and_states_the_exit_codes() {
+    let help = run("--help").answered();
+    for verb in ["plan", "what-if", "explain", "fetch", "models", "gpus", "policies"] {
+        assert!(help.contains(&format!("\n  {verb}")), "{verb}");
+        assert!(run(&format!("{verb} --help")).answered().contains("Usage: batchmax"), "{verb}");
+    }
+    assert!(help.contains("Exit codes: 0 answered, 1 the answer is no, 2 usage or bad input, 3"));
+    assert_eq!(run("--version").answered(), concat!("batchmax ", env!("CARGO_PKG_VERSION"), "\n"));
+}
+
+#[test]
+fn nothing_typed_shows_the_help_as_an_error() {
+    let ran = run("");
+    assert_eq!((ran.code, ran.out.as_str()), (Some(2), ""));
+    assert!(ran.err.contains("Usage: batchmax"), "{}", ran.err);
+}
+
+#[test]
+fn usage_errors_are_one_line_with_a_hint() {
+    refuses("plan --nonsense", &["unexpected argument '--nonsense'", "hint: batchmax --help"]);
+    refuses("plan --isll 2k", &["unexpected argument '--isll'", "'--isl'"]);
+    refuses("whatif", &["unrecognized subcommand 'whatif'", "'what-if'"]);
+    refuses("plan --isl", &["a value is required for '--isl <ISL>'"]);
+    refuses("plan --threads many", &["invalid value 'many' for '--threads <THREADS>'"]);
+    refuses("models one two", &["unexpected argument 'two'"]);
+}
+
+#[test]
+fn models_are_listed_and_shown() {
+    let list = run("models").answered();
+    assert!(list.starts_with("model "), "{list}");
+    for name in ["smollm2-135m", "llama-3.1-8b", "bloom-176b", "decilm-7b"] {
+        assert!(list.contains(&format!("\n{name} ")), "{name}");
+    }
+    let all = document(&run("models --json").answered(), "models");
+    let count = all["models"].as_array().expect("a list").len();
+    assert_eq!(count, list.lines().count() - 1);
+    let one = document(&run("models BigScience/BLOOM --json").answered(), "models");
+    assert_eq!(one["models"][0]["name"], "bloom-176b");
+    let shown: toml::Table =
+        run("models qwen2-7b").answered().parse().expect("a description that could be read back");
+    assert_eq!(shown["hidden"].as_integer(), Some(3584));
+}
+
+#[test]
+fn what_is_shown_of_a_model_or_device_can_be_read_back() {
+    let place = Place::new();
+    for (kind, name) in [("models", "gemma-2-2b"), ("models", "llama-3.2-1b"), ("gpus", "l40s")] {
+        let shown = place.run(&[kind, name]).answered();
+        place.write(&format!("copy/{kind}/{name}.toml"), &shown);
+        assert_eq!(place.run(&["--profiles", "copy", kind, name]).answered(), shown, "{name}");
+    }
+}
+
+#[test]
+fn gpus_are_listed_and_shown() {
+    let list = run("gpus").answered();
+    assert!(list.contains("\nh100-sxm ") && list.contains("\nl40s "), "{list}");
+    let all = document(&run("gpus --json").answered(), "gpus");
+    assert_eq!(all["gpus"].as_array().expect("a list").len(), list.lines().count() - 1);
+    let shown: toml::Table = run("gpus h100-sxm").answered().parse().expect("a description");
+    assert_eq!(shown["name"].as_str(), Some("h100-sxm"));
+}
+
+#[test]
+fn policies_are_listed_and_shown_with_changed_parameters_too() {
+    let list = run("policies").answered();
+    for name in ["batch-max", "full", "snapkv", "streaming-llm"] {
+        assert!(list.contains(&format!("\n{name} ")), "{name}");
+    }
+    let all = document(&run("policies --json").answered(), "policies");
+    assert_eq!(all["policies"].as_array().expect("a list").len(), list.lines().count() - 1);
+    let shown = run("policies batch-max:budget=512").answered();
+    assert!(shown.contains("# built-in policies/batch-max.toml"), "{shown}");
+    assert!(shown.contains("# batch-max:budget=512,chunk=256"), "{shown}");
+}
+
+#[test]
+fn one_configuration_is_answered_in_full() {
+    let args = format!("what-if {LLAMA_ON_H100} --isl 2k --osl 128 --batch 8");
+    let text = run(&args).answered();
+    let first = text.lines().next().expect("a title");
+    assert_eq!(
+        first,
+        "llama-3.1-8b on h100-sxm · full · 2048 in, 128 out · batch 8 · static schedule"
+    );
+    for part in ["memory\n", "\nfits\n", "tokens/s", "TTFT", "TPOT"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let json = document(&run(&format!("{args} --json")).answered(), "what-if");
+    let answer = &json["answers"][0];
+    assert_eq!(answer["isl"], 2048);
+    assert_eq!((&answer["answer"]["batch"], &answer["answer"]["fits"]), (&8.into(), &true.into()));
+    let metrics = &answer["answer"]["metrics"];
+    let number = |key: &str| metrics[key].as_f64().filter(|v| v.is_finite() && *v > 0.0);
+    for key in ["ttft_s", "tpot_s", "total_s", "prefill_tok_s", "output_tok_s", "error"] {
+        assert!(number(key).is_some(), "{key}: {metrics}");
+    }
+    // 8 sequences of 2,048 + 127 tokens, rounded up to 136 blocks of 16, 128 KiB a token.
+    let memory = &answer["answer"]["memory"];
+    assert_eq!(memory["kv_decode_peak_bytes"], 8 * 136 * 16 * 128 * 1024u64);
+}
+
+#[test]
+fn a_sweep_answers_every_combination_in_its_order() {
+    let args = format!(
+        "what-if {LLAMA_ON_H100},l40s --isl 2k..8k --osl 128 --batch 1,4 --policy full batch-max"
+    );
+    let rows = records(&run(&format!("{args} --csv")).answered());
+    assert_eq!(rows.len(), 2 * 3 * 2 * 2);
+    let combinations: std::collections::BTreeSet<_> =
+        rows.iter().map(|r| (&r["gpu"], &r["isl"], &r["batch"], &r["preset"])).collect();
+    assert_eq!(combinations.len(), rows.len());
+    assert!(rows.iter().all(|r| r["fits"] == "true" || r["fits"] == "false"));
+    assert!(rows.iter().all(|r| r["output_tok_s"].parse::<f64>().is_ok_and(|v| v > 0.0)));
+    let json = document(&run(&format!("{args} --json")).answered(), "what-if");
+    assert_eq!(json["answers"].as_array().expect("a list").len(), rows.len());
+    let table = run(&args).answered();
+    assert_eq!(table.lines().count(), 1 + rows.len() + 1, "{table}");
+    assert!(table.ends_with("○ roofline\n"), "{table}");
+}
+
+#[test]
+fn what_does_not_fit_is_an_answer_of_its_own() {
+    let small = format!("{LLAMA_ON_H100} --isl 2k --osl 128 --memory 1GB");
+    assert!(run(&format!("what-if {small}")).no().contains("over by"));
+    assert!(run(&format!("what-if {small} --batch 1")).no().contains("does not fit: over by"));
+    let plan = run(&format!("plan {small}")).no();
+    assert!(plan.contains("nothing fits"), "{plan}");
+    let json = document(&run(&format!("what-if {small} --json")).no(), "what-if");
+    assert!(json["answers"][0]["answer"].is_null());
+    assert!(json["answers"][0]["missing"]["by"].as_u64().is_some_and(|by| by > 1 << 30));
+    let csv = records(&run(&format!("what-if {small} --csv")).no());
+    assert_eq!(csv[0]["fits"], "");
+    // Caches that can't hold one chunk of the most frugal policy.
+    let caches =
+        format!("plan {LLAMA_ON_H100} --isl 2k --osl 128 --policy batch-max --kv-memory 1MB");
+    assert!(run(&caches).no().contains("nothing fits"));
+    // A limit that nothing meets.
+    let limit = format!("plan {LLAMA_ON_H100} --isl 2k --osl 128 --ttft 1us");
+    assert!(run(&limit).no().contains("nothing fits"));
+}
+
+#[test]
+fn a_plan_ranks_every_policy_and_ends_with_the_command_that_proves_it() {
+    let args = format!("plan {LLAMA_ON_H100} --isl 8k --osl 256");
+    let text = run(&args).answered();
+    for preset in ["full", "snapkv", "batch-max", "streaming-llm"] {
+        let rows = text.lines().filter(|l| l.starts_with(&format!("{preset} "))).count();
+        assert!(rows >= 2, "{preset}: {text}");
+    }
+    let last = text.lines().last().expect("a last line");
+    assert!(last.starts_with("hint: batchmax validate --model llama-3.1-8b --policy "), "{last}");
+    let json = document(&run(&format!("{args} --json")).answered(), "plan");
+    let candidates = json["candidates"].as_array().expect("a list");
+    let rates: Vec<f64> =
+        candidates.iter().filter_map(|c| c["answer"]["metrics"]["output_tok_s"].as_f64()).collect();
+    assert!(rates.len() >= 8 && rates.is_sorted_by(|a, b| a >= b), "{rates:?}");
+    assert_eq!(run(&args).answered(), text, "the same query, the same answer");
+}
+
+#[test]
+fn the_shape_of_a_plan() {
+    let args = format!(
+        "plan {LLAMA_ON_H100} --isl 2k --osl 128 --policy full --schedule static --batch 4"
+    );
+    insta::assert_snapshot!(shape_of(&run(&args).answered()));
+}
+
+#[test]
+fn a_program_explained() {
+    let args = "explain --model llama-3.2-1b --gpu h100-sxm --policy batch-max:budget=256,chunk=256 --isl 600 --osl 64 --batch 2";
+    insta::assert_snapshot!(run(args).answered());
+    let json = document(&run(&format!("{args} --json")).answered(), "explain");
+    assert_eq!((&json["batch"], &json["passes"][0]["phase"]), (&2.into(), &"prefill".into()));
+    let operation = &json["passes"][0]["blocks"][1]["ops"][1];
+    assert_eq!(operation["op"], "qkv");
+    // 2 x 256 tokens, 2,048 -> (32 + 2 x 8) x 64 channels, two operations a multiply-add.
+    assert_eq!(operation["flops"], 2.0 * 512.0 * 2048.0 * 3072.0);
+}
+
+#[test]
+fn unknown_names_suggest_the_nearest() {
+    let h100 = "--gpu h100-sxm";
+    refuses(
+        &format!("plan --model lama-3.1-8b {h100}"),
+        &["no model \"lama-3.1-8b\"", "hint: did you mean \"llama-3.1-8b\"?"],
+    );
+    refuses("what-if --gpu h100-smx", &["no gpu \"h100-smx\"", "did you mean \"h100-sxm\"?"]);
+    refuses(
+        &format!("plan {h100} --policy batchmax"),
+        &["no policy \"batchmax\"", "did you mean \"batch-max\"?"],
+    );
+    refuses("gpus zzz", &["no gpu \"zzz\"", "hint: batchmax gpus lists them"]);
+    refuses("models ../../../etc/passwd", &["no model"]);
+    refuses(
+        &format!("plan {h100} --policy batch-max:bugdet=512"),
+        &["unknown field `bugdet`; did you mean `budget`?"],
+    );
+    refuses(
+        &format!("plan {h100} --weight-dtype f61"),
+        &["--weight-dtype: \"f61\" is not a type; known: f32, f16"],
+    );
+}
+
+#[test]
+fn quantities_that_can_not_be_are_refused() {
+    for (args, part) in [
+        ("--isl 9223372036854775808", "--isl: \"9223372036854775808\" is not a number of tokens"),
+        ("--isl NaN", "--isl: \"NaN\" is not a number of tokens"),
+        ("--isl 0", "--isl 0: at least one token"),
+        ("--isl 1.3", "--isl: \"1.3\" is not"),
+        ("--osl -1", "unexpected argument '-1'"),
+        ("--osl=-1", "--osl: \"-1\" is not a number of tokens"),
+        ("--osl 0", "--osl 0: at least one token"),
+        ("--batch 0", "--batch 0: at least one"),
+        ("--batch many", "--batch"),
+        ("--batch 4294967296", "--batch"),
+        ("--memory NaN", "--memory: \"NaN\" is not a size"),
+        ("--memory inf", "--memory: \"inf\" is not a size"),
+        ("--memory 80XB", "--memory: \"80XB\" is not a size"),
+        ("--memory 99999999999T", "--memory: \"99999999999T\" is not a size"),
+        ("--kv-memory=-5MB", "--kv-memory: \"-5MB\" is not a size"),
+        ("--schedule sometimes", "--schedule: \"sometimes\" is not a schedule; known: static"),
+        ("--schedule staggered:0", "--schedule: \"staggered:0\" is not a schedule"),
+        ("--policy batch-max:budget=0", "expected tokens (512, 4k) or a share"),
+        ("--policy batch-max:budget=NaN", "expected tokens (512, 4k) or a share"),
+        ("--policy batch-max:budget=200%", "expected tokens (512, 4k) or a share"),
+        ("--policy batch-max:chunk=-1", "chunk"),
+        ("--policy batch-max:budget", "expected key=value"),
+        ("--policy", "a value is required"),
+    ] {
+        refuses(&format!("plan {LLAMA_ON_H100} {args}"), &[part]);
+        refuses(&format!("what-if {LLAMA_ON_H100} {args}"), &[part]);
+    }
+    refuses(&format!("plan {LLAMA_ON_H100} --ttft NaN"), &["\"NaN\" is not a time with its unit"]);
+    refuses(&format!("plan {LLAMA_ON_H100} --tpot 50"), &["\"50\" is not a time with its unit"]);
+    refuses(&format!("what-if {LLAMA_ON_H100} --isl 8k..2k"), &["from the smaller to the larger"]);
+    refuses("explain --batch 4294967295", &["--batch 4294967295: at most 65536"]);
+}
+
+#[test]
+fn the_largest_quantities_are_answered_without_overflow() {
+    let place = Place::new();
+    let model = include_str!("../profiles/models/llama-3.1-8b.toml")
+        .replace("llama-3.1-8b\"", "endless\"")
+        .replace("context = 131072", "context = 1073741824");
+    let model = place.write("endless.toml", model);
+    let model = model.to_str().expect("UTF-8");
+    let ask = |verb: &str, more: &[&str]| {
+        let mut args = vec![verb, "--model", model, "--gpu", "h100-sxm"];
+        args.extend(["--isl", "1073740000", "--osl", "1000"]);
+        args.extend(more);
+        place.run(&args)
+    };
+    assert!(ask("what-if", &[]).no().contains("over by"));
+    assert!(ask("what-if", &["--batch", "65536"]).no().contains("over by"));
+    ask("explain", &["--batch", "65536"]).answered();
+}
+
+#[test]
+fn prompts_past_the_context_are_refused_with_both_numbers() {
+    for verb in ["plan", "what-if", "explain"] {
+        refuses(
+            &format!("{verb} {LLAMA_ON_H100} --isl 128k --osl 1"),
+            &["131072 prompt tokens plus 1 generated ones exceed the context", "131072", "--isl"],
+        );
+    }
+    run(&format!("explain {LLAMA_ON_H100} --isl 131071 --osl 1")).answered();
+}
+
+#[test]
+fn a_budget_that_can_not_hold_what_must_stay_says_what_would() {
+    refuses(
+        &format!("what-if {LLAMA_ON_H100} --policy batch-max:budget=8"),
+        &["a budget of 8 tokens can't hold 4 sinks and 32 recent tokens", "at least 36"],
+    );
+    refuses(
+        &format!("what-if {LLAMA_ON_H100} --policy batch-max:chunk=0"),
+        &["a chunk of 0 tokens reads nothing", "set chunk to at least 1"],
+    );
+    refuses(
+        &format!("explain {LLAMA_ON_H100} --policy snapkv:window=4k"),
+        &["a budget of 512 tokens can't hold 0 sinks and 4096 recent tokens"],
+    );
+}
+
+#[test]
+fn this_machine_needs_its_profile_first() {
+    refuses("plan", &["no kernel profile of this machine", "hint: batchmax profile"]);
+    refuses("plan --threads 0", &["--threads 0: at least one thread"]);
+    refuses("plan --threads 1000000", &["this machine has", "leave --threads out"]);
+}
+
+#[test]
+fn descriptions_of_the_user_come_first_and_are_named_with_their_line() {
+    let place = Place::new();
+    let written = include_str!("../profiles/gpus/l40s.toml").replace("\"l40s\"", "\"mine\"");
+    place.write("own/gpus/mine.toml", &written);
+    let at = |args: &[&str]| {
+        let all: Vec<&str> =
+            ["--profiles", "own"].into_iter().chain(args.iter().copied()).collect();
+        place.run(&all)
+    };
+    assert!(at(&["gpus"]).answered().contains("\nmine "));
+    at(&["what-if", "--model", "qwen2.5-0.5b", "--gpu", "mine"]).answered();
+
+    let lines = written.lines().count();
+    place.write("own/gpus/mine.toml", format!("{written}usd_per_hr = 3\n"));
+    let error = at(&["gpus", "mine"]).refused();
+    // The last key stands inside the table of the peaks, where there is one.
+    assert!(error.contains(&format!("own/gpus/mine.toml:{}: unknown field", lines + 1)), "{error}");
+
+    place.write("own/models/odd.toml", "name = \"odd\"\nsource = \"x\"\nlayers = 2\nhiden = 4\n");
+    let error = at(&["models", "odd"]).refused();
+    assert_eq!(
+        error,
+        "error: own/models/odd.toml:4: unknown field `hiden`; did you mean `hidden`?\n"
+    );
+    let error = at(&["models"]).refused();
+    assert!(error.contains("own/models/odd.toml:4"), "{error}");
+
+    place.write("own/policies/odd.toml", "kind = \"batch-max\"\nbudget = 512\nchunck = 64\n");
+    let error = at(&["policies", "odd"]).refused();
+    assert_eq!(
+        error,
+        "error: own/policies/odd.toml:3: unknown field `chunck`; did you mean `chunk`?\n"
+    );
+    place.write("own/policies/odd.toml", "kind = \"batch-mix\"\n");
+    assert!(
+        at(&["policies", "odd"]).refused().contains("no policy kind \"batch-mix\"; known: full")
+    );
+    refuses("--profiles nowhere models", &["--profiles nowhere: no such directory"]);
+}
+
+#[test]
+fn files_that_are_no_descriptions_are_refused_by_name() {
+    let place = Place::new();
+    for name in ["noise.toml", "noise.json", "noise.gguf", "noise.csv"] {
+        place.write(name, [0xff, 0xfe, 0, 7, b'\n', 0x80, b'"', b'{']);
+        let args: &[&str] = if name == "noise.csv" {
+            &["what-if", "--scenarios", name]
+        } else {
+            &["what-if", "--gpu", "h100-sxm", "--model", name]
+        };
+        place.run(args).refused();
+    }
+    for name in ["none.gguf", "none.json", "none.toml"] {
+        let error = place.run(&["what-if", "--gpu", "h100-sxm", "--model", name]).refused();
+        assert!(error.contains(name), "{error}");
+    }
+    let error = place.run(&["fetch", "none.gguf"]).refused();
+    assert!(error.contains("none.gguf"), "{error}");
+    let error = place.run(&["gpus", "h100\u{1b}[31m\nsxm"]).refused();
+    assert!(!error.contains('\u{1b}'), "{error:?}");
+}
+
+#[test]
+fn a_hugging_face_configuration_is_a_model() {
+    let place = Place::new();
+    let config = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+        "max_position_embeddings": 256, "torch_dtype": "bfloat16"}"#;
+    place.write("tiny/config.json", config);
+    for path in ["tiny", "tiny/config.json"] {
+        let args = ["what-if", "--model", path, "--gpu", "t4", "--isl", "100", "--osl", "10"];
+        assert!(place.run(&args).answered().starts_with("tiny on t4"));
+    }
+    place.write("tiny/config.json", config.replace("LlamaFor", "BloomFor"));
+    let error = place.run(&["models", "tiny"]).refused();
+    assert!(error.contains("\"BloomForCausalLM\" is not described yet; known: Llama"), "{error}");
+}
+
+const COLUMNS: &str = "id,gpu,model,batch,input_len,output_len,policy";
+
+fn scenarios(place: &Place, text: &str) -> Ran {
+    place.write("scenarios.csv", text);
+    place.run(&["what-if", "--scenarios", "scenarios.csv"])
+}
+
+#[test]
+fn scenarios_are_answered_row_by_row_and_refusals_say_why() {
+    let rows = [
+        "good,h100-sxm,llama-3.1-8b,4,2048,128,full",
+        "alias,h100,META-LLAMA/Llama-3.1-8B,4,2048,128,",
+        "largest,h100-sxm,llama-3.1-8b,max,2k,128,batch-max",
+        "device,h1000,llama-3.1-8b,4,2048,128,full",
+        "model,h100-sxm,llama-9,4,2048,128,full",
+        "policy,h100-sxm,llama-3.1-8b,4,2048,128,fuller",
+        "context,h100-sxm,llama-3.1-8b,4,999999,128,full",
+        "zero,h100-sxm,llama-3.1-8b,0,2048,128,full",
+        "text,h100-sxm,llama-3.1-8b,4,long,128,full",
+        "memory,t4,llama-3.1-70b,max,2048,128,full",
+    ];
+    let text = scenarios(&Place::new(), &format!("{COLUMNS}\n{}\n", rows.join("\n"))).answered();
+    let answers = records(&text);
+    assert_eq!(answers.len(), rows.len());
+    for (answer, row) in answers.iter().zip(&rows) {
+        let id = row.split(',').next().expect("an id");
+        assert_eq!(answer["id"], id);
+        let good = ["good", "alias", "largest"].contains(&id);
+        assert_eq!(answer["refused"].is_empty(), good, "{answer:?}");
+        assert_eq!(answer["output_tok_s"].parse::<f64>().is_ok(), good, "{answer:?}");
+        assert!(!answer["refused"].contains('\n'));
+    }
+    let why = |id: &str| &answers.iter().find(|a| a["id"] == id).expect("a row")["refused"];
+    assert!(why("device").contains("no gpu \"h1000\""));
+    assert!(why("model").contains("no model \"llama-9\""));
+    assert!(why("policy").contains("did you mean \"full\"?"));
+    assert!(why("context").contains("exceed the context"));
+    assert!(why("text").contains("\"long\" is not a number of tokens"));
+}
+
+#[test]
+fn scenario_files_that_can_not_be_read_are_refused_whole() {
+    let place = Place::new();
+    let error = scenarios(&place, "id,gpu,input_len,output_len\n1,t4,1,1\n").refused();
+    assert!(error.contains("scenarios.csv:1: column \"model\" is missing"), "{error}");
+    assert!(scenarios(&place, "").refused().contains("scenarios.csv"));
+    let error = scenarios(&place, &format!("{COLUMNS}\n")).refused();
+    assert!(error.contains("no scenario below the header"), "{error}");
+    let error = scenarios(&place, &format!("{COLUMNS}\n1,t4\n")).refused();
+    assert!(error.contains("scenarios.csv:2"), "{error}");
+    refuses("what-if --scenarios none.csv", &["none.csv", "No such file"]);
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let program = Path::new(env!("CARGO_BIN_EXE_batchmax"));
+    let place = Place::new();
+    let mut child = Command::new(program)
+        .args(["models", "--json"])
+        .env_clear()
+        .env("HOME", place.dir.path())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+/// Commands that run: a model of two layers with made-up weights.
+#[cfg(feature = "exec")]
+mod runs {
+    use super::{Place, document, refuses};
+
+    const TINY: &str = r#"
+name = "tiny"
+source = "made up"
+layers = 2
+hidden = 64
+heads = 4
+kv_heads = 2
+head_dim = 16
+ffn = 128
+vocab = 100
+context = 512
+rope_theta = 10000.0
+weight_dtype = "f32"
+"#;
+
+    fn place() -> Place {
+        let place = Place::new();
+        place.write("tiny.toml", TINY);
+        place
+    }
+
+    fn run(place: &Place, more: &[&str]) -> super::Ran {
+        let mut args = vec!["run", "--model", "tiny.toml", "--weights", "synthetic", "--quiet"];
+        args.extend(["--threads", "1"]);
+        args.extend(more);
+        place.run(&args)
+    }
+
+    #[test]
+    fn a_small_model_runs_and_reports_what_it_measured() {
+        let place = place();
+        let size = ["--isl", "64", "--osl", "8", "--batch", "3", "--json"];
+        let json = document(&run(&place, &size).answered(), "run");
+        assert_eq!((&json["batch"], &json["synthetic"]), (&3.into(), &true.into()));
+        let generated = json["generated"].as_array().expect("a list");
+        assert!(
+            generated.len() == 3
+                && generated.iter().all(|g| g.as_array().is_some_and(|g| g.len() == 8))
+        );
+        // 3 sequences, 2 layers, 2 KV heads, K and V of 16 channels in f16: 64 + 7 tokens are 3 blocks of 32.
+        assert_eq!(json["kv_decode_peak_bytes"], 3 * 2 * 2 * 2 * 16 * 2 * 96);
+        let again = document(&run(&place, &size).answered(), "run");
+        assert_eq!(again["generated"], json["generated"]);
+        assert!(run(&place, &size[..6]).answered().contains("tokens/s"));
+    }
+
+    #[test]
+    fn prompts_as_ids_are_dumped_with_what_was_kept() {
+        let place = place();
+        place.write("ids.json", "[[1, 2, 3], [4, 5, 6, 7]]");
+        let args = ["--ids", "ids.json", "--osl", "2", "--dump", "dump.json"];
+        run(&place, &args).answered();
+        let dump = std::fs::read_to_string(place.path("dump.json")).expect("it was written");
+        let dump: serde_json::Value = serde_json::from_str(&dump).expect("valid JSON");
+        assert_eq!(dump["prompts"][1]["ids"], serde_json::json!([4, 5, 6, 7]));
+        for (ids, part) in [
+            ("[[1, 100]]", "token id 100 is outside the vocabulary of 100"),
+            ("[[1, -1]]", "invalid value"),
+            ("[[]]", "a prompt without tokens"),
+            ("[]", "a prompt without tokens"),
+            ("{", "ids.json"),
+        ] {
+            place.write("ids.json", ids);
+            let error = run(&place, &args).refused();
+            assert!(error.contains(part), "{ids}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_would_not_fit_is_refused_before_it_starts() {
+        let place = place();
+        let size = ["--isl", "64", "--osl", "8"];
+        let with = |more: &[&str]| run(&place, &[&size, more].concat()).refused();
+        // Two layers of 36,864 and two embeddings of 6,400 parameters in f32: 346,112 bytes.
+        let error = with(&["--memory", "10kB"]);
+        assert!(
+            error.contains("the weights alone take 338 KiB, the memory is 9.77 KiB"),
+            "{error}"
+        );
+        let error = with(&["--memory", "400kB"]);
+        assert!(error.contains("the run takes"), "{error}");
+        let error = with(&["--kv-memory", "1kB"]);
+        assert!(error.contains("the caches need") && error.contains("--kv-memory is"), "{error}");
+        let error = run(&place, &["--isl", "4294967295"]).refused();
+        assert!(error.contains("exceed the context of tiny"), "{error}");
+        refuses(
+            "run --model llama-3.1-405b --isl 16 --osl 4",
+            &["the weights alone take 1.48 TiB"],
+        );
+        refuses("profile --model llama-3.1-405b", &["12 layers of llama-3.1-405b take"]);
+    }
+
+    #[test]
+    fn choices_that_can_not_be_are_refused() {
+        let place = place();
+        for (args, part) in [
+            (["--temperature", "NaN"], "--temperature NaN: expected 0"),
+            (["--temperature=-1", "--json"], "--temperature -1: expected 0"),
+            (["--top-p", "0"], "--top-p 0: expected a probability"),
+            (["--top-p", "NaN"], "--top-p NaN: expected a probability"),
+            (["--weight-dtype", "int4"], "can't run weights in int4 (it has f32 and bf16)"),
+            (["--prompt", "Hello"], "--prompt needs the model's tokeniser"),
+            (["--gpu", "h100-sxm"], "only this machine's CPU can run"),
+            (["--batch", "0"], "--batch 0: at least one sequence"),
+        ] {
+            let error =
+                run(&place, &[&["--isl", "16", "--osl", "2"][..], &args].concat()).refused();
+            assert!(error.contains(part), "{args:?}: {error}");
+        }
+        refuses("run --weights none", &["--weights none: expected auto, real or synthetic"]);
+        refuses("run --weights real", &["no weights of smollm2-135m are here", "batchmax fetch"]);
+        refuses("validate --tolerance NaN", &["--tolerance NaN: expected a share"]);
+        refuses("calibrate", &["hint: batchmax profile"]);
+    }
+
+    #[test]
+    fn models_that_can_only_be_predicted_are_not_run() {
+        for model in ["bloom", "bloom-7b1", "falcon-180b", "gpt-j-6b", "opt-6.7b", "decilm-7b"] {
+            for verb in ["run", "validate", "profile", "compare"] {
+                refuses(
+                    &format!("{verb} --model {model}"),
+                    &["the executor can't run", "hint: plan and what-if can still predict it"],
+                );
+            }
+            super::run(&format!("what-if --model {model} --gpu b200-sxm --isl 1k --memory 900GB"))
+                .answered();
+        }
+    }
+}
