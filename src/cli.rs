@@ -57,6 +57,8 @@ pub enum Command {
     Profile(ProfileArgs),
     /// Fit the cost models to measured kernels
     Calibrate(CalibrateArgs),
+    /// Predict published runs and show the errors
+    Score(ScoreArgs),
     /// Really run a configuration
     #[cfg(feature = "exec")]
     Run(RunArgs),
@@ -279,6 +281,26 @@ pub struct PointFilter {
 pub enum CalibrateCommand {
     /// Score the fitted kernels on timings
     Check(CheckArgs),
+}
+
+/// `score`.
+#[derive(Args, Clone, Debug)]
+pub struct ScoreArgs {
+    /// Published runs (CSV): id, gpu, model, engine, mode, input_len, metric, value ...
+    #[arg(long, value_name = "FILE")]
+    pub runs: PathBuf,
+    /// Quality tier of each run (CSV: id, tier, single_gpu)
+    #[arg(long, value_name = "FILE")]
+    pub tiers: Option<PathBuf>,
+    /// Runs to leave out (CSV: id ...), for a fault visible in their data
+    #[arg(long, value_name = "FILE")]
+    pub without: Option<PathBuf>,
+    /// Where the prediction of each run goes (CSV)
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Fit each engine anew without the device that is scored, and score that
+    #[arg(long)]
+    pub cross_validate: bool,
 }
 
 /// `calibrate check`.

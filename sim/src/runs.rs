@@ -271,7 +271,7 @@ impl Row {
             pp = n_gpus;
         }
         let replicas = (n_gpus / (tp * pp).max(1)).max(1);
-        let model = whole.shard(tp)?;
+        let mut model = whole.shard(tp)?;
         let batch = count(&self.batch_or_concurrency, "batch_or_concurrency", 1)?;
         let per_replica = |b: u32| b.div_ceil(replicas);
         let arrival = match self.mode.as_str() {
@@ -286,6 +286,8 @@ impl Row {
         };
         let isl = count(&self.input_len, "input_len", 0)?.ok_or("input_len is missing")?.max(1);
         let osl = count(&self.output_len, "output_len", 0)?.unwrap_or(1).max(1);
+        // Benchmarks run past the trained context; speed does not mind.
+        model.context = model.context.max(isl.saturating_add(osl));
         let year = self.date.get(..4).and_then(|y| y.parse().ok());
         Ok(Question {
             setup: Setup {
@@ -382,10 +384,9 @@ impl<'a> Predictor<'a> {
         deployment.run(arrival, q.isl, q.osl).map_err(|e| e.to_string())
     }
 
-    /// Predicts a row.
-    pub fn predict(&mut self, q: &Question) -> Result<Prediction, String> {
-        let generation = q.engine.generation(q.year).clone();
-        let run = self.run(q, &generation)?;
+    /// Predicts a row under a generation of its engine.
+    pub fn predict(&mut self, q: &Question, generation: &Generation) -> Result<Prediction, String> {
+        let run = self.run(q, generation)?;
         let scale = match q.metric {
             Metric::OutputTokS | Metric::TotalTokS | Metric::DecodeTokS | Metric::PrefillTokS => {
                 q.replicas

@@ -127,7 +127,9 @@ pub enum ServeError {
     #[error(transparent)]
     Lower(#[from] LowerError),
     /// Weights alone are too large.
-    #[error("{weights} of weights do not fit {memory} of each device; hint: more devices or fewer bits")]
+    #[error(
+        "{weights} of weights do not fit {memory} of each device; hint: more devices or fewer bits"
+    )]
     Weights {
         /// One device's weights.
         weights: Bytes,
@@ -164,9 +166,11 @@ impl Deployment<'_> {
 
     /// Tokens of an uncompressed cache that memory holds.
     pub fn kv_tokens(&self) -> Result<u64, ServeError> {
-        let per_token = self.setup.kv.dtype.bytes(
-            self.model.kv_elements_per_token_layer() * u64::from(self.model.layers),
-        );
+        let per_token = self
+            .setup
+            .kv
+            .dtype
+            .bytes(self.model.kv_elements_per_token_layer() * u64::from(self.model.layers));
         let copies = self.engine.kv_copies * per_token.0 as f64 / f64::from(self.pp.max(1));
         Ok((self.kv_budget()?.0 as f64 / copies.max(1.0)) as u64)
     }
@@ -311,14 +315,14 @@ impl Deployment<'_> {
             e2e_s: request + queue,
             batch: running,
             capacity,
-            peak_bytes: Bytes(
-                (self.gpu.memory_bytes.0 as f64 * self.engine.memory_share) as u64,
-            ),
+            peak_bytes: Bytes((self.gpu.memory_bytes.0 as f64 * self.engine.memory_share) as u64),
             half_width: self.half_width(&timeline),
             source: timeline.weakest_source(),
             queued: queued || most > 1,
             parts: Parts {
-                prefill_s: state.prefill_s / state.prefill_steps.max(1e-9) * f64::from(chunks) * running
+                prefill_s: state.prefill_s / state.prefill_steps.max(1e-9)
+                    * f64::from(chunks)
+                    * running
                     / f64::from(osl),
                 prefill_steps: 0.0,
                 decode_s: state.decode_s / state.decode_steps,
@@ -382,8 +386,7 @@ impl Deployment<'_> {
     fn shared_products(&self, sequences: u32, rows: Tokens) -> f64 {
         let products = |count: u32| -> f64 {
             let load = Load::uniform(count, 1, 1, Schedule::Static);
-            let pass =
-                lower_pass(self.model, self.policy, &load, self.setup, Phase::Decode, 1, 1);
+            let pass = lower_pass(self.model, self.policy, &load, self.setup, Phase::Decode, 1, 1);
             let mut sum = 0.0;
             pass.visit_passes(|_, pass, _| {
                 for (_, block) in pass.blocks() {

@@ -14,6 +14,7 @@ mod profile;
 #[cfg(feature = "exec")]
 mod run;
 mod scenarios;
+mod score;
 #[cfg(feature = "exec")]
 mod validate;
 mod what_if;
@@ -59,6 +60,7 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         #[cfg(feature = "exec")]
         Command::Profile(args) => profile::run(&places, args, &cli.global),
         Command::Calibrate(args) => calibrate::run(&places, args, &cli.global),
+        Command::Score(args) => score::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]
         Command::Run(args) => run::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]

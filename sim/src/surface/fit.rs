@@ -185,7 +185,7 @@ fn fit_core(
 }
 
 /// Nelder-Mead over `N` numbers from `start` with a first simplex of size `reach`.
-pub(super) fn minimise<const N: usize>(
+pub(crate) fn minimise<const N: usize>(
     start: [f64; N],
     reach: f64,
     loss: impl Fn(&[f64; N]) -> f64,

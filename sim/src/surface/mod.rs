@@ -21,6 +21,7 @@ mod tests;
 
 pub use check::{Group, HoldOut, Report, Score, check, check_held_out, fit_all};
 pub use curve::{Curve, Estimate};
+pub(crate) use fit::minimise;
 pub use fit::{FitErrors, fit, score_left_out};
 pub use kriging::Kriging;
 pub use library::{Library, Model};
