@@ -64,6 +64,11 @@ pub fn import(
         });
         match row {
             Ok((table, key, us)) => {
+                if key.contains(&Cell::from("fp16")) {
+                    summary.remark(format!(
+                        "{place}: does not say which 16-bit type: written as fp16"
+                    ));
+                }
                 tables
                     .entry(table)
                     .or_insert_with(|| Points::new(table, Repeats::Median))

@@ -95,3 +95,17 @@ fn aiconfigurator(
         from.package.display()
     )
 }
+
+#[cfg(all(test, not(feature = "import-parquet")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_build_without_parquet_says_how_to_get_it() {
+        let from = PackageArgs { package: "x.whl".into(), gpu: None };
+        let error =
+            aiconfigurator(&Catalog::built_in(), &from, Path::new("out"), &mut Summary::default());
+        let error = error.expect_err("refused").to_string();
+        assert!(error.contains("--features import-parquet") && !error.contains('\n'), "{error}");
+    }
+}

@@ -192,6 +192,10 @@ pub fn latency_us(us: f64) -> Result<f64, &'static str> {
 }
 
 /// A size if it can be one.
+#[cfg_attr(
+    not(feature = "import-parquet"),
+    allow(dead_code, reason = "sizes of other sources are checked where they are read")
+)]
 pub fn size(value: i64) -> Option<u64> {
     (1..=LARGEST_SIZE).contains(&value).then_some(value.cast_unsigned())
 }
@@ -224,7 +228,7 @@ mod tests {
     #[test]
     fn latencies_keep_six_digits_and_nanoseconds() {
         assert_eq!(six_digits(rounded(2.676_49)), "2.676");
-        assert_eq!(six_digits(rounded(1017.471_102)), "1017.47");
+        assert_eq!(six_digits(rounded(1_017.471_102)), "1017.47");
         assert_eq!(six_digits(rounded(924_092.7)), "924093");
         assert_eq!(six_digits(rounded(10.0)), "10");
         assert_eq!(six_digits(0.0), "0");

@@ -224,7 +224,7 @@ fn take(points: &mut Points, key: Vec<Cell>, row: &Row<'_>, op: &str, summary: &
     match median_us(row, op) {
         Ok(us) => points.add(key, us),
         Err(why) => {
-            summary.leave_out(&why, || format!("num_tokens {}", tame(row.text("num_tokens"))))
+            summary.leave_out(&why, || format!("num_tokens {}", tame(row.text("num_tokens"))));
         }
     }
 }

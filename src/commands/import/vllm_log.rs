@@ -152,7 +152,7 @@ impl Start {
                     rows.push(Run { notes: note, input_len, ..run.with(metric, value) });
                 }
                 Err(why) => {
-                    summary.leave_out(&format!("{metric}: {why}"), || path.display().to_string())
+                    summary.leave_out(&format!("{metric}: {why}"), || path.display().to_string());
                 }
             };
         match (self.kv_tokens, self.blocks) {
