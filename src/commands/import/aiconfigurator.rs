@@ -55,8 +55,7 @@ pub fn import(
                     } else {
                         latency_us(us)?
                     };
-                    points.add(key, us);
-                    Ok(())
+                    points.add(key, us)
                 });
                 if let Err(reason) = outcome {
                     summary.leave_out(reason, || format!("{} row {}", path.path, row + 1));

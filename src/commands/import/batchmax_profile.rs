@@ -58,22 +58,19 @@ pub fn import(
     };
     let mut tables: BTreeMap<Table, Points> = BTreeMap::new();
     for (i, (family, point)) in points.iter().enumerate() {
-        let row = shapes.key(*family, point).and_then(|(table, key)| {
+        let added = shapes.key(*family, point).and_then(|(table, key)| {
+            let sixteen_bits = key.contains(&Cell::from("fp16"));
             let us = latency_us(point.seconds * 1e6)?;
-            Ok((table, key, us))
+            let points = tables.entry(table).or_insert_with(|| Points::new(table, Repeats::Median));
+            points.add(key, us)?;
+            Ok(sixteen_bits)
         });
-        match row {
-            Ok((table, key, us)) => {
-                if key.contains(&Cell::from("fp16")) {
-                    summary.remark(format!(
-                        "{place}: does not say which 16-bit type: written as fp16"
-                    ));
-                }
-                tables
-                    .entry(table)
-                    .or_insert_with(|| Points::new(table, Repeats::Median))
-                    .add(key, us);
+        match added {
+            Ok(true) => {
+                let line = format!("{place}: does not say which 16-bit type: written as fp16");
+                summary.remark(line);
             }
+            Ok(false) => {}
             Err(why) => {
                 summary.leave_out(&format!("{}: {why}", family.name()), || {
                     format!("{place} point {}", i + 1)

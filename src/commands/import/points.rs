@@ -12,6 +12,8 @@ use super::summary::Summary;
 
 /// The longest credible call: over it a unit was mistaken.
 const LONGEST_US: f64 = 1e9;
+/// 100 PFLOP/s, several times what any device reaches: a product that beats it was timed in another unit.
+const HIGHEST_FLOPS_PER_US: f64 = 1e11;
 /// The largest credible size: over it a column was mistaken.
 const LARGEST_SIZE: i64 = 1 << 40;
 
@@ -122,10 +124,14 @@ impl Points {
         Self { table, repeats, points: Vec::new() }
     }
 
-    /// Adds one; the latency is rounded to nanoseconds.
-    pub fn add(&mut self, key: Vec<Cell>, us: f64) {
+    /// Adds one, unless no device is so fast; the latency is rounded to nanoseconds.
+    pub fn add(&mut self, key: Vec<Cell>, us: f64) -> Result<(), &'static str> {
         debug_assert_eq!(key.len() + 2, self.table.head().len(), "{:?}", self.table);
+        if self.table == Table::Gemm && flops(&key) > us * HIGHEST_FLOPS_PER_US {
+            return Err("latency is too short for the work: another unit?");
+        }
         self.points.push(Point { key, us: rounded(us) });
+        Ok(())
     }
 
     /// One row per key, in order.
@@ -205,6 +211,12 @@ pub fn gpu_key(gpu: &Gpu) -> &str {
     gpu.aliases.iter().find(|a| a.contains('_')).unwrap_or(&gpu.name)
 }
 
+/// FLOPs of a product: its key ends in m, n, k.
+fn flops(key: &[Cell]) -> f64 {
+    let sizes = key.iter().rev().take(3);
+    2.0 * sizes.map(|c| if let Cell::Number(n) = c { *n as f64 } else { 0.0 }).product::<f64>()
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let half = values.len() / 2;
@@ -249,12 +261,21 @@ mod tests {
         let mut first = Points::new(Table::Memops, Repeats::First);
         let mut middle = Points::new(Table::Memops, Repeats::Median);
         for (n, us) in [(10, 3.0), (9, 1.0), (10, 4.0)] {
-            first.add(key(n), us);
-            middle.add(key(n), us);
+            first.add(key(n), us).unwrap();
+            middle.add(key(n), us).unwrap();
         }
         let times = |p: &mut Points| p.merged().map(|(_, us)| us).collect::<Vec<_>>();
         assert_eq!(times(&mut first), [1.0, 3.0]);
         assert_eq!(times(&mut middle), [1.0, 3.5]);
+    }
+
+    #[test]
+    fn a_product_faster_than_any_device_is_refused() {
+        let key: Vec<Cell> = ["g", "bf16", "f", "1", "k"].into_iter().map(Cell::from).collect();
+        let key = [key, [4096, 4096, 4096].map(Cell::from).to_vec()].concat();
+        let mut points = Points::new(Table::Gemm, Repeats::First);
+        // 137 GFLOP: 200 us are 0.7 PFLOP/s, 0.2 us are 700.
+        assert!(points.add(key.clone(), 200.0).is_ok() && points.add(key, 0.2).is_err());
     }
 
     #[test]

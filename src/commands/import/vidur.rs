@@ -170,8 +170,7 @@ impl Tables {
         }
         key.push(cached.into());
         key.extend([heads.query, heads.kv, heads.dim].map(Cell::from));
-        points.add(key, median_us(row, op)?);
-        Ok(())
+        Ok(points.add(key, median_us(row, op)?)?)
     }
 
     /// A row of `all_reduce.csv` or `send_recv.csv`.
@@ -191,8 +190,7 @@ impl Tables {
             DTYPE.into(),
             row.whole("size", 1)?.into(),
         ];
-        self.comm.add(key, median_us(row, op)?);
-        Ok(())
+        Ok(self.comm.add(key, median_us(row, op)?)?)
     }
 }
 
@@ -221,11 +219,9 @@ impl Heads {
 
 /// Adds an op of a row; another op's time may be sound where this one's is not.
 fn take(points: &mut Points, key: Vec<Cell>, row: &Row<'_>, op: &str, summary: &mut Summary) {
-    match median_us(row, op) {
-        Ok(us) => points.add(key, us),
-        Err(why) => {
-            summary.leave_out(&why, || format!("num_tokens {}", tame(row.text("num_tokens"))));
-        }
+    let added = median_us(row, op).and_then(|us| Ok(points.add(key, us)?));
+    if let Err(why) = added {
+        summary.leave_out(&why, || format!("num_tokens {}", tame(row.text("num_tokens"))));
     }
 }
 

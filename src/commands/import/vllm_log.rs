@@ -2,9 +2,10 @@
 //!
 //! Wordings, all of them found anywhere in a line (prefixes differ from version to version):
 //!
-//! - `GPU KV cache size: 2,042,016 tokens`, since 0.7.4; before it `# GPU blocks: 1381` or `# cuda blocks: 1381`;
+//! - `GPU KV cache size: 2,042,016 tokens`, since 0.7.4; before it `# GPU blocks: 1381` (`# cuda blocks`, `# ROCM blocks`);
 //! - `Maximum concurrency for 2,048 tokens per request: 10.79x`, on a line of its own or behind the size;
-//! - `Loading model weights took 14.98 GB`, `Model loading took 14.98 GB`, `Model loading took 14.98 GiB`: GiB all of them;
+//! - `Loading model weights took 14.98 GB`, `Model loading took 14.98 GB`, `Model loading took 14.98 GiB memory`: GiB
+//!   all of them;
 //! - `Initializing a V1 LLM engine (v0.8.3) with config: model='...', ..., tensor_parallel_size=2, ...` begins a start-up.
 //!
 //! Ranks repeat lines with slightly different numbers: the smallest cache counts, since the scheduler goes by it, and the
@@ -107,12 +108,8 @@ impl Start {
         if let Some(tokens) = number_after(line, "GPU KV cache size: ") {
             self.kv_tokens = least(self.kv_tokens, tokens);
         }
-        if !line.contains("overrid") {
-            for wording in ["# GPU blocks: ", "# cuda blocks: ", "# CUDA blocks: "] {
-                if let Some(blocks) = number_after(line, wording) {
-                    self.blocks = least(self.blocks, blocks);
-                }
-            }
+        if let Some(blocks) = device_blocks(line) {
+            self.blocks = least(self.blocks, blocks);
         }
         for wording in ["block_size=", "'block_size': "] {
             if let Some(size) = number_after(line, wording) {
@@ -126,11 +123,14 @@ impl Start {
         {
             self.concurrency = Some((tokens, times));
         }
-        for wording in ["Loading model weights took ", "Model loading took ", "model weights take "]
-        {
+        for wording in ["Loading model weights took ", "Model loading took "] {
             if let Some(gib) = number_after(line, wording) {
                 self.weights_gib = Some(self.weights_gib.map_or(gib, |old| old.max(gib)));
             }
+        }
+        // Two digits only: for want of the others.
+        if self.weights_gib.is_none() {
+            self.weights_gib = number_after(line, "model weights take ");
         }
     }
 
@@ -226,6 +226,15 @@ fn leading_number(text: &str) -> Option<f64> {
     text[..end].replace(',', "").trim_end_matches('.').parse().ok()
 }
 
+/// `# GPU blocks: 1952, # CPU blocks: 2048` -> 1952; the device's name differs from build to build.
+fn device_blocks(line: &str) -> Option<f64> {
+    line.split("# ").skip(1).find_map(|part| {
+        let (device, rest) = part.split_once(" blocks: ")?;
+        let is_device = device != "CPU" && device.chars().all(char::is_alphanumeric);
+        if is_device { leading_number(rest) } else { None }
+    })
+}
+
 fn number_after(text: &str, wording: &str) -> Option<f64> {
     leading_number(text.split_once(wording)?.1)
 }
@@ -301,6 +310,15 @@ INFO 12-20 executor_base.py:116] Maximum concurrency for 20000 tokens per reques
         let line = "GPU KV cache size: 123,456 tokens, Maximum concurrency for 4,096 tokens per request: 30.14x";
         let start = &starts(&mut line.as_bytes()).unwrap()[0];
         assert_eq!((start.kv_tokens, start.concurrency), (Some(123_456.0), Some((4096.0, 30.14))));
+    }
+
+    #[test]
+    fn blocks_of_the_host_do_not_count() {
+        assert_eq!(device_blocks("# CPU blocks: 7, # HPU blocks: 12"), Some(12.0));
+        assert_eq!(device_blocks("# CPU blocks: 7"), None);
+        let take = "Model loading took 0.4678 GB and 1 seconds\nmodel weights take 0.47GiB; x\n";
+        let start = &starts(&mut take.as_bytes()).unwrap()[0];
+        assert_eq!(start.weights_gib, Some(0.4678));
     }
 
     #[test]
