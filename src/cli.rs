@@ -1,5 +1,7 @@
 //! What people type. The same flag means the same in every command.
 
+pub mod import;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -52,6 +54,8 @@ pub enum Command {
     Explain(ConfigArgs),
     /// Obtain the default model, or register a local one
     Fetch(FetchArgs),
+    /// Turn data of other programs into points (measured kernels) and runs (measured end to end)
+    Import(import::ImportArgs),
     /// Time this machine's kernels
     #[cfg(feature = "exec")]
     Profile(ProfileArgs),
