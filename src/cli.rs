@@ -285,6 +285,25 @@ pub struct PointFilter {
 pub enum CalibrateCommand {
     /// Score the fitted kernels on timings
     Check(CheckArgs),
+    /// Fit the engines' overheads to published runs
+    Engines(EnginesArgs),
+}
+
+/// `calibrate engines`.
+#[derive(Args, Clone, Debug)]
+pub struct EnginesArgs {
+    /// Published runs (CSV), as `score` takes them
+    #[arg(long, value_name = "FILE")]
+    pub runs: PathBuf,
+    /// Quality tier of each run (CSV: id, tier, single_gpu); tiers A and B are used
+    #[arg(long, value_name = "FILE")]
+    pub tiers: Option<PathBuf>,
+    /// Runs to leave out (CSV: id ...)
+    #[arg(long, value_name = "FILE")]
+    pub without: Option<PathBuf>,
+    /// Directory for the fitted descriptions [default: engines in the data directory]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
 }
 
 /// `score`.

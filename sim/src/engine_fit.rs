@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::engine::{EngineFit, Generation};
+use crate::engine::{DeviceFactors, EngineFit, Generation};
 use crate::runs::{Metric, Question};
 use crate::serve::{Arrival, Parts, Run};
-use crate::surface::minimise;
+use crate::surface::{is_nvidia, solve_spd};
 
 /// One measurement beside what its time is made of.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,6 +14,8 @@ pub struct Observed {
     pub id: String,
     /// Device.
     pub gpu: String,
+    /// Whether kernels of the device's vendor were timed.
+    pub timed_vendor: bool,
     /// Engine.
     pub engine: String,
     /// First year of the engine's generation.
@@ -45,6 +47,7 @@ impl Observed {
         Self {
             id: id.to_owned(),
             gpu: q.gpu.name.clone(),
+            timed_vendor: is_nvidia(&q.gpu),
             engine: q.engine.name.clone(),
             since: q.engine.generation(q.year).since,
             cluster: (q.gpu.name.clone(), q.engine.name.clone()),
@@ -62,7 +65,8 @@ impl Observed {
     /// The metric under a generation.
     #[must_use]
     pub fn predicted(&self, g: &Generation) -> f64 {
-        let (prefill, decode) = (self.parts.prefill(g), self.parts.decode(g));
+        let device = g.device(&self.gpu);
+        let (prefill, decode) = (self.parts.prefill(g, &device), self.parts.decode(g, &device));
         let (isl, osl, r) = (self.isl, self.osl, self.replicas);
         match self.arrival {
             Arrival::Static { batch } => {
@@ -80,7 +84,7 @@ impl Observed {
                 }
             }
             Arrival::Closed { .. } => {
-                let tpot = prefill + decode;
+                let tpot = g.interference * prefill + decode;
                 match self.metric {
                     Metric::OutputTokS => r * self.together / tpot,
                     Metric::TotalTokS => r * self.together / tpot * (isl + osl) / osl,
@@ -98,70 +102,200 @@ impl Observed {
         (self.predicted(g) / self.measured).ln()
     }
 
-    /// Whether a fit may use it: time to first token in a closed loop contains a queue.
+    /// Whether a fit may use it: time to first token in a closed loop contains a queue, and on devices of a vendor whose
+    /// kernels nobody timed the factors would make up for the kernels.
     #[must_use]
     pub fn is_fit_for_fitting(&self) -> bool {
-        self.metric.is_speed()
+        self.timed_vendor
+            && self.metric.is_speed()
             && !(matches!(self.arrival, Arrival::Closed { .. }) && self.metric == Metric::TtftMs)
     }
 }
 
-/// What a fit starts from and is drawn to: the medians over engines.
-const PRIOR: [f64; 7] = [0.10, 0.05, 1.0e-3, 10e-6, 5e-6, 6e-6, 0.0];
+/// Logarithms of an engine's nine numbers, in the order of [`generation_of`].
+pub type Numbers = [f64; 9];
 
-fn generation_of(since: u32, p: &[f64; 6]) -> Generation {
+/// What a fit of all engines together is drawn to: kernels as timed but small ones half fused, a millisecond a step.
+const PRIOR: Numbers = [0.05, 0.0, 0.0, -0.7, 0.0, -6.9, -11.5, -12.2, -0.1];
+/// How far engines differ from each other, as standard deviations of the same.
+const SPREAD: Numbers = [0.25, 0.10, 0.15, 0.5, 0.3, 1.0, 1.0, 1.0, 0.3];
+/// Errors that the prior's deviations are worth: a number one deviation off costs as much as all rows off by this.
+const PRIOR_ERROR: f64 = 0.015;
+/// Log error at which a row starts to count linearly: a few rows must not bend a fit.
+const KNEE: f64 = 0.05;
+/// Runs on a device that "as its kernels say" counts as.
+const DEVICE_PRIOR_ROWS: f64 = 4.0;
+/// Steps of the fit; it settles in ten.
+const STEPS: usize = 40;
+
+fn generation_of(since: u32, p: &Numbers) -> Generation {
     Generation {
         since,
         prefill: p[0].exp(),
         decode: p[1].exp(),
-        step_s: p[2].exp() * PRIOR[2],
-        sequence_s: p[3].exp() * PRIOR[3],
-        layer_s: p[4].exp() * PRIOR[4],
-        reduce_s: p[5].exp() * PRIOR[5],
+        attention: p[2].exp(),
+        small: p[3].exp(),
+        sums: p[4].exp(),
+        step_s: p[5].exp(),
+        sequence_s: p[6].exp(),
+        layer_s: p[7].exp(),
+        interference: p[8].exp(),
+        devices: BTreeMap::new(),
         log_stddev: 0.1,
         fit: EngineFit::default(),
     }
 }
 
-/// Fits one generation to runs of it; clusters weigh the same whatever their number of rows.
-#[must_use]
-pub fn fit_generation(since: u32, rows: &[&Observed]) -> Generation {
+/// The numbers that explain `rows` best, drawn to `prior`; a cluster weighs as the root of its number of rows: one that
+/// was measured often says more, but not in proportion.
+fn fit_numbers(rows: &[&Observed], prior: &Numbers) -> Numbers {
     let mut sizes: BTreeMap<&(String, String), f64> = BTreeMap::new();
     for row in rows {
         *sizes.entry(&row.cluster).or_default() += 1.0;
     }
-    let clusters = sizes.len().max(1) as f64;
-    let count = rows.len() as f64;
-    let loss = |p: &[f64; 6]| -> f64 {
-        let g = generation_of(since, p);
-        let sum: f64 = rows
+    let total = rows.len().max(1) as f64;
+    let weights: Vec<f64> = rows.iter().map(|r| 1.0 / (sizes[&r.cluster] * total).sqrt()).collect();
+    let errors = |p: &Numbers| -> Vec<f64> {
+        let g = generation_of(0, p);
+        rows.iter().map(|r| r.log_error(&g).clamp(-3.0, 3.0)).collect()
+    };
+    levenberg_marquardt(prior, &SPREAD, &weights, errors)
+}
+
+/// The numbers whose `errors` are least, each drawn to its prior; errors beyond [`KNEE`] count linearly (by reweighting
+/// in each step), and a number one `spread` off costs as much as all rows off by [`PRIOR_ERROR`].
+fn levenberg_marquardt<const N: usize>(
+    prior: &[f64; N],
+    spread: &[f64; N],
+    weights: &[f64],
+    errors: impl Fn(&[f64; N]) -> Vec<f64>,
+) -> [f64; N] {
+    const NUDGE: f64 = 1e-4;
+    let loss = |p: &[f64; N], errors: &[f64]| -> f64 {
+        let rows: f64 = errors
             .iter()
-            .map(|row| {
-                let e = row.log_error(&g) / 0.05;
-                (1.0 + e * e).sqrt() / sizes[&row.cluster]
-            })
+            .zip(weights)
+            .map(|(e, w)| 2.0 * w * KNEE * KNEE * ((1.0 + (e / KNEE).powi(2)).sqrt() - 1.0))
             .sum();
-        // Numbers that the rows say nothing about stay where engines usually are; factors are surer than times.
-        let drawn = (p[0] - PRIOR[0]).powi(2) / 0.09
-            + (p[1] - PRIOR[1]).powi(2) / 0.02
-            + p[2..].iter().map(|x| x * x / 4.0).sum::<f64>();
-        sum / clusters + drawn / count.max(1.0)
+        let drawn = (0..N).map(|i| ((p[i] - prior[i]) / spread[i] * PRIOR_ERROR).powi(2));
+        rows + drawn.sum::<f64>()
     };
-    let start = [PRIOR[0], PRIOR[1], 0.0, 0.0, 0.0, 0.0];
-    let first = minimise(start, 0.4, loss);
-    // A second start from where the first ended: a simplex that has collapsed is opened again.
-    let best = minimise(first, 0.2, loss);
-    let mut g = generation_of(since, &best);
-    let mut errors: Vec<f64> = rows.iter().map(|r| r.log_error(&g).exp_m1().abs()).collect();
+    let mut p = *prior;
+    let mut now = errors(&p);
+    let mut damping = 1e-2;
+    for _ in 0..STEPS {
+        let columns: Vec<Vec<f64>> = (0..N)
+            .map(|i| {
+                let mut q = p;
+                q[i] += NUDGE;
+                errors(&q).iter().zip(&now).map(|(a, b)| (a - b) / NUDGE).collect()
+            })
+            .collect();
+        let robust: Vec<f64> =
+            now.iter().zip(weights).map(|(e, w)| w / (1.0 + (e / KNEE).powi(2)).sqrt()).collect();
+        let mut matrix = vec![0.0; N * N];
+        let mut right = vec![0.0; N];
+        for i in 0..N {
+            for j in 0..N {
+                let products = columns[i].iter().zip(&columns[j]).zip(&robust);
+                matrix[i * N + j] = products.map(|((a, b), w)| a * b * w).sum();
+            }
+            let slope = columns[i].iter().zip(&now).zip(&robust);
+            right[i] = -slope.map(|((a, e), w)| a * e * w).sum::<f64>();
+            let pull = (PRIOR_ERROR / spread[i]).powi(2);
+            matrix[i * N + i] += pull;
+            right[i] -= pull * (p[i] - prior[i]);
+            matrix[i * N + i] *= 1.0 + damping;
+        }
+        solve_spd(&mut matrix, &mut right);
+        let trial: [f64; N] = std::array::from_fn(|i| p[i] + right[i].clamp(-1.0, 1.0));
+        let then = errors(&trial);
+        let (before, after) = (loss(&p, &now), loss(&trial, &then));
+        if after < before {
+            (p, now) = (trial, then);
+            damping = (damping * 0.3).max(1e-6);
+            if before - after < 1e-9 * before {
+                break;
+            }
+        } else {
+            damping *= 5.0;
+            if damping > 1e6 {
+                break;
+            }
+        }
+    }
+    p
+}
+
+/// How far devices differ beside their kernels: prefill, decode, sums.
+const DEVICE_SPREAD: [f64; 3] = [0.15, 0.10, 0.5];
+
+/// Adds what each device is off by beside its kernels (clocks, power, links, the age of a port), drawn to nothing where
+/// few runs say so.
+fn with_devices(mut g: Generation, rows: &[&Observed]) -> Generation {
+    let mut by_device: BTreeMap<&String, Vec<&Observed>> = BTreeMap::new();
+    for row in rows {
+        by_device.entry(&row.gpu).or_default().push(row);
+    }
+    let thousandths = |log: f64| (log.exp() * 1e3).round() / 1e3;
+    for (gpu, rows) in by_device {
+        let n = rows.len() as f64;
+        // Rows weigh the whole of what they are: few of them leave the prior as it is.
+        let weights = vec![1.0 / (n + DEVICE_PRIOR_ROWS); rows.len()];
+        let errors = |p: &[f64; 3]| -> Vec<f64> {
+            let mut trial = g.clone();
+            let factors =
+                DeviceFactors { prefill: p[0].exp(), decode: p[1].exp(), sums: p[2].exp() };
+            trial.devices.insert(gpu.clone(), factors);
+            rows.iter().map(|r| r.log_error(&trial).clamp(-3.0, 3.0)).collect()
+        };
+        let p = levenberg_marquardt(&[0.0; 3], &DEVICE_SPREAD, &weights, errors);
+        let factors = DeviceFactors {
+            prefill: thousandths(p[0]),
+            decode: thousandths(p[1]),
+            sums: thousandths(p[2]),
+        };
+        g.devices.insert(gpu.clone(), factors);
+    }
+    g
+}
+
+fn quantiles(rows: &[&Observed], g: &Generation) -> (f64, f64) {
+    let mut errors: Vec<f64> = rows.iter().map(|r| r.log_error(g).exp_m1().abs()).collect();
     errors.sort_by(f64::total_cmp);
-    let at = |q: f64| errors.get(((errors.len().max(1) - 1) as f64 * q).round() as usize).copied();
-    g.fit = EngineFit {
-        rows: rows.len(),
-        median: at(0.5).unwrap_or(0.0),
-        p90: at(0.9).unwrap_or(0.0),
-        ..EngineFit::default()
+    let at = |q: f64| {
+        errors.get(((errors.len().max(1) - 1) as f64 * q).round() as usize).copied().unwrap_or(0.0)
     };
-    g.log_stddev = (at(0.9).unwrap_or(0.3).ln_1p() / 1.645).max(0.02);
+    (at(0.5), at(0.9))
+}
+
+/// What all engines have in common: the prior of each.
+#[must_use]
+pub fn common(rows: &[&Observed]) -> Numbers {
+    fit_numbers(rows, &PRIOR)
+}
+
+/// Fits one generation to runs of it. A fifth of the rows is held out once to say how wrong the rest's fit is on it; the
+/// numbers that are kept see all rows.
+#[must_use]
+pub fn fit_generation(since: u32, rows: &[&Observed], prior: &Numbers) -> Generation {
+    let held = |r: &&&Observed| {
+        use std::hash::{DefaultHasher, Hash, Hasher};
+        let mut hasher = DefaultHasher::new();
+        r.id.hash(&mut hasher);
+        hasher.finish().is_multiple_of(5)
+    };
+    let (out, kept): (Vec<&Observed>, Vec<&Observed>) =
+        rows.iter().copied().partition(|r| held(&r));
+    let mut g = with_devices(generation_of(since, &fit_numbers(rows, prior)), rows);
+    let (median, p90) = quantiles(rows, &g);
+    let (held_out_median, held_out_p90) = if out.is_empty() || kept.is_empty() {
+        (median, p90)
+    } else {
+        quantiles(&out, &with_devices(generation_of(since, &fit_numbers(&kept, prior)), &kept))
+    };
+    g.fit = EngineFit { rows: rows.len(), median, p90, held_out_median, held_out_p90 };
+    g.log_stddev = (p90.max(held_out_p90).ln_1p() / 1.645).clamp(0.03, 1.0);
     g
 }
 
@@ -175,8 +309,23 @@ pub fn by_generation(rows: &[Observed]) -> BTreeMap<(String, u32), Vec<&Observed
     groups
 }
 
-/// For each (device, engine): a generation fitted without that device's rows. Where the engine was measured on no other
-/// device, its other generations stand in, then all engines of the same years together.
+/// A generation of each engine from all rows.
+#[must_use]
+pub fn fit_all(rows: &[Observed]) -> BTreeMap<(String, u32), Generation> {
+    let groups = by_generation(rows);
+    let everything: Vec<&Observed> = groups.values().flatten().copied().collect();
+    let shared = common(&everything);
+    groups
+        .into_iter()
+        .map(|((engine, since), rows)| {
+            let generation = fit_generation(since, &rows, &shared);
+            ((engine, since), generation)
+        })
+        .collect()
+}
+
+/// For each (device, engine, generation): numbers fitted without that device's rows, drawn to what the engine's other
+/// generations say, and these to what all engines have in common.
 #[must_use]
 pub fn leave_clusters_out(rows: &[Observed]) -> BTreeMap<(String, String, u32), Generation> {
     let groups = by_generation(rows);
@@ -186,17 +335,27 @@ pub fn leave_clusters_out(rows: &[Observed]) -> BTreeMap<(String, String, u32), 
         .into_iter()
         .map(|(gpu, engine, since)| {
             let of = |keep: &dyn Fn(&Observed) -> bool| -> Vec<&Observed> {
-                groups.values().flatten().copied().filter(|r| r.gpu != gpu && keep(r)).collect()
+                groups
+                    .values()
+                    .flatten()
+                    .copied()
+                    .filter(|r| (r.gpu != gpu || r.engine != engine) && keep(r))
+                    .collect()
             };
-            let same = of(&|r| r.engine == engine && r.since == since);
-            let sibling = of(&|r| r.engine == engine);
-            let era = of(&|r| r.engine != engine && r.since == since);
-            let all = of(&|r| r.engine != engine);
-            let chosen = [same, sibling, era, all]
-                .into_iter()
-                .find(|rows| rows.len() >= 5)
-                .unwrap_or_default();
-            let generation = fit_generation(since, &chosen);
+            let shared = common(&of(&|_| true));
+            let relatives = of(&|r| r.engine == engine && r.since != since);
+            let family =
+                if relatives.is_empty() { shared } else { fit_numbers(&relatives, &shared) };
+            let own = of(&|r| r.engine == engine && r.since == since);
+            // Relatives of another time say half of what they are: hosts and kernels have changed since.
+            let prior: Numbers = std::array::from_fn(|i| 0.5 * (family[i] + shared[i]));
+            let generation = if own.is_empty() {
+                let mut g = generation_of(since, &prior);
+                g.log_stddev = 0.2;
+                g
+            } else {
+                fit_generation(since, &own, &prior)
+            };
             ((gpu, engine, since), generation)
         })
         .collect()

@@ -34,18 +34,7 @@ pub fn run(places: &Places, args: &ScoreArgs, global: &Global) -> Result<Outcome
     let without = args.without.as_deref().map(read_ids).transpose()?.unwrap_or_default();
     let library = Library::new(places.catalog.clone(), places.own_surfaces()?);
     let mut predictor = Predictor::new(&places.catalog, &library);
-    let understood: Vec<Result<Question, String>> = rows
-        .iter()
-        .map(|row| {
-            if without.contains(&row.id) {
-                return Err("left out by --without".to_owned());
-            }
-            if row.notes.starts_with("moe") {
-                return Err("a mixture of experts is not modelled".to_owned());
-            }
-            row.understand(&places.catalog)
-        })
-        .collect();
+    let understood = understand(places, &rows, &without);
     let generations = if args.cross_validate {
         Some(cross_validated(&rows, &understood, &mut predictor, &tiers))
     } else {
@@ -86,12 +75,33 @@ pub fn run(places: &Places, args: &ScoreArgs, global: &Global) -> Result<Outcome
     Ok(if scored.is_empty() { Outcome::No } else { Outcome::Answered })
 }
 
-fn read(path: &Path) -> Result<(Vec<Row>, Vec<(u64, String)>)> {
+/// Resolves every row, or says why not.
+pub fn understand(
+    places: &Places,
+    rows: &[Row],
+    without: &HashSet<String>,
+) -> Vec<Result<Question, String>> {
+    rows.iter()
+        .map(|row| {
+            if without.contains(&row.id) {
+                return Err("left out by --without".to_owned());
+            }
+            if row.notes.starts_with("moe") {
+                return Err("a mixture of experts is not modelled".to_owned());
+            }
+            row.understand(&places.catalog)
+        })
+        .collect()
+}
+
+/// The rows of a file of runs, and the lines that are none.
+pub fn read(path: &Path) -> Result<(Vec<Row>, Vec<(u64, String)>)> {
     let file = File::open(path).with_context(|| path.display().to_string())?;
     read_rows(&path.display().to_string(), BufReader::new(file)).map_err(|e| anyhow!(e))
 }
 
-fn read_tiers(path: &Path) -> Result<HashMap<String, String>> {
+/// Tiers by id.
+pub fn read_tiers(path: &Path) -> Result<HashMap<String, String>> {
     let mut reader = csv::Reader::from_path(path).with_context(|| path.display().to_string())?;
     let header = reader.headers()?.clone();
     let column = |name: &str| header.iter().position(|h| h == name);
@@ -107,7 +117,7 @@ fn read_tiers(path: &Path) -> Result<HashMap<String, String>> {
 }
 
 /// Ids to leave out; rows whose reason says that only the outcome is odd stay in.
-fn read_ids(path: &Path) -> Result<HashSet<String>> {
+pub fn read_ids(path: &Path) -> Result<HashSet<String>> {
     let mut reader = csv::Reader::from_path(path).with_context(|| path.display().to_string())?;
     let header = reader.headers()?.clone();
     let Some(id) = header.iter().position(|h| h == "id") else {
@@ -133,7 +143,7 @@ fn cross_validated(
     predictor: &mut Predictor<'_>,
     tiers: &HashMap<String, String>,
 ) -> Fitted {
-    leave_clusters_out(&observe(rows, understood, predictor, tiers))
+    leave_clusters_out(&observe(rows, understood, predictor, tiers, None))
 }
 
 /// The rows that a fit may use: tiers A and B (all where no tier is given), with what their time is made of.
@@ -142,6 +152,7 @@ pub fn observe(
     understood: &[Result<Question, String>],
     predictor: &mut Predictor<'_>,
     tiers: &HashMap<String, String>,
+    generations: Option<&BTreeMap<(String, u32), Generation>>,
 ) -> Vec<Observed> {
     let mut observed = Vec::new();
     for (row, question) in rows.iter().zip(understood) {
@@ -151,7 +162,11 @@ pub fn observe(
         if !sound || !q.metric.is_speed() {
             continue;
         }
-        if let Ok(run) = predictor.run(q, q.engine.generation(q.year)) {
+        let shipped = q.engine.generation(q.year);
+        let generation = generations
+            .and_then(|g| g.get(&(q.engine.name.clone(), shipped.since)))
+            .unwrap_or(shipped);
+        if let Ok(run) = predictor.run(q, generation) {
             observed.push(Observed::new(&row.id, q, &run));
         }
     }

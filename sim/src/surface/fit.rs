@@ -185,7 +185,7 @@ fn fit_core(
 }
 
 /// Nelder-Mead over `N` numbers from `start` with a first simplex of size `reach`.
-pub(crate) fn minimise<const N: usize>(
+fn minimise<const N: usize>(
     start: [f64; N],
     reach: f64,
     loss: impl Fn(&[f64; N]) -> f64,

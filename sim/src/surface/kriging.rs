@@ -79,7 +79,7 @@ pub(super) fn weights(
 }
 
 /// Solves `matrix x = right` in place by Cholesky; the matrix is symmetric and positive definite (its nugget sees to it).
-fn solve_spd(matrix: &mut [f64], right: &mut [f64]) {
+pub(crate) fn solve_spd(matrix: &mut [f64], right: &mut [f64]) {
     let n = right.len();
     for column in 0..n {
         for row in column..n {

@@ -21,10 +21,10 @@ mod tests;
 
 pub use check::{Group, HoldOut, Report, Score, check, check_held_out, fit_all};
 pub use curve::{Curve, Estimate};
-pub(crate) use fit::minimise;
 pub use fit::{FitErrors, fit, score_left_out};
 pub use kriging::Kriging;
-pub use library::{Library, Model};
+pub(crate) use kriging::solve_spd;
+pub use library::{Library, Model, is_nvidia};
 pub use points::{PointError, Sample, read_points};
 pub use shape::{Core, Hardware, Kernel, NumberType, Shape};
 pub use text::{from_text, to_text};
