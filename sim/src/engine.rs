@@ -54,6 +54,13 @@ pub struct Generation {
     pub decode: f64,
     /// Time of attention, as a multiple of the timed kernels'.
     pub attention: f64,
+    /// Attention grows with this power of the number of query heads per KV head: 0 where kernels read a shared KV head
+    /// once, 1 where they read it for every query head.
+    #[serde(default)]
+    pub grouping: f64,
+    /// The first token comes out of a generating step of its own, after the prompt is read.
+    #[serde(default)]
+    pub first_token_decodes: bool,
     /// Time of norms, rotations, activations and the like, as a multiple of the timed kernels' (engines fuse them).
     pub small: f64,
     /// Time of sums over devices, as a multiple of the timed kernels'.
@@ -78,13 +85,19 @@ pub struct Generation {
 }
 
 impl Generation {
+    /// The multiple of the timed attention's time where `group` query heads share a KV head.
+    #[must_use]
+    pub fn attention_factor(&self, group: u32) -> f64 {
+        self.attention * f64::from(group.max(1)).powf(self.grouping)
+    }
+
     /// The multiple of the timed kernels' time that an op of `family` takes.
     #[must_use]
-    pub fn factor(&self, family: Family, phase: Phase) -> f64 {
+    pub fn factor(&self, family: Family, phase: Phase, group: u32) -> f64 {
         match (family, phase) {
             (Family::Gemm, Phase::Prefill) => self.prefill,
             (Family::Gemm, Phase::Decode) => self.decode,
-            (Family::AttendPrefill | Family::AttendDecode, _) => self.attention,
+            (Family::AttendPrefill | Family::AttendDecode, _) => self.attention_factor(group),
             (Family::Collective, _) => self.sums,
             _ => self.small,
         }
@@ -177,7 +190,7 @@ impl Engine {
         }
         for g in &self.generations {
             let factors = [g.prefill, g.decode, g.attention, g.small, g.sums, g.interference];
-            let times = [g.step_s, g.sequence_s, g.layer_s, g.log_stddev];
+            let times = [g.step_s, g.sequence_s, g.layer_s, g.log_stddev, g.grouping];
             let devices = g.devices.values().flat_map(|d| [d.prefill, d.decode, d.sums]);
             let factors: Vec<f64> = factors.into_iter().chain(devices).collect();
             if factors.iter().any(|x| !x.is_finite() || *x <= 0.0)

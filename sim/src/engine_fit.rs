@@ -38,6 +38,8 @@ pub struct Observed {
     pub osl: f64,
     /// Copies of the deployment.
     pub replicas: f64,
+    /// A property of the generation that is known, not fitted.
+    pub first_token_decodes: bool,
 }
 
 impl Observed {
@@ -59,6 +61,7 @@ impl Observed {
             isl: f64::from(q.isl),
             osl: f64::from(q.osl),
             replicas: q.replicas,
+            first_token_decodes: q.engine.generation(q.year).first_token_decodes,
         }
     }
 
@@ -112,13 +115,13 @@ impl Observed {
     }
 }
 
-/// Logarithms of an engine's nine numbers, in the order of [`generation_of`].
-pub type Numbers = [f64; 9];
+/// Logarithms of an engine's ten numbers (the last as it is), in the order of [`generation_of`].
+pub type Numbers = [f64; 10];
 
 /// What a fit of all engines together is drawn to: kernels as timed but small ones half fused, a millisecond a step.
-const PRIOR: Numbers = [0.05, 0.0, 0.0, -0.7, 0.0, -6.9, -11.5, -12.2, -0.1];
+const PRIOR: Numbers = [0.05, 0.0, 0.0, -0.7, 0.0, -6.9, -11.5, -12.2, -0.1, 0.0];
 /// How far engines differ from each other, as standard deviations of the same.
-const SPREAD: Numbers = [0.25, 0.10, 0.15, 0.5, 0.3, 1.0, 1.0, 1.0, 0.3];
+const SPREAD: Numbers = [0.25, 0.10, 0.15, 0.5, 0.3, 1.0, 1.0, 1.0, 0.3, 0.2];
 /// Errors that the prior's deviations are worth: a number one deviation off costs as much as all rows off by this.
 const PRIOR_ERROR: f64 = 0.015;
 /// Log error at which a row starts to count linearly: a few rows must not bend a fit.
@@ -128,7 +131,7 @@ const DEVICE_PRIOR_ROWS: f64 = 4.0;
 /// Steps of the fit; it settles in ten.
 const STEPS: usize = 40;
 
-fn generation_of(since: u32, p: &Numbers) -> Generation {
+fn generation_of(since: u32, p: &Numbers, first_token_decodes: bool) -> Generation {
     Generation {
         since,
         prefill: p[0].exp(),
@@ -140,10 +143,17 @@ fn generation_of(since: u32, p: &Numbers) -> Generation {
         sequence_s: p[6].exp(),
         layer_s: p[7].exp(),
         interference: p[8].exp(),
+        grouping: p[9].clamp(0.0, 1.0),
+        first_token_decodes,
         devices: BTreeMap::new(),
         log_stddev: 0.1,
         fit: EngineFit::default(),
     }
+}
+
+/// What all rows know of their generation without a fit.
+fn known(rows: &[&Observed]) -> bool {
+    !rows.is_empty() && rows.iter().all(|r| r.first_token_decodes)
 }
 
 /// The numbers that explain `rows` best, drawn to `prior`; a cluster weighs as the root of its number of rows: one that
@@ -156,7 +166,7 @@ fn fit_numbers(rows: &[&Observed], prior: &Numbers) -> Numbers {
     let total = rows.len().max(1) as f64;
     let weights: Vec<f64> = rows.iter().map(|r| 1.0 / (sizes[&r.cluster] * total).sqrt()).collect();
     let errors = |p: &Numbers| -> Vec<f64> {
-        let g = generation_of(0, p);
+        let g = generation_of(0, p, known(rows));
         rows.iter().map(|r| r.log_error(&g).clamp(-3.0, 3.0)).collect()
     };
     levenberg_marquardt(prior, &SPREAD, &weights, errors)
@@ -287,12 +297,15 @@ pub fn fit_generation(since: u32, rows: &[&Observed], prior: &Numbers) -> Genera
     };
     let (out, kept): (Vec<&Observed>, Vec<&Observed>) =
         rows.iter().copied().partition(|r| held(&r));
-    let mut g = with_devices(generation_of(since, &fit_numbers(rows, prior)), rows);
+    let mut g = with_devices(generation_of(since, &fit_numbers(rows, prior), known(rows)), rows);
     let (median, p90) = quantiles(rows, &g);
     let (held_out_median, held_out_p90) = if out.is_empty() || kept.is_empty() {
         (median, p90)
     } else {
-        quantiles(&out, &with_devices(generation_of(since, &fit_numbers(&kept, prior)), &kept))
+        quantiles(
+            &out,
+            &with_devices(generation_of(since, &fit_numbers(&kept, prior), known(rows)), &kept),
+        )
     };
     g.fit = EngineFit { rows: rows.len(), median, p90, held_out_median, held_out_p90 };
     g.log_stddev = (p90.max(held_out_p90).ln_1p() / 1.645).clamp(0.03, 1.0);
@@ -350,7 +363,7 @@ pub fn leave_clusters_out(rows: &[Observed]) -> BTreeMap<(String, String, u32), 
             // Relatives of another time say half of what they are: hosts and kernels have changed since.
             let prior: Numbers = std::array::from_fn(|i| 0.5 * (family[i] + shared[i]));
             let generation = if own.is_empty() {
-                let mut g = generation_of(since, &prior);
+                let mut g = generation_of(since, &prior, false);
                 g.log_stddev = 0.2;
                 g
             } else {

@@ -69,6 +69,8 @@ pub struct Parts {
     pub sequence_steps: f64,
     /// Decoder layers of a step.
     pub layers: f64,
+    /// Query heads per KV head.
+    pub group: u32,
 }
 
 /// Kernel seconds by what an engine's factors multiply.
@@ -108,8 +110,8 @@ impl Buckets {
         }
     }
 
-    fn under(&self, products: f64, g: &Generation, device: f64, sums: f64) -> f64 {
-        let own = products * self.products + g.attention * self.attention + g.small * self.small;
+    fn under(&self, products: f64, attention: f64, g: &Generation, device: f64, sums: f64) -> f64 {
+        let own = products * self.products + attention * self.attention + g.small * self.small;
         device * own + sums * g.sums * self.sums
     }
 }
@@ -118,14 +120,23 @@ impl Parts {
     /// Seconds while prompts are read.
     #[must_use]
     pub fn prefill(&self, g: &Generation, device: &DeviceFactors) -> f64 {
-        self.prefill.under(g.prefill, g, device.prefill, device.sums)
-            + self.prefill_steps * g.host_s(0.0, self.layers)
+        // Reading shares KV heads in every release; only generating took time to learn it.
+        let read = self.prefill.under(g.prefill, g.attention, g, device.prefill, device.sums)
+            + self.prefill_steps * g.host_s(0.0, self.layers);
+        let first = if g.first_token_decodes && self.prefill_steps > 0.0 && self.decode_steps > 0.0
+        {
+            self.decode(g, device) / self.decode_steps
+        } else {
+            0.0
+        };
+        read + first
     }
 
     /// Seconds while tokens are generated.
     #[must_use]
     pub fn decode(&self, g: &Generation, device: &DeviceFactors) -> f64 {
-        self.decode.under(g.decode, g, device.decode, device.sums)
+        let attention = g.attention_factor(self.group);
+        self.decode.under(g.decode, attention, g, device.decode, device.sums)
             + self.decode_steps * g.host_s(0.0, self.layers)
             + self.sequence_steps * g.sequence_s
     }
@@ -270,6 +281,7 @@ impl Deployment<'_> {
             decode_steps,
             sequence_steps: decode_steps * f64::from(together),
             layers: f64::from(self.model.layers),
+            group: self.model.group(),
         };
         let device = self.generation.device(&self.gpu.name);
         let prefill = parts.prefill(self.generation, &device);
@@ -427,6 +439,7 @@ impl Deployment<'_> {
             decode_steps: 1.0,
             sequence_steps: running,
             layers: f64::from(self.model.layers),
+            group: self.model.group(),
         }
     }
 
