@@ -261,6 +261,10 @@ pub struct CalibrateArgs {
     /// Who measured, for the fitted files [default: by the timings' own source column]
     #[arg(long, value_name = "TEXT")]
     pub source: Option<String>,
+    /// Fit every kernel on its own, however few its timings; else fewer than 200 bend what is known of
+    /// other devices
+    #[arg(long)]
+    pub alone: bool,
     /// Licence of the timings
     #[arg(long, value_name = "TEXT", default_value = "unstated")]
     pub licence: String,
@@ -334,7 +338,8 @@ pub struct CheckArgs {
     pub points: Vec<PathBuf>,
     #[command(flatten)]
     pub filter: PointFilter,
-    /// Fit anew without a part of the timings and score on that part: keys, largest or devices
+    /// Fit anew without a part of the timings and score on that part: keys, largest, devices, or
+    /// devices:POINTS (each device known by so many timings of each kernel)
     #[arg(long, value_name = "PART")]
     pub hold_out: Option<batchmax_sim::surface::HoldOut>,
 }

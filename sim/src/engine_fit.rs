@@ -105,12 +105,10 @@ impl Observed {
         (self.predicted(g) / self.measured).ln()
     }
 
-    /// Whether a fit may use it: time to first token in a closed loop contains a queue, and on devices of a vendor whose
-    /// kernels nobody timed the factors would make up for the kernels.
+    /// Whether a fit may use it: time to first token in a closed loop contains a queue.
     #[must_use]
     pub fn is_fit_for_fitting(&self) -> bool {
-        self.timed_vendor
-            && self.metric.is_speed()
+        self.metric.is_speed()
             && !(matches!(self.arrival, Arrival::Closed { .. }) && self.metric == Metric::TtftMs)
     }
 }
@@ -159,6 +157,10 @@ fn known(rows: &[&Observed]) -> bool {
 /// The numbers that explain `rows` best, drawn to `prior`; a cluster weighs as the root of its number of rows: one that
 /// was measured often says more, but not in proportion.
 fn fit_numbers(rows: &[&Observed], prior: &Numbers) -> Numbers {
+    // On devices of a vendor whose kernels nobody timed the factors would make up for the kernels: such devices get
+    // factors of their own and say nothing about the engine.
+    let rows: Vec<&Observed> = rows.iter().copied().filter(|r| r.timed_vendor).collect();
+    let rows = rows.as_slice();
     let mut sizes: BTreeMap<&(String, String), f64> = BTreeMap::new();
     for row in rows {
         *sizes.entry(&row.cluster).or_default() += 1.0;
@@ -239,6 +241,8 @@ fn levenberg_marquardt<const N: usize>(
 
 /// How far devices differ beside their kernels: prefill, decode, sums.
 const DEVICE_SPREAD: [f64; 3] = [0.15, 0.10, 0.5];
+/// The same where the vendor's kernels were never timed.
+const UNTIMED_SPREAD: [f64; 3] = [0.8, 0.8, 1.0];
 
 /// Adds what each device is off by beside its kernels (clocks, power, links, the age of a port), drawn to nothing where
 /// few runs say so.
@@ -259,7 +263,8 @@ fn with_devices(mut g: Generation, rows: &[&Observed]) -> Generation {
             trial.devices.insert(gpu.clone(), factors);
             rows.iter().map(|r| r.log_error(&trial).clamp(-3.0, 3.0)).collect()
         };
-        let p = levenberg_marquardt(&[0.0; 3], &DEVICE_SPREAD, &weights, errors);
+        let spread = if rows[0].timed_vendor { &DEVICE_SPREAD } else { &UNTIMED_SPREAD };
+        let p = levenberg_marquardt(&[0.0; 3], spread, &weights, errors);
         let factors = DeviceFactors {
             prefill: thousandths(p[0]),
             decode: thousandths(p[1]),
@@ -271,7 +276,9 @@ fn with_devices(mut g: Generation, rows: &[&Observed]) -> Generation {
 }
 
 fn quantiles(rows: &[&Observed], g: &Generation) -> (f64, f64) {
-    let mut errors: Vec<f64> = rows.iter().map(|r| r.log_error(g).exp_m1().abs()).collect();
+    // Devices whose kernels nobody timed have an interval of their own.
+    let timed = rows.iter().filter(|r| r.timed_vendor);
+    let mut errors: Vec<f64> = timed.map(|r| r.log_error(g).exp_m1().abs()).collect();
     errors.sort_by(f64::total_cmp);
     let at = |q: f64| {
         errors.get(((errors.len().max(1) - 1) as f64 * q).round() as usize).copied().unwrap_or(0.0)
@@ -280,8 +287,7 @@ fn quantiles(rows: &[&Observed], g: &Generation) -> (f64, f64) {
 }
 
 /// What all engines have in common: the prior of each.
-#[must_use]
-pub fn common(rows: &[&Observed]) -> Numbers {
+fn common(rows: &[&Observed]) -> Numbers {
     fit_numbers(rows, &PRIOR)
 }
 

@@ -284,8 +284,12 @@ impl Row {
             "offline-throughput" => Arrival::Closed { concurrency: batch.map(per_replica) },
             other => return Err(format!("mode \"{other}\" is unknown")),
         };
-        let isl = count(&self.input_len, "input_len", 0)?.ok_or("input_len is missing")?.max(1);
-        let osl = count(&self.output_len, "output_len", 0)?.unwrap_or(1).max(1);
+        let isl = count(&self.input_len, "input_len", 0)?;
+        let osl = count(&self.output_len, "output_len", 0)?;
+        if isl.is_none() && osl.is_none() {
+            return Err("neither input_len nor output_len is given".to_owned());
+        }
+        let (isl, osl) = (isl.unwrap_or(1).max(1), osl.unwrap_or(1).max(1));
         // Benchmarks run past the trained context; speed does not mind.
         model.context = model.context.max(isl.saturating_add(osl));
         let year = self.date.get(..4).and_then(|y| y.parse().ok());

@@ -9,6 +9,7 @@ use crate::op::{Family, Phase};
 use crate::policy::Policy;
 use crate::profile::{Gpu, Model};
 use crate::program::Program;
+use crate::surface::is_nvidia;
 use crate::timeline::{SIGMAS_90, Source, Timeline};
 use crate::units::{Bytes, Tokens};
 
@@ -17,6 +18,8 @@ const CAPACITY_SLACK: f64 = 1.15;
 
 /// Deviation (of the logarithm) between devices that the kernels do not explain.
 const UNSEEN_DEVICE: f64 = 0.06;
+/// The same where no kernel of the vendor was ever timed.
+const UNTIMED_VENDOR: f64 = 0.25;
 
 /// A model on devices under an engine.
 #[derive(Clone, Copy)]
@@ -320,7 +323,8 @@ impl Deployment<'_> {
         // A device on which the engine was never seen may be off by what devices usually are.
         let unseen =
             if self.generation.devices.contains_key(&self.gpu.name) { 0.0 } else { UNSEEN_DEVICE };
-        let engine = self.generation.log_stddev.hypot(unseen);
+        let untimed = if is_nvidia(self.gpu) { 0.0 } else { UNTIMED_VENDOR };
+        let engine = self.generation.log_stddev.hypot(unseen).hypot(untimed);
         SIGMAS_90 * (timeline.stddev(|_| true).0 / total).hypot(engine)
     }
 

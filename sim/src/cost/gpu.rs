@@ -212,6 +212,12 @@ impl CostModel for GpuKernels {
                     // fuse it into the op before.
                     cost.seconds -= self.quantisation.min(0.6 * cost.seconds);
                 }
+                // Weights of a whole model never stay in the cache between two steps, as those of a timing loop may.
+                let peak = self.gpu.peak_flops_per_s.of(weights).unwrap_or(f64::INFINITY);
+                let bytes = weights.bytes(n.saturating_mul(k)).0 as f64;
+                let floor = (2.0 * rows * n as f64 * k as f64 / peak)
+                    .max(bytes / self.gpu.bandwidth_bytes_per_s);
+                cost.seconds = cost.seconds.max(floor);
                 cost
             }
             OpKind::Attend { heads, window } => self.attend(op, heads, window, phase, step),

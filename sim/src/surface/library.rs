@@ -366,6 +366,21 @@ impl Model {
         self.borrowed >= 1.0 && self.extra <= 0.0
     }
 
+    /// The surface that counts most.
+    #[must_use]
+    pub fn nearest(&self) -> Option<&Surface> {
+        self.parts.iter().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(l, _)| &l.surface)
+    }
+
+    /// (compute, memory) microseconds at the device's data-sheet peaks.
+    #[must_use]
+    pub fn bounds(&self, shape: &Shape) -> (f64, f64) {
+        let Some((loaded, _)) = self.parts.first() else { return (0.0, 0.0) };
+        let hardware = Hardware::of(&self.gpu, loaded.number);
+        let (flops, bytes) = shape.work(loaded.number);
+        (flops / hardware.flops, bytes / hardware.bandwidth)
+    }
+
     /// Seconds of an empty launch by the cores it rests on.
     #[must_use]
     pub fn launch_s(&self) -> f64 {
