@@ -23,12 +23,23 @@ pub fn marks(candidates: &[Candidate], objective: Objective) -> Vec<Marks> {
     tpot.into_iter().zip(memory).map(|(tpot, memory)| Marks { tpot, memory }).collect()
 }
 
-/// Of (value, price) points: those that no other one beats, being at least as good in both and better in one.
+/// Differences below this share are none: no prediction can tell such points apart.
+const ALIKE: f64 = 0.005;
+
+/// Of (value, price) points: those that no other one beats, being as good in both and better in one; of points that are
+/// alike the first.
 fn front(points: &[Option<(f64, f64)>]) -> Vec<bool> {
-    let beaten = |(value, price): (f64, f64)| {
-        points.iter().flatten().any(|&(v, p)| v >= value && p <= price && (v > value || p < price))
+    let beats = |(i, (v, p)): (usize, (f64, f64)), (j, (value, price)): (usize, (f64, f64))| {
+        let as_good = v >= value * (1.0 - ALIKE) && p <= price * (1.0 + ALIKE);
+        let better = v > value * (1.0 + ALIKE) || p < price * (1.0 - ALIKE);
+        as_good && (better || i < j)
     };
-    points.iter().map(|point| point.is_some_and(|p| !beaten(p))).collect()
+    let known = || points.iter().enumerate().filter_map(|(i, p)| Some((i, (*p)?)));
+    let mut on = vec![false; points.len()];
+    for point in known() {
+        on[point.0] = !known().any(|other| other.0 != point.0 && beats(other, point));
+    }
+    on
 }
 
 #[cfg(test)]
@@ -41,11 +52,11 @@ mod tests {
             Some((100.0, 10.0)), // the fastest
             Some((90.0, 10.0)),  // as dear, slower
             Some((90.0, 5.0)),   // cheaper
-            Some((90.0, 5.0)),   // the same again: neither beats the other
+            Some((90.2, 5.01)),  // alike
             Some((80.0, 6.0)),   // slower and dearer
             None,
             Some((10.0, 1.0)), // the cheapest
         ];
-        assert_eq!(front(&points), [true, false, true, true, false, false, true]);
+        assert_eq!(front(&points), [true, false, true, false, false, false, true]);
     }
 }

@@ -46,6 +46,9 @@ fn head(question: &Question<'_>, plan: &Plan) -> String {
     let count =
         if question.count > 1 { format!("at most {} x ", question.count) } else { String::new() };
     let kv = placement.limits.kv_memory;
+    let mut memories: Vec<String> =
+        plan.hosts.iter().map(|h| h.placement.limits.memory.to_string()).collect();
+    memories.dedup();
     format!(
         "{} {} on {count}{}{engine} · {} in, {} out · memory {}{}",
         question.model.name,
@@ -53,7 +56,7 @@ fn head(question: &Question<'_>, plan: &Plan) -> String {
         names.join(", "),
         question.isl,
         question.osl,
-        placement.limits.memory,
+        memories.join(", "),
         kv.map_or_else(String::new, |kv| format!(", caches {kv}")),
     )
 }
@@ -126,7 +129,7 @@ fn ranking(question: &Question<'_>, plan: &Plan, marks: &[Marks]) -> String {
     let more = match hidden {
         0 => String::new(),
         n if question.args.pareto => format!("\n{n} candidates are beaten by one of these"),
-        n => format!("\n{n} more with other parameters are slower (all: --json)"),
+        n => format!("\n{n} more with other parameters are no better (all: --json)"),
     };
     format!(
         "{}\n{}\nfront: T no other gives more at its TPOT, M no other gives more in its memory{more}",
