@@ -97,9 +97,8 @@ fn the_largest_batch_and_its_times() {
     assert!(close(a.metrics.ttft.0, 1.256e-3) && close(a.metrics.tpot.0, 1.004e-3));
     assert!(close(c.throughput(), 68.0 / (1.256e-3 + 16.064e-3)));
     assert_eq!((c.gpus, c.replicas, c.usd_per_million()), (1, 1, None));
-    // Overhead is most of the time, and no op's.
-    let (phase, _, share) = c.mostly().expect("an op");
-    assert!(phase == Phase::Prefill && close(share, 256e-6 / (1.256e-3 + 16.064e-3)));
+    let (phase, name, share) = c.mostly().expect("a part");
+    assert!(phase == Phase::Decode && name == "host" && close(share, 16e-3 / 17.32e-3));
 }
 
 #[test]
@@ -147,7 +146,9 @@ fn smaller_batches_are_on_the_front_of_rate_and_latency() {
     let batches: Vec<_> = list.iter().filter_map(|c| c.answer.as_ref().map(|a| a.batch)).collect();
     assert_eq!(batches, [4, 2, 1]);
     let marks = marks(&list, Objective::Output);
-    assert!(marks.iter().all(|m| m.tpot && m.memory), "{marks:?}");
+    // 20 KiB less of 400 are memory; 1 us of a millisecond is no latency that anyone could tell.
+    assert!(marks.iter().all(|m| m.memory), "{marks:?}");
+    assert_eq!(marks.iter().map(|m| m.tpot).collect::<Vec<_>>(), [true, false, false]);
     // Another, worse policy at the same batches is on neither: it takes as long in more memory.
     let both = found(&[host(1 << 20, None)], &["full", "full:chunk=32"], |q| q.batch = Some(4));
     let marks = batchmax_sim::plan::marks(&both, Objective::Output);

@@ -75,7 +75,7 @@ pub fn candidate(c: &Candidate, placement: &Placement) -> Value {
         "output_tok_s_per_gpu": c.per_gpu(),
         "usd_per_million_output_tokens": c.usd_per_million(),
         "mostly": c.mostly().map(|(phase, family, share)| {
-            json!({ "phase": phase.name(), "op": family.name(), "share": share })
+            json!({ "phase": phase.name(), "op": family, "share": share })
         }),
         "preset": c.preset,
         "policy": c.policy,

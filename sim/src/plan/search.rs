@@ -6,7 +6,7 @@ use super::{Answer, Bound, Case, Slo};
 use crate::cost::CostModel;
 use crate::load::Schedule;
 use crate::lower::LowerError;
-use crate::op::{Family, Phase};
+use crate::op::Phase;
 use crate::place::Placement;
 use crate::policy::Preset;
 use crate::units::{Bytes, Tokens};
@@ -128,14 +128,17 @@ impl Candidate {
         }
     }
 
-    /// Where most of the time goes, with its share.
+    /// Where most of the time goes, with its share; `host` is the time of steps that no op accounts for.
     #[must_use]
-    pub fn mostly(&self) -> Option<(Phase, Family, f64)> {
+    pub fn mostly(&self) -> Option<(Phase, &'static str, f64)> {
         let timeline = &self.answer.as_ref()?.timeline;
+        let ops = timeline.by_family().into_iter();
+        let ops = ops.map(|((phase, family), (time, _))| (phase, family.name(), time.0));
+        let host = [Phase::Prefill, Phase::Decode]
+            .map(|phase| (phase, "host", timeline.overhead[phase as usize].0));
+        let (phase, name, time) = ops.chain(host).max_by(|a, b| a.2.total_cmp(&b.2))?;
         let total = timeline.total().0;
-        let rows = timeline.by_family().into_iter();
-        let ((phase, family), (time, _)) = rows.max_by(|a, b| a.1.0.0.total_cmp(&b.1.0.0))?;
-        (total > 0.0).then(|| (phase, family, time.0 / total))
+        (total > 0.0).then(|| (phase, name, time / total))
     }
 }
 

@@ -17,6 +17,8 @@ const MORE: Bytes = Bytes(16_000_000_000);
 const SHORTEST: Tokens = 256;
 /// Largest memory that is tried, as a multiple of the device's.
 const MOST_MEMORY: u64 = 8;
+/// Parts of the device's memory in which it is varied.
+const UNITS: u64 = 256;
 
 /// What one change would make of the recommended candidate.
 pub struct Change {
@@ -43,6 +45,8 @@ pub struct Crossings {
     pub memory: Crossing,
     /// Least and most memory tried.
     pub memories: (u64, u64),
+    /// Whether that is memory of the caches alone.
+    pub caches: bool,
 }
 
 /// What follows.
@@ -199,13 +203,15 @@ fn crossings(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<C
         let at = |batch: u64| pays(placement, question.isl, Some(batch as u32));
         Some(crossing(1, largest.into(), at)?)
     };
+    // Where the caches have a limit of their own, that is the memory that is tried.
+    let caches = placement.limits.kv_memory;
+    let unit = (caches.unwrap_or(placement.limits.memory).0 / UNITS).max(1);
     let mut other = placement.clone();
-    let device = placement.limits.memory.0.max(1);
-    let unit = (device / 256).max(1);
-    let memory = crossing(1, MOST_MEMORY * 256, |units| {
-        other.limits.memory = Bytes(units * unit);
-        if let Some(kv) = placement.limits.kv_memory {
-            other.limits.kv_memory = Some(Bytes((kv.0 as f64 * units as f64 / 256.0) as u64));
+    let memory = crossing(1, MOST_MEMORY * UNITS, |units| {
+        let tried = Bytes(units * unit);
+        match caches {
+            Some(_) => other.limits.kv_memory = Some(tried),
+            None => other.limits.memory = tried,
         }
         pays(&other, question.isl, question.batch)
     })?;
@@ -223,7 +229,8 @@ fn crossings(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<C
             Crossing::Between(low, high) => Crossing::Between(scaled(low), scaled(high)),
             other => other,
         },
-        memories: (scaled(1), scaled(MOST_MEMORY * 256)),
+        memories: (scaled(1), scaled(MOST_MEMORY * UNITS)),
+        caches: caches.is_some(),
     })
 }
 

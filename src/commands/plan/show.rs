@@ -174,7 +174,7 @@ fn limited(c: &Candidate) -> String {
 
 fn mostly(c: &Candidate) -> String {
     c.mostly().map_or_else(String::new, |(phase, family, share)| {
-        format!("{} {} {:.0} %", phase.name(), family.name(), share * 100.0)
+        format!("{} {} {:.0} %", phase.name(), family, share * 100.0)
     })
 }
 
@@ -223,7 +223,8 @@ fn pays(c: &Crossings) -> String {
             )
         }
     };
-    let memory = range(c.memory, c.memories, &bytes, " a device");
+    let of = if c.caches { " of caches" } else { " a device" };
+    let memory = range(c.memory, c.memories, &bytes, of);
     format!(
         "where {} gives 5 % more than no compression on {}\n  context   {context}\n  batch     {batch}\n  memory    {memory}",
         c.policy, c.gpu
@@ -379,7 +380,7 @@ pub fn document(question: &Question<'_>, plan: &Plan, marks: &[Marks], advice: &
         .collect();
     let crossings = advice.crossings.as_ref().map(|c| {
         json!({
-            "policy": c.policy, "gpu": c.gpu, "context_tokens": crossing(c.context),
+            "policy": c.policy, "gpu": c.gpu, "context_tokens": crossing(c.context), "memory_of_caches": c.caches,
             "equal_batch": c.batch.map(crossing), "memory_bytes": crossing(c.memory),
         })
     });
