@@ -27,7 +27,7 @@ pub struct Cli {
 /// Flags of every command.
 #[derive(Args, Clone, Debug)]
 pub struct Global {
-    /// Directory with gpus/, models/, policies/ that override the built-in descriptions
+    /// Directory with gpus/, models/, policies/, engines/ that override the built-in descriptions
     #[arg(long, global = true, value_name = "DIR", env = "BATCHMAX_PROFILES")]
     pub profiles: Option<PathBuf>,
     /// Where models and this machine's profiles are kept [default: the XDG data directory]

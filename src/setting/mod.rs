@@ -3,7 +3,6 @@
 mod host;
 mod places;
 
-#[cfg(feature = "exec")]
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
@@ -14,7 +13,9 @@ use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::Model;
 use batchmax_sim::units::{Tokens, parse_tokens};
 
-pub use host::{Hosts, Wanted, choice, local_setup, threads};
+#[cfg(feature = "exec")]
+pub use host::threads;
+pub use host::{Hosts, Wanted, choice, local_setup};
 pub use places::Places;
 
 use crate::cli::{ConfigArgs, MemoryArgs, PlacementArgs};

@@ -108,7 +108,7 @@ fn beside(question: &Question<'_>, preset: Preset) -> Result<Option<Candidate>> 
 fn changes(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<Vec<Change>> {
     let placement = &plan.host(best).placement;
     let kv = placement.setup.kv.dtype;
-    let mut same = question.about(question.preset(&best.policy)?, &placement.gpu.name, kv);
+    let mut same = question.about(question.preset(&best.preset)?, &placement.gpu.name, kv);
     same.tps = vec![placement.setup.tp];
     let mut tried: Vec<(String, Question<'_>)> = Vec::new();
     match placement.limits.kv_memory {
@@ -130,8 +130,9 @@ fn changes(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<Vec
             tried.push(("fp8 weights".into(), Question { weights, ..same.clone() }));
         }
     }
-    if let Some(halved) = halved_budget(&best.policy) {
-        let policies = vec![question.preset(&halved)?];
+    if let Some(half) = half_budget(&best.policy) {
+        let also = if best.preset.contains(':') { ',' } else { ':' };
+        let policies = vec![question.preset(&format!("{}{also}budget={half}", best.preset))?];
         tried.push(("budget halved".into(), Question { policies, ..same.clone() }));
     }
     if placement.engine.is_some() {
@@ -153,22 +154,19 @@ fn changes(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<Vec
     Ok(found)
 }
 
-/// The same policy with half of its budget.
-fn halved_budget(label: &str) -> Option<String> {
-    let (head, rest) = label.split_once("budget=")?;
-    let (budget, tail) = rest
-        .split_once(',')
-        .map_or((rest, String::new()), |(budget, tail)| (budget, format!(",{tail}")));
-    let half = match budget.strip_suffix('%') {
-        Some(share) => format!("{}%", share.parse::<f64>().ok()? / 2.0),
-        None => (budget.parse::<u32>().ok()? / 2).to_string(),
-    };
-    Some(format!("{head}budget={half}{tail}"))
+/// Half of the budget that stands in a policy's label.
+fn half_budget(label: &str) -> Option<String> {
+    let (_, rest) = label.split_once("budget=")?;
+    let budget = rest.split(',').next()?;
+    match budget.strip_suffix('%') {
+        Some(share) => Some(format!("{}%", share.parse::<f64>().ok()? / 2.0)),
+        None => Some((budget.parse::<u32>().ok()? / 2).to_string()),
+    }
 }
 
 fn crossings(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<Crossings> {
     let host = plan.host(best);
-    let compressed = question.preset(&best.policy)?;
+    let compressed = question.preset(&best.preset)?;
     let full = question.preset(UNCOMPRESSED)?;
     let pays = |placement: &Placement, isl: Tokens, batch: Option<u32>| -> Result<bool> {
         let rate =
@@ -253,14 +251,14 @@ fn rate(
 
 #[cfg(test)]
 mod tests {
-    use super::halved_budget;
+    use super::half_budget;
 
     #[test]
     fn half_of_a_budget() {
-        let half = |label: &str| halved_budget(label).unwrap_or_default();
-        assert_eq!(half("snapkv:budget=25%,window=32"), "snapkv:budget=12.5%,window=32");
-        assert_eq!(half("batch-max:budget=512,chunk=256"), "batch-max:budget=256,chunk=256");
-        assert_eq!(half("mine:budget=100"), "mine:budget=50");
-        assert_eq!(halved_budget("full"), None);
+        let half = |label: &str| half_budget(label).unwrap_or_default();
+        assert_eq!(half("snapkv:budget=25%,window=32"), "12.5%");
+        assert_eq!(half("batch-max:budget=512,chunk=256"), "256");
+        assert_eq!(half("mine:chunk=1,budget=100"), "50");
+        assert_eq!(half_budget("full"), None);
     }
 }

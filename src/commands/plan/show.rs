@@ -286,8 +286,17 @@ fn verdict(question: &Question<'_>, plan: &Plan, advice: &Advice) -> String {
     } else {
         ""
     };
+    let most = placement.engine.as_ref().map_or(u32::MAX, |e| e.most_sequences);
+    let limit = if answer.batch > most {
+        format!(
+            "{} runs {most} sequences together unless told otherwise\n",
+            placement.engine_name()
+        )
+    } else {
+        String::new()
+    };
     format!(
-        "{compression}{near}{quality}{} at batch {} under the {} schedule{place}: {} output tokens/s {}{gain}\n{}",
+        "{compression}{near}{quality}{limit}{} at batch {} under the {} schedule{place}: {} output tokens/s {}{gain}\n{}",
         best.preset,
         answer.batch,
         best.schedule,
@@ -317,7 +326,7 @@ fn next_step(question: &Question<'_>, plan: &Plan, best: &Candidate, batch: u32)
     let placement = &plan.host(best).placement;
     let mut flags = format!(
         " --policy {} --schedule {} --batch {batch} --isl {} --osl {}",
-        best.policy, best.schedule, args.isl, args.osl
+        best.preset, best.schedule, args.isl, args.osl
     );
     let memory = &args.memory;
     for (flag, value) in [
@@ -343,7 +352,7 @@ fn next_step(question: &Question<'_>, plan: &Plan, best: &Candidate, batch: u32)
     }
     format!(
         "batchmax runs on this machine's CPU only: batchmax validate --policy {} tries the policy there, not the speed of {}\nhint: batchmax what-if --model {} --gpu {} --engine {}{shared}{flags}",
-        best.policy,
+        best.preset,
         placement.gpu.name,
         args.model,
         placement.gpu.name,
