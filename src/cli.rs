@@ -29,7 +29,7 @@ pub struct Cli {
 /// Flags of every command.
 #[derive(Args, Clone, Debug)]
 pub struct Global {
-    /// Directory with gpus/, models/, policies/ that override the built-in descriptions
+    /// Directory with gpus/, models/, policies/, engines/ that override the built-in descriptions
     #[arg(long, global = true, value_name = "DIR", env = "BATCHMAX_PROFILES")]
     pub profiles: Option<PathBuf>,
     /// Where models and this machine's profiles are kept [default: the XDG data directory]
@@ -102,25 +102,42 @@ pub struct ConfigArgs {
     #[arg(long, short, default_value = "max")]
     pub batch: String,
     #[command(flatten)]
+    pub placement: PlacementArgs,
+    #[command(flatten)]
     pub memory: MemoryArgs,
     /// static, staggered, staggered:N
     #[arg(long, default_value = "static")]
     pub schedule: String,
 }
 
+/// What it runs under, and on how many devices.
+#[derive(Args, Clone, Debug)]
+pub struct PlacementArgs {
+    /// Engine: a name or a TOML file. On a GPU vllm where it can run what is asked; else batchmax, a hypothetical engine
+    /// with vllm's kernels, overheads and memory that runs every policy [default: vllm or batchmax]
+    #[arg(long)]
+    pub engine: Option<String>,
+    /// GPUs that share each layer
+    #[arg(long, value_name = "N")]
+    pub tp: Option<String>,
+    /// Groups of GPUs that hold a part of the layers each and take turns
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub pp: u32,
+}
+
 /// Memory and types.
 #[derive(Args, Clone, Debug)]
 pub struct MemoryArgs {
-    /// Memory for everything (64MB, 1.5GiB) [default: 90 % of the device's]
+    /// Memory of each device for everything (64MB, 1.5GiB) [default: the engine's share; 90 % of a CPU's]
     #[arg(long)]
     pub memory: Option<String>,
-    /// Memory for the KV caches alone: a hard limit when running
+    /// Memory of each device for the KV caches alone: a hard limit when running
     #[arg(long)]
     pub kv_memory: Option<String>,
     /// Type of the weights [default: f32 on a CPU, the model's own on a GPU]
     #[arg(long)]
     pub weight_dtype: Option<String>,
-    /// Type of the cache [default: f16 on a CPU, bf16 on a GPU]
+    /// Type of the cache; several, separated by commas, for plan and what-if [default: f16 on a CPU, bf16 on a GPU]
     #[arg(long)]
     pub kv_dtype: Option<String>,
     /// CPU threads [default: all cores]
@@ -134,7 +151,7 @@ pub struct PlanArgs {
     /// Model: a name, a config.json or its directory, a GGUF or TOML file
     #[arg(long, short, default_value = "smollm2-135m")]
     pub model: String,
-    /// Device: a name, a TOML file, or cpu for this machine
+    /// Devices to choose from, separated by commas: names, TOML files, or cpu for this machine
     #[arg(long, short, default_value = "cpu")]
     pub gpu: String,
     /// Policy presets to try, separated by spaces or commas before a name [default: all presets]
@@ -150,10 +167,30 @@ pub struct PlanArgs {
     #[arg(long, short, default_value = "max")]
     pub batch: String,
     #[command(flatten)]
+    pub placement: PlacementArgs,
+    #[command(flatten)]
     pub memory: MemoryArgs,
     /// Schedules to try [default: static and staggered]
     #[arg(long, num_args = 1..)]
     pub schedule: Vec<String>,
+    /// Budgets to try where a policy has one (512,25%) [default: the preset's; quality is not predicted]
+    #[arg(long)]
+    pub budget: Option<String>,
+    /// Chunks to try where a policy reads by chunks (256,1k) [default: the preset's, 1k and 4k]
+    #[arg(long)]
+    pub chunk: Option<String>,
+    /// GPUs there are at most; as many copies run as fit, and --tp is searched in powers of two
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub gpus: Option<u32>,
+    /// What counts: output (tokens/s of all GPUs), per-gpu, cost (USD per million output tokens)
+    #[arg(long, default_value = "output")]
+    pub objective: String,
+    /// Rent of a GPU per hour, USD (h100-sxm=2.5), instead of its description's
+    #[arg(long, value_name = "GPU=USD", num_args = 1..)]
+    pub price: Vec<String>,
+    /// Print only what no other candidate beats, with smaller batches: rate against TPOT, rate against memory
+    #[arg(long)]
+    pub pareto: bool,
     /// Longest time to the last sequence's first token (500ms)
     #[arg(long)]
     pub ttft: Option<String>,
@@ -184,11 +221,13 @@ pub struct WhatIfArgs {
     #[arg(long, short, default_value = "max")]
     pub batch: String,
     #[command(flatten)]
+    pub placement: PlacementArgs,
+    #[command(flatten)]
     pub memory: MemoryArgs,
     /// Schedules, separated by spaces
     #[arg(long, num_args = 1.., default_value = "static")]
     pub schedule: Vec<String>,
-    /// A CSV of scenarios instead: id,gpu,tp,model,weight_dtype,kv_dtype,engine,schedule,batch,input_len,output_len,policy
+    /// A CSV of scenarios instead, answered as CSV or --json: id,gpu,tp,model,weight_dtype,kv_dtype,engine,schedule,batch,input_len,output_len,policy
     #[arg(long, value_name = "FILE")]
     pub scenarios: Option<PathBuf>,
     /// Print CSV

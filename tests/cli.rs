@@ -1,146 +1,11 @@
 //! The program from outside: exit codes, answers on stdout, refusals of one line on stderr.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+mod common;
 
-use serde_json::Value;
-use tempfile::TempDir;
+use std::path::Path;
+use std::process::Command;
 
-/// A place where nothing of this machine is: no models, no profile, no variables.
-struct Place {
-    dir: TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self { dir: tempfile::tempdir().expect("a directory") }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.path(name);
-        std::fs::create_dir_all(path.parent().expect("inside")).expect("writable");
-        std::fs::write(&path, text).expect("writable");
-        path
-    }
-
-    fn run(&self, args: &[&str]) -> Ran {
-        let output = Command::new(env!("CARGO_BIN_EXE_batchmax"))
-            .args(args)
-            .current_dir(self.dir.path())
-            .env_clear()
-            .env("HOME", self.dir.path())
-            .env("XDG_DATA_HOME", self.path("data"))
-            .output()
-            .expect("the program starts");
-        Ran::new(args, &output)
-    }
-}
-
-/// What came of a command.
-struct Ran {
-    command: String,
-    code: Option<i32>,
-    out: String,
-    err: String,
-}
-
-impl Ran {
-    fn new(args: &[&str], output: &Output) -> Self {
-        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8");
-        let ran = Self {
-            command: args.join(" "),
-            code: output.status.code(),
-            out: text(&output.stdout),
-            err: text(&output.stderr),
-        };
-        assert!(!ran.err.contains("panicked"), "{}: {}", ran.command, ran.err);
-        ran
-    }
-
-    /// It answered, and said nothing else.
-    #[track_caller]
-    fn answered(self) -> String {
-        assert_eq!(self.code, Some(0), "{}: {}", self.command, self.err);
-        assert_eq!(self.err, "", "{}", self.command);
-        self.out
-    }
-
-    /// The answer is no: that is an answer too, on stdout.
-    #[track_caller]
-    fn no(self) -> String {
-        assert_eq!(self.code, Some(1), "{}: {}", self.command, self.err);
-        assert_eq!(self.err, "", "{}", self.command);
-        self.out
-    }
-
-    /// Bad input: one line that says what is wrong, at most one more that says what to do.
-    #[track_caller]
-    fn refused(self) -> String {
-        assert_eq!(self.code, Some(2), "{}: {}", self.command, self.out);
-        assert_eq!(self.out, "", "{}", self.command);
-        let lines: Vec<_> = self.err.lines().collect();
-        assert!(lines[0].starts_with("error: "), "{}: {}", self.command, self.err);
-        assert!(
-            lines.len() == 1 || lines.len() == 2 && lines[1].starts_with("hint: "),
-            "{}: {}",
-            self.command,
-            self.err
-        );
-        self.err
-    }
-}
-
-#[track_caller]
-fn run(args: &str) -> Ran {
-    Place::new().run(&args.split_whitespace().collect::<Vec<_>>())
-}
-
-#[track_caller]
-fn refuses(args: &str, parts: &[&str]) {
-    let err = run(args).refused();
-    for part in parts {
-        assert!(err.contains(part), "{args}: {err}");
-    }
-}
-
-#[track_caller]
-fn document(text: &str, kind: &str) -> Value {
-    let value: Value = serde_json::from_str(text).expect("valid JSON");
-    assert_eq!(value["schema_version"], 1);
-    assert_eq!(value["kind"], kind);
-    value
-}
-
-fn records(text: &str) -> Vec<std::collections::HashMap<String, String>> {
-    csv::Reader::from_reader(text.as_bytes())
-        .deserialize()
-        .collect::<Result<_, _>>()
-        .expect("records of one length")
-}
-
-/// Numbers become `0` and runs of blanks one: what is left does not depend on the cost model.
-fn shape_of(text: &str) -> String {
-    let mut out = String::new();
-    for line in text.lines() {
-        let words: Vec<String> = line
-            .split_whitespace()
-            .map(|word| {
-                let number =
-                    word.trim_start_matches(['±', '+', '-']).replace(['.', ','], "").parse::<u64>();
-                if number.is_ok() { "0".to_owned() } else { word.to_owned() }
-            })
-            .collect();
-        out += words.join(" ").as_str();
-        out.push('\n');
-    }
-    out
-}
-
-const LLAMA_ON_H100: &str = "--model llama-3.1-8b --gpu h100-sxm";
+use common::{LLAMA_ON_H100, Place, Ran, document, records, refuses, run};
 
 #[test]
 fn help_leads_to_every_command_and_states_the_exit_codes() {
@@ -227,7 +92,7 @@ fn one_configuration_is_answered_in_full() {
     let first = text.lines().next().expect("a title");
     assert_eq!(
         first,
-        "llama-3.1-8b on h100-sxm · full · 2048 in, 128 out · batch 8 · static schedule"
+        "llama-3.1-8b on h100-sxm · vllm · full · 2048 in, 128 out · batch 8 · static schedule"
     );
     for part in ["memory\n", "\nfits\n", "tokens/s", "TTFT", "TPOT"] {
         assert!(text.contains(part), "{part}: {text}");
@@ -284,32 +149,6 @@ fn what_does_not_fit_is_an_answer_of_its_own() {
     // A limit that nothing meets.
     let limit = format!("plan {LLAMA_ON_H100} --isl 2k --osl 128 --ttft 1us");
     assert!(run(&limit).no().contains("nothing fits"));
-}
-
-#[test]
-fn a_plan_ranks_every_policy_and_ends_with_the_command_that_proves_it() {
-    let args = format!("plan {LLAMA_ON_H100} --isl 8k --osl 256");
-    let text = run(&args).answered();
-    for preset in ["full", "snapkv", "batch-max", "streaming-llm"] {
-        let rows = text.lines().filter(|l| l.starts_with(&format!("{preset} "))).count();
-        assert!(rows >= 2, "{preset}: {text}");
-    }
-    let last = text.lines().last().expect("a last line");
-    assert!(last.starts_with("hint: batchmax validate --model llama-3.1-8b --policy "), "{last}");
-    let json = document(&run(&format!("{args} --json")).answered(), "plan");
-    let candidates = json["candidates"].as_array().expect("a list");
-    let rates: Vec<f64> =
-        candidates.iter().filter_map(|c| c["answer"]["metrics"]["output_tok_s"].as_f64()).collect();
-    assert!(rates.len() >= 8 && rates.is_sorted_by(|a, b| a >= b), "{rates:?}");
-    assert_eq!(run(&args).answered(), text, "the same query, the same answer");
-}
-
-#[test]
-fn the_shape_of_a_plan() {
-    let args = format!(
-        "plan {LLAMA_ON_H100} --isl 2k --osl 128 --policy full --schedule static --batch 4"
-    );
-    insta::assert_snapshot!(shape_of(&run(&args).answered()));
 }
 
 #[test]
@@ -589,7 +428,7 @@ fn a_reader_that_goes_away_is_no_error() {
 /// Commands that run: a model of two layers with made-up weights.
 #[cfg(feature = "exec")]
 mod runs {
-    use super::{Place, document, refuses};
+    use crate::common::{Place, Ran, document, refuses};
 
     const TINY: &str = r#"
 name = "tiny"
@@ -612,7 +451,7 @@ weight_dtype = "f32"
         place
     }
 
-    fn run(place: &Place, more: &[&str]) -> super::Ran {
+    fn run(place: &Place, more: &[&str]) -> Ran {
         let mut args = vec!["run", "--model", "tiny.toml", "--weights", "synthetic", "--quiet"];
         args.extend(["--threads", "1"]);
         args.extend(more);
@@ -715,8 +554,10 @@ weight_dtype = "f32"
                     &["the executor can't run", "hint: plan and what-if can still predict it"],
                 );
             }
-            super::run(&format!("what-if --model {model} --gpu b200-sxm --isl 1k --memory 900GB"))
-                .answered();
+            crate::common::run(&format!(
+                "what-if --model {model} --gpu b200-sxm --isl 1k --memory 900GB"
+            ))
+            .answered();
         }
     }
 }

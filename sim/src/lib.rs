@@ -12,6 +12,7 @@
 //! - [`cost`]: how long each op takes, with the source of the number and its error -> [`timeline`];
 //! - [`probe`]: the passes that a profile times;
 //! - [`metrics`]: TTFT, TPOT, tokens per second;
+//! - [`place`]: a model on devices under an [`engine`]: what each holds, in which types, within which memory;
 //! - [`plan`]: which batch, policy and schedule is the fastest that fits.
 //!
 //! Pure from the descriptions on: no clock, no randomness, no I/O outside [`profile`].
@@ -27,6 +28,7 @@ pub mod lower;
 pub mod memory;
 pub mod metrics;
 pub mod op;
+pub mod place;
 pub mod plan;
 pub mod policy;
 pub mod probe;

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::op::Phase;
 use crate::program::Program;
-use crate::timeline::{SIGMAS_90, Source, Timeline};
+use crate::timeline::{Source, Timeline};
 use crate::units::Seconds;
 
 /// Times and rates of a run.
@@ -41,8 +41,6 @@ impl Metrics {
         let outputs = load.output_tokens() as f64;
         let decoded = outputs - load.sequences() as f64;
         let rate = |tokens: f64, time: Seconds| if time.0 > 0.0 { tokens / time.0 } else { 0.0 };
-        let error =
-            if total.0 > 0.0 { SIGMAS_90 * timeline.stddev(|_| true).0 / total.0 } else { 0.0 };
         Self {
             ttft: prefill,
             tpot: if decode_steps > 0 { decode / decode_steps as f64 } else { Seconds(0.0) },
@@ -51,7 +49,7 @@ impl Metrics {
             decode_tokens_per_s: rate(decoded, decode),
             output_tokens_per_s: rate(outputs, total),
             total_tokens_per_s: rate(outputs + load.input_tokens() as f64, total),
-            error,
+            error: timeline.half_width(None),
             source: timeline.weakest_source(),
         }
     }

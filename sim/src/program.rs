@@ -6,7 +6,7 @@
 
 use crate::kv::KvLayout;
 use crate::load::Load;
-use crate::op::{DType, Op, Phase, Site};
+use crate::op::{DType, Op, OpKind, Phase, Site};
 use crate::units::Layer;
 
 /// Layers `first`, `first + stride`, ...: `count` of them.
@@ -199,6 +199,17 @@ impl Program {
             }
         }
         walk(&self.nodes, 1.0, &mut 0, &mut see);
+    }
+
+    /// Whether any cached token is dropped.
+    #[must_use]
+    pub fn drops(&self) -> bool {
+        let mut drops = false;
+        self.visit_passes(|_, pass, _| {
+            let mut ops = pass.blocks().flat_map(|(_, block)| &block.ops);
+            drops |= ops.any(|op| matches!(op.kind, OpKind::Evict { .. }));
+        });
+        drops
     }
 
     /// Visits every step of the unrolled program in the order of execution.

@@ -64,6 +64,8 @@ pub struct Timeline {
     pub spans: Vec<Span>,
     /// Time of whole steps that no op accounts for (scheduling, clocks), by phase: prefill, decode.
     pub overhead: [Seconds; 2],
+    /// Relative deviation that all of it shares (what is not known about an engine).
+    pub common: f64,
 }
 
 /// Two standard deviations hold 95 % of a normal distribution; its 90 % interval is 1.645 of them.
@@ -93,6 +95,17 @@ impl Timeline {
             *families.entry(span.family).or_default() += span.stddev.0;
         }
         Seconds(families.values().map(|s| s * s).sum::<f64>().sqrt())
+    }
+
+    /// Half width of the 90 % interval of a phase's time, or of all of it, relative.
+    #[must_use]
+    pub fn half_width(&self, phase: Option<Phase>) -> f64 {
+        let time = phase.map_or_else(|| self.total(), |p| self.phase(p)).0;
+        if time <= 0.0 {
+            return 0.0;
+        }
+        let ops = self.stddev(|s| phase.is_none_or(|p| s.site.phase == p)).0;
+        SIGMAS_90 * (ops / time).hypot(self.common)
     }
 
     /// The weakest source among the spans that take at least 1 % of the time (a guess about nothing changes nothing).

@@ -18,7 +18,7 @@ use crate::cli::{CompareArgs, Global, MemoryArgs};
 use crate::commands::local::{self, Trial};
 use crate::commands::{Outcome, profile};
 use crate::report::{answer, json, remark, table};
-use crate::setting::{self, Configuration, Device, LOCAL, Places};
+use crate::setting::{self, Configuration, LOCAL, Places, Wanted};
 
 /// The caches' budget where none is given.
 const KV_MEMORY: &str = "64MB";
@@ -39,7 +39,7 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
         ..args.memory.clone()
     };
     let model = setting::model(places, &args.model)?;
-    check_executable(&model, setting::setup(&model, true, &memory)?.weights)?;
+    check_executable(&model, setting::local_setup(&memory)?.weights)?;
     prepare(places, args, &memory, global)?;
     let (configurations, chosen) = choose(places, args, &memory)?;
     let first = &configurations[0];
@@ -47,18 +47,20 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
         places,
         &args.model,
         &args.weights.weights,
-        &first.model,
-        first.setup,
+        first.model(),
+        first.host.placement.setup,
         global,
     )?;
-    let engine = local::engine(&first.model, weights, setting::threads(&memory)?);
+    let engine = local::engine(first.model(), weights, setting::threads(&memory)?);
     let mut rows = Vec::new();
     for (configuration, (name, batch)) in configurations.iter().zip(&chosen) {
         let prompts =
-            local::prompts(checkpoint.as_ref(), &configuration.model, *batch, configuration.isl)?;
+            local::prompts(checkpoint.as_ref(), configuration.model(), *batch, configuration.isl)?;
         let program = configuration.case().program(*batch)?;
-        let options =
-            RunOptions { kv_budget: configuration.limits.kv_memory, ..RunOptions::default() };
+        let options = RunOptions {
+            kv_budget: configuration.host.placement.limits.kv_memory,
+            ..RunOptions::default()
+        };
         let trial =
             local::trial(&engine, configuration, program, &prompts, &options, global, name)?;
         rows.push(Row { name: name.clone(), batch: *batch, trial });
@@ -103,17 +105,23 @@ fn choose(places: &Places, args: &CompareArgs, memory: &MemoryArgs) -> Result<Ch
     let mut chosen = Vec::new();
     let resolve = |policy: &str| -> Result<Configuration> {
         let model = setting::model(places, &args.model)?;
-        let device = Device::resolve(places, LOCAL, memory)?;
+        let kv = setting::kv_types(memory)?.first().copied().flatten();
+        let wanted = Wanted {
+            model: &model,
+            gpu: LOCAL,
+            engine: None,
+            choice: setting::choice(memory, kv, 1, 1)?,
+            policies: Vec::new(),
+            schedules: Vec::new(),
+            memory,
+        };
         Ok(Configuration {
-            limits: setting::limits(&device.gpu, device.runtime, memory)?,
-            setup: setting::setup(&model, true, memory)?,
+            host: wanted.host(places)?,
             preset: Preset::parse(&places.catalog, policy)?,
             isl: setting::tokens(&args.isl, "--isl")?,
             osl: setting::tokens(&args.osl, "--osl")?,
             batch: None,
             schedule: Schedule::Static,
-            model,
-            device,
         })
     };
     for policy in POLICIES {
@@ -174,17 +182,17 @@ fn text(rows: &[Row], first: &Configuration, synthetic: bool) -> String {
             format!("{:.2}x", measured / measured_rate(base)),
             format!("{:.2}x", predicted / predicted_rate(base)),
             kv_peak.to_string(),
-            first.limits.kv_memory.unwrap_or(Bytes(0)).to_string(),
+            first.host.placement.limits.kv_memory.unwrap_or(Bytes(0)).to_string(),
         ]
     };
     let weights = if synthetic { "synthetic weights" } else { "real weights and text" };
     format!(
         "{} {} · {} in, {} out · caches in {} · {} schedule · {weights}\n\n{}\n\n{}",
-        first.model.name,
-        first.setup.weights,
+        first.model().name,
+        first.host.placement.setup.weights,
         first.isl,
         first.osl,
-        first.limits.kv_memory.unwrap_or(Bytes(0)),
+        first.host.placement.limits.kv_memory.unwrap_or(Bytes(0)),
         first.schedule,
         table::table(&head, rows.iter().map(line).collect(), 1),
         gain(rows),

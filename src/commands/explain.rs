@@ -14,26 +14,36 @@ use serde_json::{Value, json};
 use crate::cli::{ConfigArgs, Global};
 use crate::commands::Outcome;
 use crate::report::{answer, json, table};
-use crate::setting::{self, Places};
+use crate::setting::{self, Places, Wanted};
 
 /// Needs no cost model: a program is explained before anything is timed.
 pub fn run(places: &Places, args: &ConfigArgs, global: &Global) -> Result<Outcome> {
     let model = setting::model(places, &args.model)?;
-    let local = args.gpu == setting::LOCAL;
-    if !local {
-        places.catalog.gpu(&args.gpu)?;
-    }
-    let setup = setting::setup(&model, local, &args.memory)?;
     let preset = Preset::parse(&places.catalog, &args.policy)?;
+    let schedule = setting::schedule(&args.schedule)?;
+    let wanted = Wanted::of(args, &model, &preset, schedule)?;
+    let placement = if args.gpu == setting::LOCAL {
+        setting::refuse_devices(&args.placement)?;
+        None
+    } else {
+        Some(wanted.placement(places)?)
+    };
+    let (model, setup) = match &placement {
+        Some(placement) => (placement.model.clone(), placement.setup),
+        None => (model.clone(), setting::local_setup(&args.memory)?),
+    };
     let batch = setting::batch(&args.batch)?.unwrap_or(1);
     let load = Load::uniform(
         batch,
         setting::tokens(&args.isl, "--isl")?,
         setting::tokens(&args.osl, "--osl")?,
-        setting::schedule(&args.schedule)?,
+        schedule,
     );
     let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
-    let memory = footprint(&model, &program, Bytes(0));
+    let memory = match &placement {
+        Some(placement) => placement.footprint(&program),
+        None => footprint(&model, &program, Bytes(0)),
+    };
     if global.json {
         answer(&document(&program, &memory));
     } else {

@@ -13,7 +13,7 @@ use batchmax_exec::{Engine, RunOptions, RunResult, fetch};
 
 use batchmax_sim::cost::predict;
 use batchmax_sim::lower::Setup;
-use batchmax_sim::memory::{Footprint, footprint};
+use batchmax_sim::memory::Footprint;
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
@@ -146,8 +146,8 @@ pub fn machine_memory() -> Bytes {
 
 /// Refuses what would not fit before any weight is read.
 pub fn check_memory(configuration: &Configuration, program: &Program) -> Result<Footprint> {
-    let limits = &configuration.limits;
-    let needed = footprint(&configuration.model, program, limits.runtime);
+    let limits = &configuration.host.placement.limits;
+    let needed = configuration.host.placement.footprint(program);
     if needed.weights > limits.memory {
         bail!(
             "the weights alone take {}, the memory is {}; hint: raise --memory, or --weight-dtype bf16",
@@ -189,7 +189,7 @@ pub fn trial(
     label: &str,
 ) -> Result<Trial> {
     let footprint = check_memory(configuration, &program)?;
-    let predicted = predict(configuration.device.cost.as_ref(), &program);
+    let predicted = predict(configuration.host.cost.as_ref(), &program);
     let (steps, _) = program.steps();
     let bar = bar(global, steps, label);
     let mut drawn = Instant::now();

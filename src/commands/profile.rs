@@ -46,7 +46,7 @@ pub fn measure(
 ) -> Result<KernelProfile> {
     let threads = setting::threads(memory)?;
     let mut model = setting::model(places, model_name)?;
-    let setup = setting::setup(&model, true, memory)?;
+    let setup = setting::local_setup(memory)?;
     check_executable(&model, setup.weights)?;
     let runtime = machine::rss();
     model.layers = model.layers.min(LAYERS);

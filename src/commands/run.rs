@@ -31,8 +31,9 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             config.gpu
         );
     }
+    setting::refuse_devices(&config.placement)?;
     let model = setting::model(places, &config.model)?;
-    let setup = setting::setup(&model, true, &config.memory)?;
+    let setup = setting::local_setup(&config.memory)?;
     check_executable(&model, setup.weights)?;
     check_sampling(args)?;
     let preset = batchmax_sim::policy::Preset::parse(&places.catalog, &config.policy)?;

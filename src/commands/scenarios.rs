@@ -1,18 +1,18 @@
 //! A CSV of scenarios in, a CSV of predictions out. A row that can't be answered says why and leaves its figures empty.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use batchmax_sim::load::Schedule;
-use batchmax_sim::plan::{Case, LARGEST_BATCH};
+use batchmax_sim::op::DType;
+use batchmax_sim::plan::{Answer, Bound, Case, LARGEST_BATCH};
 use batchmax_sim::policy::Preset;
 use serde::Deserialize;
+use serde_json::json;
 
-use crate::cli::{Global, MemoryArgs};
+use crate::cli::{Global, MemoryArgs, WhatIfArgs};
 use crate::commands::Outcome;
-use crate::report::answer;
-use crate::setting::{self, Device, Places};
+use crate::report::{answer, json};
+use crate::setting::{self, Hosts, Places, Wanted};
 
 #[derive(Clone, Debug, Deserialize)]
 struct Scenario {
@@ -37,7 +37,7 @@ struct Scenario {
     policy: String,
 }
 
-const OUTPUT: [&str; 14] = [
+const OUTPUT: [&str; 15] = [
     "ttft_ms",
     "tpot_ms",
     "prefill_tok_s",
@@ -52,96 +52,138 @@ const OUTPUT: [&str; 14] = [
     "source",
     "error",
     "refused",
+    "predicted_engine",
 ];
 
+/// What is said about a row.
+struct Prediction {
+    answer: Answer,
+    engine: String,
+    largest: u32,
+    bound: Bound,
+}
+
 /// Answers every row.
-pub fn run(places: &Places, file: &Path, memory: &MemoryArgs, _global: &Global) -> Result<Outcome> {
-    let mut reader = csv::Reader::from_path(file).with_context(|| format!("{}", file.display()))?;
-    let header = reader.headers()?.clone();
+pub fn run(places: &Places, file: &Path, args: &WhatIfArgs, global: &Global) -> Result<Outcome> {
+    let named = || file.display().to_string();
+    let mut reader = csv::Reader::from_path(file).with_context(named)?;
+    let header = reader.headers().with_context(named)?.clone();
     for needed in ["id", "gpu", "model", "input_len", "output_len"] {
         if !header.iter().any(|h| h == needed) {
             bail!("{}:1: column \"{needed}\" is missing", file.display());
         }
     }
-    let mut writer = csv::Writer::from_writer(Vec::new());
-    writer.write_record(header.iter().chain(OUTPUT))?;
-    let mut devices: HashMap<String, Device> = HashMap::new();
-    let mut rows = 0;
+    let mut hosts = Hosts::default();
+    let mut rows = Vec::new();
     for (index, record) in reader.records().enumerate() {
         let at = || format!("{}:{}", file.display(), index + 2);
         let record = record.with_context(at)?;
         let scenario: Scenario = record.deserialize(Some(&header)).with_context(at)?;
-        let figures = match predict(places, &scenario, memory, &mut devices) {
-            Ok(figures) => figures,
-            Err(refusal) => {
-                let mut figures = vec![String::new(); OUTPUT.len()];
-                if let Some(last) = figures.last_mut() {
-                    *last = format!("{refusal:#}");
-                }
-                figures
-            }
-        };
-        writer.write_record(record.iter().map(str::to_owned).chain(figures))?;
-        rows += 1;
+        let found = predict(places, &scenario, args, &mut hosts);
+        rows.push((record, scenario, found.map_err(|refusal| format!("{refusal:#}"))));
     }
-    if rows == 0 {
+    if rows.is_empty() {
         bail!("{}: no scenario below the header", file.display());
     }
-    answer(&String::from_utf8(writer.into_inner()?)?);
+    if global.json {
+        let list: Vec<_> = rows
+            .iter()
+            .map(|(_, scenario, found)| match found {
+                Ok(p) => json!({
+                    "id": scenario.id, "engine": p.engine, "largest_batch": p.largest,
+                    "bound": p.bound, "answer": json::answer(&p.answer), "refused": null,
+                }),
+                Err(why) => json!({ "id": scenario.id, "answer": null, "refused": why }),
+            })
+            .collect();
+        answer(&json::document("scenarios", json!({ "scenarios": list })));
+    } else {
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        writer.write_record(header.iter().chain(OUTPUT))?;
+        for (record, _, found) in &rows {
+            let figures = match found {
+                Ok(prediction) => figures(prediction),
+                Err(why) => {
+                    let mut figures = vec![String::new(); OUTPUT.len()];
+                    figures[OUTPUT.len() - 2].clone_from(why);
+                    figures
+                }
+            };
+            writer.write_record(record.iter().map(str::to_owned).chain(figures))?;
+        }
+        answer(&String::from_utf8(writer.into_inner()?)?);
+    }
     Ok(Outcome::Answered)
 }
 
 fn predict(
     places: &Places,
     scenario: &Scenario,
-    memory: &MemoryArgs,
-    devices: &mut HashMap<String, Device>,
-) -> Result<Vec<String>> {
-    if !matches!(scenario.tp.as_str(), "" | "1") {
-        bail!("tp {}: several devices are not predicted yet", scenario.tp);
-    }
-    if !matches!(scenario.engine.as_str(), "" | "batchmax") {
-        bail!("engine {}: only batchmax is described yet", scenario.engine);
-    }
+    args: &WhatIfArgs,
+    hosts: &mut Hosts,
+) -> Result<Prediction> {
     if scenario.id.is_empty() {
         bail!("the id is empty");
     }
-    let given = |text: &String, default: &str| {
-        if text.is_empty() { default.to_owned() } else { text.clone() }
+    // A column that is empty leaves the word to the flag.
+    let given = |text: &String, flag: Option<&String>| {
+        if text.is_empty() { flag.cloned() } else { Some(text.clone()) }
     };
+    let word = |text: &String, default: &str| given(text, None).unwrap_or_else(|| default.into());
     let memory = MemoryArgs {
-        weight_dtype: (!scenario.weight_dtype.is_empty()).then(|| scenario.weight_dtype.clone()),
-        kv_dtype: (!scenario.kv_dtype.is_empty()).then(|| scenario.kv_dtype.clone()),
-        ..memory.clone()
+        weight_dtype: given(&scenario.weight_dtype, args.memory.weight_dtype.as_ref()),
+        ..args.memory.clone()
     };
-    if !devices.contains_key(&scenario.gpu) {
-        devices.insert(scenario.gpu.clone(), Device::resolve(places, &scenario.gpu, &memory)?);
-    }
-    let device = devices.get(&scenario.gpu).ok_or_else(|| anyhow!("no device"))?;
+    let kv: Option<DType> = given(&scenario.kv_dtype, args.memory.kv_dtype.as_ref())
+        .map(|text| text.parse().map_err(|e| anyhow!("kv_dtype: {e}")))
+        .transpose()?;
+    let tp = given(&scenario.tp, args.placement.tp.as_ref());
+    let tp: u32 = match tp.as_deref().unwrap_or("1").parse() {
+        Ok(tp) if (1..=1024).contains(&tp) => tp,
+        _ => bail!("tp {}: expected a number of GPUs from 1 to 1024", scenario.tp),
+    };
+    let engine = given(&scenario.engine, args.placement.engine.as_ref());
     let model = setting::model(places, &scenario.model)?;
-    let preset = Preset::parse(&places.catalog, &given(&scenario.policy, "full"))?;
-    let schedule: Schedule = setting::schedule(&given(&scenario.schedule, "static"))?;
-    let case = Case {
+    let preset = Preset::parse(&places.catalog, &word(&scenario.policy, setting::UNCOMPRESSED))?;
+    let schedule = setting::schedule(&word(&scenario.schedule, "static"))?;
+    let wanted = Wanted {
         model: &model,
+        gpu: &scenario.gpu,
+        engine: engine.as_deref(),
+        choice: setting::choice(&memory, kv, tp, args.placement.pp)?,
+        policies: vec![&preset.name],
+        schedules: vec![schedule],
+        memory: &memory,
+    };
+    let host = hosts.get(places, &wanted)?;
+    let case = Case {
+        placement: &host.placement,
         policy: preset.policy.as_ref(),
-        setup: setting::setup(&model, device.local, &memory)?,
         isl: setting::tokens(&scenario.input_len, "input_len")?,
         osl: setting::tokens(&scenario.output_len, "output_len")?,
         schedule,
-        limits: setting::limits(&device.gpu, device.runtime, &memory)?,
     };
     let (largest, over) = case.largest_batch(LARGEST_BATCH)?;
-    let batch = setting::batch(&given(&scenario.batch, "max"))?.unwrap_or(largest);
+    let batch = setting::batch(&word(&scenario.batch, "max"))?.unwrap_or(largest);
+    if largest == 0 {
+        bail!("not even one sequence fits: over by {} ({})", over.by, over.bound.name());
+    }
     if batch > largest {
         bail!("batch {batch} does not fit: {largest} sequences do ({})", over.bound.name());
     }
-    if batch == 0 {
-        bail!("not even one sequence fits: over by {} ({})", over.by, over.bound.name());
-    }
-    let a = case.answer(batch, device.cost.as_ref())?;
+    Ok(Prediction {
+        answer: case.answer(batch, host.cost.as_ref())?,
+        engine: host.placement.engine_name().to_owned(),
+        largest,
+        bound: over.bound,
+    })
+}
+
+fn figures(prediction: &Prediction) -> Vec<String> {
     let gb = |bytes: batchmax_sim::units::Bytes| (bytes.0 as f64 / 1e9).to_string();
+    let a = &prediction.answer;
     let m = &a.metrics;
-    Ok(vec![
+    vec![
         (m.ttft.0 * 1e3).to_string(),
         (m.tpot.0 * 1e3).to_string(),
         m.prefill_tokens_per_s.to_string(),
@@ -151,10 +193,11 @@ fn predict(
         gb(a.footprint.total()),
         gb(a.footprint.kv_prefill_peak),
         gb(a.footprint.kv_decode_peak),
-        largest.to_string(),
-        over.bound.name().to_owned(),
+        prediction.largest.to_string(),
+        prediction.bound.name().to_owned(),
         m.source.name().to_owned(),
         m.error.to_string(),
         String::new(),
-    ])
+        prediction.engine.clone(),
+    ]
 }

@@ -14,18 +14,18 @@ use crate::commands::Outcome;
 use crate::commands::local::{self, Trial};
 use crate::commands::run::figures;
 use crate::report::{answer, json, table};
-use crate::setting::{self, Configuration, Places};
+use crate::setting::{self, Configuration, LOCAL, Places};
 
 /// Predicts, runs, compares.
 pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outcome> {
     let tolerance = tolerance(&args.tolerance)?;
     // Nobody should profile the machine for a model that it can't run.
     let model = setting::model(places, &args.config.model)?;
-    check_executable(&model, setting::setup(&model, true, &args.config.memory)?.weights)?;
-    let configuration = Configuration::resolve(places, &args.config)?;
-    if !configuration.device.local {
+    check_executable(&model, setting::local_setup(&args.config.memory)?.weights)?;
+    if args.config.gpu != LOCAL {
         bail!("--gpu {}: only this machine's CPU can run", args.config.gpu);
     }
+    let configuration = Configuration::resolve(places, &args.config)?;
     let batch = configuration.batch()?;
     let program = configuration.case().program(batch)?;
     local::check_memory(&configuration, &program)?;
@@ -33,17 +33,20 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         places,
         &args.config.model,
         &args.weights.weights,
-        &configuration.model,
-        configuration.setup,
+        configuration.model(),
+        configuration.host.placement.setup,
         global,
     )?;
     let synthetic = weights.synthetic;
     let prompts =
-        local::prompts(checkpoint.as_ref(), &configuration.model, batch, configuration.isl)?;
+        local::prompts(checkpoint.as_ref(), configuration.model(), batch, configuration.isl)?;
     drop(checkpoint);
     let threads = setting::threads(&args.config.memory)?;
-    let engine = local::engine(&configuration.model, weights, threads);
-    let options = RunOptions { kv_budget: configuration.limits.kv_memory, ..RunOptions::default() };
+    let engine = local::engine(configuration.model(), weights, threads);
+    let options = RunOptions {
+        kv_budget: configuration.host.placement.limits.kv_memory,
+        ..RunOptions::default()
+    };
     let trial = local::trial(
         &engine,
         &configuration,

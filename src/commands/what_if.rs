@@ -2,21 +2,23 @@
 
 use anyhow::Result;
 use batchmax_sim::load::Schedule;
-use batchmax_sim::op::Phase;
-use batchmax_sim::plan::{Answer, Bound, Case, LARGEST_BATCH};
+use batchmax_sim::op::{DType, Phase};
+use batchmax_sim::plan::{Answer, Bound, Case, Host, LARGEST_BATCH};
 use batchmax_sim::policy::Preset;
-use batchmax_sim::timeline::SIGMAS_90;
 use serde_json::json;
 
 use crate::cli::{Global, WhatIfArgs};
 use crate::commands::{Outcome, scenarios};
 use crate::report::{answer, json, table};
-use crate::setting::{self, Device, Places};
+use crate::setting::{self, Hosts, LOCAL, Places, Wanted};
 
 /// One line of a sweep.
 struct Line {
     model: String,
     gpu: String,
+    engine: String,
+    tp: u32,
+    kv: DType,
     isl: u32,
     osl: u32,
     preset: String,
@@ -27,7 +29,7 @@ struct Line {
 /// Sweeps and prints.
 pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcome> {
     if let Some(file) = &args.scenarios {
-        return scenarios::run(places, file, &args.memory, global);
+        return scenarios::run(places, file, args, global);
     }
     let lines = sweep(places, args)?;
     let any = lines.iter().any(|l| l.answer.as_ref().is_ok_and(|a| a.over.is_none()));
@@ -40,7 +42,8 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
                     Err((bound, by)) => (json!(null), json!({ "bound": bound, "by": by })),
                 };
                 json!({
-                    "model": l.model, "gpu": l.gpu, "isl": l.isl, "osl": l.osl,
+                    "model": l.model, "gpu": l.gpu, "engine": l.engine, "tp": l.tp,
+                    "kv_dtype": l.kv, "isl": l.isl, "osl": l.osl,
                     "preset": l.preset, "answer": found, "missing": missing,
                 })
             })
@@ -48,8 +51,9 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
         answer(&json::document("what-if", json!({ "answers": list })));
     } else if args.csv {
         answer(&csv_text(&lines)?);
-    } else if let [Line { answer: Ok(one), model, gpu, isl, osl, preset }] = lines.as_slice() {
-        answer(&detail(one, &format!("{model} on {gpu} · {preset} · {isl} in, {osl} out")));
+    } else if let [Line { answer: Ok(one), model, isl, osl, preset, .. }] = lines.as_slice() {
+        let site = site(&lines[0]);
+        answer(&detail(one, &format!("{model} on {site} · {preset} · {isl} in, {osl} out")));
     } else {
         answer(&format!("{}\n{}", sweep_table(&lines), table::LEGEND));
     }
@@ -63,36 +67,43 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
         args.schedule.iter().map(|s| setting::schedule(s)).collect::<Result<_>>()?;
     let isls = setting::token_list(&args.isl, "--isl")?;
     let osls = setting::token_list(&args.osl, "--osl")?;
-    let batches: Vec<Option<u32>> = if args.batch == "max" {
-        vec![None]
-    } else {
-        setting::token_list(&args.batch, "--batch")?.into_iter().map(Some).collect()
-    };
+    let batches = setting::batch_list(&args.batch)?;
+    let (tps, kvs) =
+        (setting::tp_list(args.placement.tp.as_ref())?, setting::kv_types(&args.memory)?);
+    let mut hosts = Hosts::default();
     let mut lines = Vec::new();
     for model_name in args.model.split(',') {
         let model = setting::model(places, model_name)?;
-        for gpu_name in args.gpu.split(',') {
-            let device = Device::resolve(places, gpu_name, &args.memory)?;
-            let setup = setting::setup(&model, device.local, &args.memory)?;
-            let limits = setting::limits(&device.gpu, device.runtime, &args.memory)?;
-            for preset in &presets {
-                for &schedule in &schedules {
-                    for &isl in &isls {
-                        for &osl in &osls {
-                            let policy = preset.policy.as_ref();
-                            let case =
-                                Case { model: &model, policy, setup, isl, osl, schedule, limits };
-                            for &batch in &batches {
-                                lines.push(Line {
-                                    model: model.name.clone(),
-                                    gpu: device.gpu.name.clone(),
-                                    isl,
-                                    osl,
-                                    preset: preset.name.clone(),
-                                    answer: one(&case, batch, &device)?,
-                                });
-                            }
-                        }
+        for (gpu, &tp, &kv, preset, &schedule) in
+            combinations(&args.gpu, &tps, &kvs, &presets, &schedules)
+        {
+            let wanted = Wanted {
+                model: &model,
+                gpu,
+                engine: args.placement.engine.as_deref(),
+                choice: setting::choice(&args.memory, kv, tp, args.placement.pp)?,
+                policies: vec![&preset.name],
+                schedules: vec![schedule],
+                memory: &args.memory,
+            };
+            let host = hosts.get(places, &wanted)?;
+            let placement = &host.placement;
+            for &isl in &isls {
+                for &osl in &osls {
+                    let policy = preset.policy.as_ref();
+                    let case = Case { placement, policy, isl, osl, schedule };
+                    for &batch in &batches {
+                        lines.push(Line {
+                            model: model.name.clone(),
+                            gpu: placement.gpu.name.clone(),
+                            engine: placement.engine_name().to_owned(),
+                            tp,
+                            kv: placement.setup.kv.dtype,
+                            isl,
+                            osl,
+                            preset: preset.name.clone(),
+                            answer: one(&case, batch, host)?,
+                        });
                     }
                 }
             }
@@ -101,10 +112,37 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
+type Combination<'a> = (&'a str, &'a u32, &'a Option<DType>, &'a Preset, &'a Schedule);
+
+fn combinations<'a>(
+    gpus: &'a str,
+    tps: &'a [u32],
+    kvs: &'a [Option<DType>],
+    presets: &'a [Preset],
+    schedules: &'a [Schedule],
+) -> impl Iterator<Item = Combination<'a>> {
+    gpus.split(',').flat_map(move |gpu| {
+        tps.iter().flat_map(move |tp| {
+            kvs.iter().flat_map(move |kv| {
+                presets.iter().flat_map(move |preset| {
+                    schedules.iter().map(move |schedule| (gpu, tp, kv, preset, schedule))
+                })
+            })
+        })
+    })
+}
+
+/// Where a line runs: `h100-sxm`, `2 x h100-sxm · vllm`.
+fn site(line: &Line) -> String {
+    let count = if line.tp > 1 { format!("{} x ", line.tp) } else { String::new() };
+    let engine = if line.gpu == LOCAL { String::new() } else { format!(" · {}", line.engine) };
+    format!("{count}{}{engine}", line.gpu)
+}
+
 fn one(
     case: &Case<'_>,
     batch: Option<u32>,
-    device: &Device,
+    host: &Host,
 ) -> Result<Result<Answer, (Bound, batchmax_sim::units::Bytes)>> {
     let batch = match batch {
         Some(batch) => batch,
@@ -113,14 +151,15 @@ fn one(
             (batch, _) => batch,
         },
     };
-    Ok(Ok(case.answer(batch, device.cost.as_ref())?))
+    Ok(Ok(case.answer(batch, host.cost.as_ref())?))
 }
 
 fn cells(line: &Line) -> Vec<String> {
     let mut row = vec![
         line.model.clone(),
-        line.gpu.clone(),
+        site(line),
         line.preset.clone(),
+        line.kv.name().to_owned(),
         line.isl.to_string(),
         line.osl.to_string(),
     ];
@@ -144,17 +183,18 @@ fn cells(line: &Line) -> Vec<String> {
             ]);
         }
         Err((bound, by)) => {
-            row.resize(13, String::new());
+            row.resize(14, String::new());
             row.push(format!("× over by {by} ({})", bound.name()));
         }
     }
     row
 }
 
-const HEAD: [&str; 15] = [
+const HEAD: [&str; 16] = [
     "model",
     "gpu",
     "policy",
+    "kv",
     "in",
     "out",
     "batch",
@@ -170,7 +210,7 @@ const HEAD: [&str; 15] = [
 ];
 
 fn sweep_table(lines: &[Line]) -> String {
-    table::table(&HEAD, lines.iter().map(cells).collect(), 3)
+    table::table(&HEAD, lines.iter().map(cells).collect(), 4)
 }
 
 fn csv_text(lines: &[Line]) -> Result<String> {
@@ -192,6 +232,9 @@ fn csv_text(lines: &[Line]) -> Result<String> {
         "kv_decode_peak_bytes",
         "total_bytes",
         "fits",
+        "engine",
+        "tp",
+        "kv_dtype",
     ])?;
     for line in lines {
         let mut row = vec![
@@ -217,6 +260,7 @@ fn csv_text(lines: &[Line]) -> Result<String> {
             ]),
             Err(_) => row.resize(16, String::new()),
         }
+        row.extend([line.engine.clone(), line.tp.to_string(), line.kv.name().to_owned()]);
         writer.write_record(&row)?;
     }
     Ok(String::from_utf8(writer.into_inner()?)?)
@@ -225,11 +269,7 @@ fn csv_text(lines: &[Line]) -> Result<String> {
 /// One configuration in full.
 fn detail(a: &Answer, title: &str) -> String {
     let m = &a.metrics;
-    let spread = |phase: Phase| {
-        let time = a.timeline.phase(phase).0;
-        let sigma = a.timeline.stddev(|s| s.site.phase == phase).0;
-        table::plus_minus(if time > 0.0 { SIGMAS_90 * sigma / time } else { 0.0 })
-    };
+    let spread = |phase: Phase| table::plus_minus(a.timeline.half_width(Some(phase)));
     let mut rows = Vec::new();
     for ((phase, family), (time, source)) in a.timeline.by_family() {
         if time.0 > 0.002 * m.total.0 {

@@ -2,6 +2,7 @@
 
 use batchmax_sim::memory::Footprint;
 use batchmax_sim::metrics::Metrics;
+use batchmax_sim::place::Placement;
 use batchmax_sim::plan::{Answer, Candidate};
 use batchmax_sim::timeline::Comparison;
 use serde_json::{Value, json};
@@ -60,8 +61,22 @@ pub fn answer(a: &Answer) -> Value {
 }
 
 /// One row of a plan.
-pub fn candidate(c: &Candidate) -> Value {
+pub fn candidate(c: &Candidate, placement: &Placement) -> Value {
     json!({
+        "gpu": placement.gpu.name,
+        "engine": placement.engine_name(),
+        "tp": placement.setup.tp,
+        "pp": placement.pp,
+        "replicas": c.replicas,
+        "gpus": c.gpus,
+        "weight_dtype": placement.setup.weights,
+        "kv_dtype": placement.setup.kv.dtype,
+        "output_tok_s": c.throughput(),
+        "output_tok_s_per_gpu": c.per_gpu(),
+        "usd_per_million_output_tokens": c.usd_per_million(),
+        "mostly": c.mostly().map(|(phase, family, share)| {
+            json!({ "phase": phase.name(), "op": family, "share": share })
+        }),
         "preset": c.preset,
         "policy": c.policy,
         "schedule": c.schedule.to_string(),

@@ -1,15 +1,17 @@
 //! How long ops take.
 
 pub mod calibrated;
+pub mod engine;
 pub mod gpu;
 pub mod roofline;
 
 use crate::op::{Op, Phase};
-use crate::program::{Program, site};
+use crate::program::{Pass, Program, site};
 use crate::timeline::{Source, Span, Timeline};
 use crate::units::Seconds;
 
 pub use calibrated::Calibrated;
+pub use engine::UnderEngine;
 pub use gpu::GpuKernels;
 pub use roofline::Roofline;
 
@@ -31,12 +33,22 @@ pub trait CostModel: Send + Sync {
 
     /// Time of a step beyond its ops: scheduling on the host.
     fn step_overhead(&self, phase: Phase) -> Seconds;
+
+    /// The same for a step of `pass`, where it depends on what the step carries.
+    fn pass_overhead(&self, pass: &Pass) -> Seconds {
+        self.step_overhead(pass.phase)
+    }
+
+    /// Relative deviation that all times of a run share, beside those of its ops.
+    fn common_stddev(&self) -> f64 {
+        0.0
+    }
 }
 
 /// Predicts a program: each op once where nothing grows, at the nodes of a Gauss-Legendre rule where caches grow.
 #[must_use]
 pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
-    let mut timeline = Timeline::default();
+    let mut timeline = Timeline { common: model.common_stddev(), ..Timeline::default() };
     program.visit_passes(|pass_index, pass, times| {
         let steps = f64::from(pass.steps) * times;
         for (block_index, block) in pass.blocks() {
@@ -54,7 +66,7 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
                 });
             }
         }
-        timeline.overhead[pass.phase as usize] += model.step_overhead(pass.phase) * steps;
+        timeline.overhead[pass.phase as usize] += model.pass_overhead(pass) * steps;
     });
     timeline
 }

@@ -28,4 +28,8 @@ impl Policy for Full {
     fn acts_in_decode(&self) -> bool {
         false
     }
+
+    fn compresses(&self) -> bool {
+        false
+    }
 }

@@ -55,6 +55,11 @@ pub trait Policy: Debug + Send + Sync {
         true
     }
 
+    /// Whether it ever drops anything: what does not is what compression is compared with.
+    fn compresses(&self) -> bool {
+        true
+    }
+
     /// Refuses parameters or models that it can't serve, before any work starts.
     fn check(&self, _model: &Model, _prompt: Tokens) -> Result<(), PolicyError> {
         Ok(())

@@ -195,6 +195,10 @@ impl Catalog {
             .max_by(|a, b| a.0.total_cmp(&b.0));
         match nearest {
             Some((similarity, real)) if similarity >= NEAR => format!("did you mean \"{real}\"?"),
+            // No command lists engines: they are few.
+            _ if kind == "engines" => {
+                format!("known: {}; a file works too", self.names(kind).join(", "))
+            }
             _ => format!("batchmax {kind} lists them; a file works too"),
         }
     }

@@ -1,17 +1,25 @@
-//! Which batch, policy and schedule give the most tokens per second in the memory there is.
+//! Which batch, policy, schedule and placement give the most in the memory there is.
 //!
 //! Pure: same query, same answer. The largest batch that fits is exact (bisection over a footprint that grows with the
 //! batch).
 
+mod crossing;
+mod front;
+mod search;
+
 use serde::Serialize;
+
+pub use crossing::{Crossing, crossing};
+pub use front::{Marks, marks};
+pub use search::{Candidate, Host, Objective, Query, plan};
 
 use crate::cost::{CostModel, predict};
 use crate::load::{Load, Schedule};
-use crate::lower::{LowerError, Setup, lower};
-use crate::memory::{Footprint, footprint};
+use crate::lower::{LowerError, lower};
+use crate::memory::Footprint;
 use crate::metrics::Metrics;
-use crate::policy::{Policy, Preset};
-use crate::profile::Model;
+use crate::place::Placement;
+use crate::policy::Policy;
 use crate::program::Program;
 use crate::timeline::Timeline;
 use crate::units::{Bytes, Seconds, Tokens};
@@ -36,23 +44,33 @@ pub struct Slo {
     pub tpot: Option<Seconds>,
 }
 
+impl Slo {
+    /// The limit that a run misses.
+    #[must_use]
+    pub fn missed(&self, metrics: &Metrics) -> Option<Bound> {
+        if self.ttft.is_some_and(|limit| metrics.ttft > limit) {
+            Some(Bound::Ttft)
+        } else if self.tpot.is_some_and(|limit| metrics.tpot > limit) {
+            Some(Bound::Tpot)
+        } else {
+            None
+        }
+    }
+}
+
 /// One configuration.
 #[derive(Clone, Copy)]
 pub struct Case<'a> {
-    /// The model.
-    pub model: &'a Model,
+    /// What each device holds.
+    pub placement: &'a Placement,
     /// The policy.
     pub policy: &'a dyn Policy,
-    /// Engine types and layout.
-    pub setup: Setup,
     /// Prompt tokens.
     pub isl: Tokens,
     /// Generated tokens.
     pub osl: Tokens,
     /// Who runs when.
     pub schedule: Schedule,
-    /// Memory.
-    pub limits: Limits,
 }
 
 /// What keeps a batch from growing, or a configuration from running.
@@ -107,13 +125,13 @@ impl Case<'_> {
     /// The program at a batch.
     pub fn program(&self, batch: u32) -> Result<Program, LowerError> {
         let load = Load::uniform(batch, self.isl, self.osl, self.schedule);
-        lower(self.model, self.policy, &load, self.setup)
+        lower(&self.placement.model, self.policy, &load, self.placement.setup)
     }
 
     /// Whether a footprint stays within the limits.
     #[must_use]
     pub fn over(&self, footprint: &Footprint) -> Option<Over> {
-        let limits = &self.limits;
+        let limits = &self.placement.limits;
         if let Some(kv) = limits.kv_memory {
             let peak = footprint.kv_peak();
             if peak > kv {
@@ -132,7 +150,7 @@ impl Case<'_> {
 
     fn fits(&self, batch: u32) -> Result<Option<Over>, LowerError> {
         let program = self.program(batch)?;
-        Ok(self.over(&footprint(self.model, &program, self.limits.runtime)))
+        Ok(self.over(&self.placement.footprint(&program)))
     }
 
     /// The largest batch that fits and what stops the next one; 0 where not even one sequence fits.
@@ -165,11 +183,46 @@ impl Case<'_> {
         Ok((good, over))
     }
 
+    /// The largest batch that fits and meets the latencies (or `batch`, if it does), what stops a larger one, and the
+    /// bytes that are missing.
+    pub fn best(
+        &self,
+        cost: &dyn CostModel,
+        slo: Slo,
+        batch: Option<u32>,
+    ) -> Result<(Option<Answer>, Bound, Bytes), LowerError> {
+        let (largest, over) = self.largest_batch(batch.unwrap_or(LARGEST_BATCH))?;
+        if largest == 0 {
+            return Ok((None, Bound::NothingFits, over.by));
+        }
+        if batch.is_some_and(|batch| batch > largest) {
+            return Ok((None, over.bound, over.by));
+        }
+        let answer = self.answer(largest, cost)?;
+        let Some(mut bound) = slo.missed(&answer.metrics) else {
+            return Ok((Some(answer), over.bound, over.by));
+        };
+        if batch.is_some() {
+            return Ok((None, bound, Bytes(0)));
+        }
+        // Latencies grow with the batch: bisect the largest that meets them.
+        let (mut best, mut good, mut bad) = (None, 0u32, largest);
+        while bad - good > 1 {
+            let middle = good + (bad - good) / 2;
+            let trial = self.answer(middle, cost)?;
+            match slo.missed(&trial.metrics) {
+                None => (good, best) = (middle, Some(trial)),
+                Some(why) => (bad, bound) = (middle, why),
+            }
+        }
+        Ok((best, bound, Bytes(0)))
+    }
+
     /// Predicts one batch.
     pub fn answer(&self, batch: u32, cost: &dyn CostModel) -> Result<Answer, LowerError> {
         let program = self.program(batch)?;
         let timeline = predict(cost, &program);
-        let footprint = footprint(self.model, &program, self.limits.runtime);
+        let footprint = self.placement.footprint(&program);
         let metrics = Metrics::of(&program, &timeline);
         Ok(Answer { batch, over: self.over(&footprint), footprint, metrics, timeline, program })
     }
@@ -190,122 +243,4 @@ pub struct Answer {
     pub timeline: Timeline,
     /// The program.
     pub program: Program,
-}
-
-/// What a plan searches.
-pub struct Query<'a> {
-    /// The model.
-    pub model: &'a Model,
-    /// How long ops take on the device.
-    pub cost: &'a dyn CostModel,
-    /// Engine types and layout.
-    pub setup: Setup,
-    /// Prompt tokens.
-    pub isl: Tokens,
-    /// Generated tokens.
-    pub osl: Tokens,
-    /// Memory.
-    pub limits: Limits,
-    /// Latencies.
-    pub slo: Slo,
-    /// Policies to try.
-    pub policies: &'a [Preset],
-    /// Schedules to try.
-    pub schedules: &'a [Schedule],
-    /// The batch, or the largest that fits.
-    pub batch: Option<u32>,
-}
-
-/// One row of a plan.
-#[derive(Clone, Debug)]
-pub struct Candidate {
-    /// The preset.
-    pub preset: String,
-    /// The policy with its parameters.
-    pub policy: String,
-    /// The schedule.
-    pub schedule: Schedule,
-    /// Prediction at the best batch; `None` where nothing fits.
-    pub answer: Option<Answer>,
-    /// What stops a larger batch, or any.
-    pub bound: Bound,
-    /// Bytes missing for the next sequence (or for the first).
-    pub missing: Bytes,
-}
-
-impl Candidate {
-    /// Output tokens per second, 0 where nothing fits.
-    #[must_use]
-    pub fn throughput(&self) -> f64 {
-        self.answer.as_ref().map_or(0.0, |a| a.metrics.output_tokens_per_s)
-    }
-}
-
-/// Candidates, the fastest first; those that do not fit last.
-pub fn plan(query: &Query<'_>) -> Result<Vec<Candidate>, LowerError> {
-    let mut candidates = Vec::new();
-    for preset in query.policies {
-        for &schedule in query.schedules {
-            candidates.push(candidate(query, preset, schedule)?);
-        }
-    }
-    candidates.sort_by(|a, b| b.throughput().total_cmp(&a.throughput()));
-    Ok(candidates)
-}
-
-fn candidate(
-    query: &Query<'_>,
-    preset: &Preset,
-    schedule: Schedule,
-) -> Result<Candidate, LowerError> {
-    let case = Case {
-        model: query.model,
-        policy: preset.policy.as_ref(),
-        setup: query.setup,
-        isl: query.isl,
-        osl: query.osl,
-        schedule,
-        limits: query.limits,
-    };
-    let row = |answer, bound, missing| Candidate {
-        preset: preset.name.clone(),
-        policy: case.policy.label(),
-        schedule,
-        answer,
-        bound,
-        missing,
-    };
-    let (largest, over) = case.largest_batch(query.batch.unwrap_or(LARGEST_BATCH))?;
-    if largest == 0 || query.batch.is_some_and(|batch| batch > largest) {
-        let bound = if largest == 0 { Bound::NothingFits } else { over.bound };
-        return Ok(row(None, bound, over.by));
-    }
-    let misses = |answer: &Answer| {
-        let metrics = &answer.metrics;
-        if query.slo.ttft.is_some_and(|limit| metrics.ttft > limit) {
-            Some(Bound::Ttft)
-        } else if query.slo.tpot.is_some_and(|limit| metrics.tpot > limit) {
-            Some(Bound::Tpot)
-        } else {
-            None
-        }
-    };
-    let answer = case.answer(largest, query.cost)?;
-    let Some(mut bound) = misses(&answer) else {
-        return Ok(row(Some(answer), over.bound, over.by));
-    };
-    if query.batch.is_some() {
-        return Ok(row(None, bound, Bytes(0)));
-    }
-    // Latencies grow with the batch: bisect the largest that meets them.
-    let (mut best, mut good, mut bad) = (None, 0u32, largest);
-    while bad - good > 1 {
-        let middle = good + (bad - good) / 2;
-        let trial = case.answer(middle, query.cost)?;
-        match misses(&trial) {
-            None => (good, best) = (middle, Some(trial)),
-            Some(why) => (bad, bound) = (middle, why),
-        }
-    }
-    Ok(row(best, bound, Bytes(0)))
 }

@@ -1,0 +1,291 @@
+//! What is asked of a plan: the placements, policies and schedules to try.
+
+use anyhow::{Result, anyhow, bail};
+use batchmax_sim::engine::Engine;
+use batchmax_sim::load::Schedule;
+use batchmax_sim::op::DType;
+use batchmax_sim::place::runs_policy;
+use batchmax_sim::plan::{Host, Objective, Query, Slo, plan};
+use batchmax_sim::policy::Preset;
+use batchmax_sim::profile::Model;
+use batchmax_sim::units::{Bytes, Seconds, Tokens, parse_seconds, parse_tokens};
+
+use super::Plan;
+use crate::cli::PlanArgs;
+use crate::setting::{self, LOCAL, Places, Wanted};
+
+/// Chunks that are tried beside the preset's own.
+const CHUNKS: [Tokens; 2] = [1 << 10, 1 << 12];
+
+/// A question; its public parts are what a change changes.
+#[derive(Clone)]
+pub struct Question<'a> {
+    pub places: &'a Places,
+    pub args: &'a PlanArgs,
+    pub model: Model,
+    /// Devices, as typed.
+    pub gpus: Vec<String>,
+    /// Devices that share a layer.
+    pub tps: Vec<u32>,
+    /// Whether these were typed: then one that can't be is an error, else it is passed over.
+    pub tps_typed: bool,
+    pub kvs: Vec<Option<DType>>,
+    pub weights: Option<DType>,
+    /// Devices there are.
+    pub count: u32,
+    /// Added to each device's memory.
+    pub extra: Bytes,
+    pub policies: Vec<Preset>,
+    /// What was left out, and why.
+    pub left_out: Vec<String>,
+    pub schedules: Vec<Schedule>,
+    pub isl: Tokens,
+    pub osl: Tokens,
+    pub slo: Slo,
+    pub batch: Option<u32>,
+    pub objective: Objective,
+    pub prices: Vec<(String, f64)>,
+}
+
+impl<'a> Question<'a> {
+    /// From the flags.
+    pub fn new(places: &'a Places, args: &'a PlanArgs) -> Result<Self> {
+        let model = setting::model(places, &args.model)?;
+        let gpus: Vec<String> = args.gpu.split(',').map(str::to_owned).collect();
+        let typed = setting::tp_list(args.placement.tp.as_ref())?;
+        let widest = typed.iter().max().copied().unwrap_or(1).saturating_mul(args.placement.pp);
+        let count = args.gpus.unwrap_or(widest);
+        if widest > count {
+            bail!("--gpus {count}: --tp and --pp take {widest} GPUs");
+        }
+        let tps_typed = args.placement.tp.is_some();
+        let tps = if tps_typed { typed } else { powers_of_two(count / args.placement.pp) };
+        let limit = |text: &Option<String>, flag: &str| -> Result<Option<Seconds>> {
+            text.as_ref().map(|t| parse_seconds(t).map_err(|e| anyhow!("{flag}: {e}"))).transpose()
+        };
+        let schedules = if args.schedule.is_empty() {
+            vec![Schedule::Static, Schedule::Staggered { prefill_batch: 1 }]
+        } else {
+            args.schedule.iter().map(|s| setting::schedule(s)).collect::<Result<_>>()?
+        };
+        let weights = setting::choice(&args.memory, None, 1, 1)?.weights;
+        let mut question = Self {
+            places,
+            args,
+            gpus,
+            tps,
+            tps_typed,
+            kvs: setting::kv_types(&args.memory)?,
+            weights,
+            count,
+            extra: Bytes(0),
+            policies: Vec::new(),
+            left_out: Vec::new(),
+            schedules,
+            isl: setting::tokens(&args.isl, "--isl")?,
+            osl: setting::tokens(&args.osl, "--osl")?,
+            slo: Slo { ttft: limit(&args.ttft, "--ttft")?, tpot: limit(&args.tpot, "--tpot")? },
+            batch: setting::batch(&args.batch)?,
+            objective: args.objective.parse().map_err(|e| anyhow!("--objective: {e}"))?,
+            prices: prices(places, &args.price)?,
+            model,
+        };
+        question.choose_policies()?;
+        Ok(question)
+    }
+
+    /// The policies that were named, or all that the engine can run, each with the budgets and chunks to try.
+    fn choose_policies(&mut self) -> Result<()> {
+        let args = self.args;
+        let catalog = &self.places.catalog;
+        let named = !args.policy.is_empty();
+        let mut names = if named { args.policy.clone() } else { catalog.policy_names() };
+        let engine = args.placement.engine.as_ref().filter(|_| !self.is_local());
+        if let (false, Some(engine)) = (named, engine) {
+            let engine: Engine = catalog.engine(engine)?;
+            let (can, cannot): (Vec<_>, Vec<_>) =
+                names.into_iter().partition(|n| runs_policy(&engine, n));
+            if !cannot.is_empty() {
+                self.left_out.push(format!("{} can't run {}", engine.name, cannot.join(", ")));
+            }
+            names = can;
+        }
+        for name in &names {
+            for preset in self.variants(name)? {
+                match preset.policy.check(&self.model, self.isl) {
+                    Err(why) if !named => {
+                        self.left_out.push(format!("{}: {}", why.policy, why.problem));
+                    }
+                    Err(why) => return Err(why.into()),
+                    Ok(()) => self.policies.push(preset),
+                }
+            }
+        }
+        if self.policies.is_empty() {
+            bail!("no policy is left to try: {}", self.left_out.join("; "));
+        }
+        Ok(())
+    }
+
+    /// A preset with other budgets and chunks, where it has such parameters and they were not typed with it.
+    fn variants(&self, name: &str) -> Result<Vec<Preset>> {
+        let catalog = &self.places.catalog;
+        let (base, typed) = name.split_once(':').unwrap_or((name, ""));
+        let preset = Preset::parse(catalog, name)?;
+        let label = preset.policy.label();
+        let open = |key: &str| label.contains(&format!("{key}=")) && !typed.contains(key);
+        let listed = |text: &Option<String>| -> Vec<String> {
+            text.as_ref().map_or_else(Vec::new, |t| t.split(',').map(str::to_owned).collect())
+        };
+        let budgets = if open("budget") { listed(&self.args.budget) } else { Vec::new() };
+        let mut chunks = if open("chunk") { listed(&self.args.chunk) } else { Vec::new() };
+        let own = preset.policy.prefill_chunk();
+        if let (true, None, Some(own)) = (open("chunk"), &self.args.chunk, own) {
+            let larger = CHUNKS.iter().filter(|c| **c > own && **c < self.isl);
+            chunks = [own].iter().chain(larger).map(Tokens::to_string).collect();
+        }
+        let mut found: Vec<Preset> = Vec::new();
+        for budget in some_or_none(&budgets) {
+            for chunk in some_or_none(&chunks) {
+                let mut changed = Vec::new();
+                changed.extend((!typed.is_empty()).then(|| typed.to_owned()));
+                changed.extend(budget.map(|b| format!("budget={b}")));
+                let whole = |c: &&String| parse_tokens(c).ok() != own;
+                changed.extend(chunk.filter(whole).map(|c| format!("chunk={c}")));
+                let text = if changed.is_empty() {
+                    base.to_owned()
+                } else {
+                    format!("{base}:{}", changed.join(","))
+                };
+                let mut preset = Preset::parse(catalog, &text)?;
+                preset.name = text;
+                if found.iter().all(|f| f.policy.label() != preset.policy.label()) {
+                    found.push(preset);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether it is about this machine's CPU alone.
+    pub fn is_local(&self) -> bool {
+        self.gpus.iter().all(|g| g == LOCAL)
+    }
+
+    /// A preset as typed.
+    pub fn preset(&self, text: &str) -> Result<Preset> {
+        Ok(Preset::parse(&self.places.catalog, text)?)
+    }
+
+    /// The same question about one candidate's policy and kind of device only.
+    pub fn about(&self, preset: Preset, gpu: &str, kv: DType) -> Self {
+        let mut only = self.clone();
+        only.policies = vec![preset];
+        only.gpus.retain(|g| self.resolved(g) == gpu);
+        only.kvs = vec![Some(kv)];
+        only
+    }
+
+    fn resolved(&self, gpu: &str) -> String {
+        self.places.catalog.gpu(gpu).map_or_else(|_| gpu.to_owned(), |g| g.name)
+    }
+
+    /// All powers of two of devices to a layer, up to what there is.
+    pub fn search_tp(&mut self) {
+        self.tps = powers_of_two(self.count / self.args.placement.pp);
+        self.tps_typed = false;
+    }
+
+    fn hosts(&self) -> Result<Vec<Host>> {
+        let mut hosts = Vec::new();
+        for gpu in &self.gpus {
+            for &tp in &self.tps {
+                for &kv in &self.kvs {
+                    let mut choice =
+                        setting::choice(&self.args.memory, kv, tp, self.args.placement.pp)?;
+                    choice.weights = self.weights;
+                    let wanted = Wanted {
+                        model: &self.model,
+                        gpu,
+                        engine: self.args.placement.engine.as_deref(),
+                        choice,
+                        policies: self.policies.iter().map(|p| p.name.as_str()).collect(),
+                        schedules: self.schedules.clone(),
+                        memory: &self.args.memory,
+                    };
+                    let mut host = match wanted.host(self.places) {
+                        Ok(host) => host,
+                        Err(_) if tp > 1 && !self.tps_typed => continue,
+                        Err(error) => return Err(error),
+                    };
+                    let limits = &mut host.placement.limits;
+                    limits.memory += self.extra;
+                    limits.kv_memory = limits.kv_memory.map(|kv| kv + self.extra);
+                    let name = &host.placement.gpu.name;
+                    let price = self.prices.iter().find(|(gpu, _)| gpu == name);
+                    host.usd_per_hour = price.map_or(host.usd_per_hour, |(_, usd)| Some(*usd));
+                    if self.objective == Objective::Cost && host.usd_per_hour.is_none() {
+                        bail!(
+                            "--objective cost: {name} has no price; hint: --price {name}=USD (per hour)"
+                        );
+                    }
+                    hosts.push(host);
+                }
+            }
+        }
+        Ok(hosts)
+    }
+
+    /// Searches.
+    pub fn plan(&self) -> Result<Plan> {
+        let hosts = self.hosts()?;
+        let query = Query {
+            hosts: &hosts,
+            gpus: self.count,
+            isl: self.isl,
+            osl: self.osl,
+            slo: self.slo,
+            policies: &self.policies,
+            schedules: &self.schedules,
+            batch: self.batch,
+            smaller: self.args.pareto,
+            objective: self.objective,
+        };
+        let candidates = plan(&query)?;
+        Ok(Plan { hosts, candidates })
+    }
+}
+
+fn some_or_none(list: &[String]) -> Vec<Option<&String>> {
+    if list.is_empty() { vec![None] } else { list.iter().map(Some).collect() }
+}
+
+fn powers_of_two(most: u32) -> Vec<u32> {
+    (0..32).map(|i| 1u32 << i).take_while(|n| *n <= most.max(1)).collect()
+}
+
+fn prices(places: &Places, texts: &[String]) -> Result<Vec<(String, f64)>> {
+    let read = |text: &String| {
+        let (gpu, usd) = text
+            .split_once('=')
+            .ok_or_else(|| anyhow!("--price {text}: expected GPU=USD (h100-sxm=2.5)"))?;
+        match usd.parse::<f64>() {
+            Ok(usd) if usd.is_finite() && usd > 0.0 => Ok((places.catalog.gpu(gpu)?.name, usd)),
+            _ => bail!("--price {text}: \"{usd}\" is not a price in USD per hour (2.5)"),
+        }
+    };
+    texts.iter().map(read).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::powers_of_two;
+
+    #[test]
+    fn devices_to_a_layer_are_powers_of_two() {
+        assert_eq!(powers_of_two(0), [1]);
+        assert_eq!(powers_of_two(1), [1]);
+        assert_eq!(powers_of_two(7), [1, 2, 4]);
+        assert_eq!(powers_of_two(8), [1, 2, 4, 8]);
+    }
+}

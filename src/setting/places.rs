@@ -1,0 +1,90 @@
+//! Where descriptions and this machine's results are.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, anyhow, bail};
+use batchmax_sim::cost::calibrated::KernelProfile;
+use batchmax_sim::profile::Catalog;
+use batchmax_sim::surface::{Library, Surface};
+
+use super::LOCAL;
+use crate::cli::Global;
+use crate::paths;
+
+/// Where descriptions and results are.
+pub struct Places {
+    /// Descriptions, built in and the user's.
+    pub catalog: Catalog,
+    /// Models and profiles of this machine.
+    pub data_dir: PathBuf,
+    library: OnceLock<Library>,
+}
+
+impl Places {
+    /// From the global flags.
+    pub fn new(global: &Global) -> Result<Self> {
+        let data_dir = paths::data_dir(global.data_dir.as_ref())?;
+        let mut catalog = Catalog::built_in().with_user_dir(data_dir.clone());
+        if let Some(dir) = &global.profiles {
+            if !dir.is_dir() {
+                bail!("--profiles {}: no such directory", dir.display());
+            }
+            catalog = catalog.with_user_dir(dir.clone());
+        }
+        Ok(Self { catalog, data_dir, library: OnceLock::new() })
+    }
+
+    /// The fitted profile of this machine with `threads` threads.
+    pub fn kernel_profile_path(&self, device: &str, threads: usize) -> PathBuf {
+        self.data_dir.join("kernels").join(device).join(format!("batchmax-{threads}t.toml"))
+    }
+
+    /// The measurements a profile is fitted from.
+    pub fn measurements_path(&self, device: &str, threads: usize) -> PathBuf {
+        self.data_dir.join("measurements").join(device).join(format!("batchmax-{threads}t.json"))
+    }
+
+    /// Kernel surfaces that the user has fitted: `kernels/<device>/<framework>.toml` in the data directory.
+    pub fn own_surfaces(&self) -> Result<Vec<Surface>> {
+        let mut surfaces = Vec::new();
+        let devices = std::fs::read_dir(self.data_dir.join("kernels"));
+        for device in devices.into_iter().flatten().flatten() {
+            // This machine's own profile is of another kind: shapes of one model, not of a framework.
+            if device.file_name() == LOCAL {
+                continue;
+            }
+            for file in std::fs::read_dir(device.path()).into_iter().flatten().flatten() {
+                let path = file.path();
+                if path.extension().is_some_and(|e| e == "toml") {
+                    let text = std::fs::read_to_string(&path)
+                        .with_context(|| path.display().to_string())?;
+                    surfaces.extend(Library::read(&path.display().to_string(), &text)?);
+                }
+            }
+        }
+        Ok(surfaces)
+    }
+
+    /// Kernels of GPUs, the user's own before those that ship; read once.
+    pub fn library(&self) -> Result<&Library> {
+        if let Some(library) = self.library.get() {
+            return Ok(library);
+        }
+        let library = Library::new(self.catalog.clone(), self.own_surfaces()?);
+        Ok(self.library.get_or_init(|| library))
+    }
+
+    pub(super) fn kernel_profile(&self, device: &str, threads: usize) -> Result<KernelProfile> {
+        let path = self.kernel_profile_path(device, threads);
+        let text = std::fs::read_to_string(&path).map_err(|_| {
+            anyhow!(
+                "no kernel profile of this machine with {threads} threads; \
+                 hint: batchmax profile --threads {threads} (under a minute)"
+            )
+        })?;
+        let profile =
+            batchmax_sim::profile::catalog::parse_toml(&path.display().to_string(), &text)?;
+        Ok(profile)
+    }
+}
