@@ -132,7 +132,12 @@ impl Placement {
             return roofline();
         }
         let generation = engine.generation(None).clone();
-        Box::new(UnderEngine::new(Box::new(kernels), generation, engine.step_tokens, self.setup.tp))
+        Box::new(UnderEngine::new(
+            Box::new(kernels),
+            generation,
+            engine.step_tokens,
+            &self.gpu.name,
+        ))
     }
 
     /// One device's memory.
