@@ -5,7 +5,7 @@ pub mod engine;
 pub mod gpu;
 pub mod roofline;
 
-use crate::op::{Op, Phase};
+use crate::op::{Op, OpKind, Phase};
 use crate::program::{Pass, Program, site};
 use crate::timeline::{Source, Span, Timeline};
 use crate::units::Seconds;
@@ -49,11 +49,12 @@ pub trait CostModel: Send + Sync {
 #[must_use]
 pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
     let mut timeline = Timeline { common: model.common_stddev(), ..Timeline::default() };
+    let mut seen = Seen::default();
     program.visit_passes(|pass_index, pass, times| {
         let steps = f64::from(pass.steps) * times;
         for (block_index, block) in pass.blocks() {
             for (op_index, op) in block.ops.iter().enumerate() {
-                let cost = mean_cost(model, op, pass.phase, pass.steps);
+                let cost = seen.cost(model, op, pass.phase, pass.steps);
                 let launches = steps * f64::from(block.times());
                 let time = Seconds(cost.seconds * launches);
                 timeline.spans.push(Span {
@@ -69,6 +70,30 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
         timeline.overhead[pass.phase as usize] += model.pass_overhead(pass) * steps;
     });
     timeline
+}
+
+/// Costs of launches that depend on their rows alone: the chunks of a prompt repeat them.
+#[derive(Default)]
+struct Seen {
+    costs: Vec<(OpKind, u64, Phase, Cost)>,
+}
+
+impl Seen {
+    fn cost(&mut self, model: &dyn CostModel, op: &Op, phase: Phase, steps: u32) -> Cost {
+        if op.cache_heads().is_some() || op.lanes.as_slice().len() > 1 {
+            return mean_cost(model, op, phase, steps);
+        }
+        let rows = op.lanes.rows();
+        let same = |(kind, r, p, _): &&(OpKind, u64, Phase, Cost)| {
+            *r == rows && *p == phase && *kind == op.kind
+        };
+        if let Some((.., cost)) = self.costs.iter().find(same) {
+            return *cost;
+        }
+        let cost = mean_cost(model, op, phase, steps);
+        self.costs.push((op.kind, rows, phase, cost));
+        cost
+    }
 }
 
 /// The mean over the steps of a pass.

@@ -52,13 +52,12 @@ impl Loaded {
 
     /// The time of a shape on `gpu`, which may be another device than the one that was timed: the core is in shares of
     /// the data sheet, `borrowed` scales the residuals.
-    fn estimate_on(&self, gpu: &Gpu, shape: &Shape, borrowed: f64) -> Estimate {
-        let hardware = Hardware::of(gpu, self.number);
+    fn estimate_on(&self, hardware: &Hardware, shape: &Shape, borrowed: f64) -> Estimate {
         let curve = self.curve(shape.key.map(|k| k as u32));
         let mut estimate =
-            self.surface.estimate(&self.prepared, &curve, shape, &hardware, self.number);
+            self.surface.estimate(&self.prepared, &curve, shape, hardware, self.number);
         if borrowed < 1.0 {
-            let core = shape.seconds(&self.surface.core, &hardware, self.number);
+            let core = shape.seconds(&self.surface.core, hardware, self.number);
             estimate.seconds = core * (estimate.seconds / core).powf(borrowed);
         }
         estimate
@@ -178,7 +177,7 @@ impl Library {
     pub fn model_on(&self, gpu: &Gpu, id: &SurfaceId) -> Option<Model> {
         let gpu = Arc::new(gpu.clone());
         if let Some(own) = self.exact(id) {
-            return Some(Model { gpu, parts: vec![(own, 1.0)], borrowed: 1.0, extra: 0.0 });
+            return Some(Model::new(&gpu, vec![(own, 1.0)], 1.0, 0.0));
         }
         let class = type_class(&id.dtype);
         let alike = |g: &str, kernel: Kernel, dtype: &str, variant: &str| {
@@ -195,7 +194,7 @@ impl Library {
             });
             here.truncate(1);
             let parts = here.into_iter().map(|l| (l, 1.0)).collect();
-            return Some(Model { gpu, parts, borrowed: 1.0, extra: OTHER_FRAMEWORK });
+            return Some(Model::new(&gpu, parts, 1.0, OTHER_FRAMEWORK));
         }
         self.transferred(id, gpu, class)
     }
@@ -233,7 +232,7 @@ impl Library {
         }
         // What a transfer between devices was off by, when devices were left out (see ARCHITECTURE.md).
         let extra = if id.kernel == Kernel::Gemm { 0.15 } else { 0.25 };
-        Some(Model { gpu, parts, borrowed: BORROWED, extra })
+        Some(Model::new(&gpu, parts, BORROWED, extra))
     }
 }
 
@@ -321,20 +320,26 @@ fn unpack(p: &packed::Packed) -> Option<Arc<Loaded>> {
 /// What predicts one kernel on one device: its own surface, another framework's, or other devices' together.
 #[derive(Clone, Debug)]
 pub struct Model {
-    gpu: Arc<Gpu>,
     parts: Vec<(Arc<Loaded>, f64)>,
+    /// The device as each part's type sees it.
+    hardware: Vec<Hardware>,
     borrowed: f64,
     extra: f64,
 }
 
 impl Model {
+    fn new(gpu: &Gpu, parts: Vec<(Arc<Loaded>, f64)>, borrowed: f64, extra: f64) -> Self {
+        let hardware = parts.iter().map(|(l, _)| Hardware::of(gpu, l.number)).collect();
+        Self { parts, hardware, borrowed, extra }
+    }
+
     /// The time of a shape.
     #[must_use]
     pub fn estimate(&self, shape: &Shape) -> Estimate {
         if let [(only, _)] = self.parts.as_slice()
             && self.borrowed >= 1.0
         {
-            let mut estimate = only.estimate_on(&self.gpu, shape, 1.0);
+            let mut estimate = only.estimate_on(&self.hardware[0], shape, 1.0);
             if self.extra > 0.0 {
                 estimate.log_stddev = estimate.log_stddev.hypot(self.extra);
                 estimate.source = estimate.source.max(Source::Extrapolated);
@@ -342,8 +347,8 @@ impl Model {
             return estimate;
         }
         let (mut log, mut sum, mut square, mut deviation) = (0.0, 0.0, 0.0, 0.0);
-        for (loaded, weight) in &self.parts {
-            let estimate = loaded.estimate_on(&self.gpu, shape, self.borrowed);
+        for ((loaded, weight), hardware) in self.parts.iter().zip(&self.hardware) {
+            let estimate = loaded.estimate_on(hardware, shape, self.borrowed);
             let ln = estimate.seconds.ln();
             log += weight * ln;
             square += weight * ln * ln;
@@ -375,8 +380,10 @@ impl Model {
     /// (compute, memory) microseconds at the device's data-sheet peaks.
     #[must_use]
     pub fn bounds(&self, shape: &Shape) -> (f64, f64) {
-        let Some((loaded, _)) = self.parts.first() else { return (0.0, 0.0) };
-        let hardware = Hardware::of(&self.gpu, loaded.number);
+        let (Some((loaded, _)), Some(hardware)) = (self.parts.first(), self.hardware.first())
+        else {
+            return (0.0, 0.0);
+        };
         let (flops, bytes) = shape.work(loaded.number);
         (flops / hardware.flops, bytes / hardware.bandwidth)
     }

@@ -1,0 +1,65 @@
+//! Configurations per second on one core: what a sweep and a plan are made of.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use std::hint::black_box;
+
+use batchmax_sim::cost::{
+    CostModel, GpuKernels, Roofline, UnderEngine, predict, roofline::Efficiency,
+};
+use batchmax_sim::kv::KvLayout;
+use batchmax_sim::load::{Load, Schedule};
+use batchmax_sim::lower::{Setup, lower};
+use batchmax_sim::memory::footprint;
+use batchmax_sim::metrics::Metrics;
+use batchmax_sim::op::DType;
+use batchmax_sim::policy::Preset;
+use batchmax_sim::profile::Catalog;
+use batchmax_sim::surface::Library;
+use batchmax_sim::units::Bytes;
+
+fn sweep(c: &mut Criterion) {
+    let catalog = Catalog::built_in();
+    let model = catalog.model("llama-3.1-8b").expect("shipped");
+    let gpu = catalog.gpu("h100-sxm").expect("shipped");
+    let engine = catalog.engine("vllm").expect("shipped");
+    let library = Library::new(catalog.clone(), Vec::new());
+    let setup = Setup {
+        kv: KvLayout { dtype: DType::Bf16, block_tokens: 16 },
+        weights: DType::Bf16,
+        activations: DType::Bf16,
+        head: DType::Bf16,
+        tp: 1,
+    };
+    let kernels = || GpuKernels::new(&library, gpu.clone(), "vllm", DType::Bf16, DType::Bf16, 1);
+    let timed: Box<dyn CostModel> = Box::new(UnderEngine::new(
+        Box::new(kernels()),
+        engine.generation(None).clone(),
+        engine.step_tokens,
+        &gpu.name,
+    ));
+    let sheet: Box<dyn CostModel> = Box::new(Roofline::new(gpu.clone(), Efficiency::default()));
+    for policy in ["full", "batch-max:budget=25%,chunk=1024", "snapkv"] {
+        let preset = Preset::parse(&catalog, policy).expect("shipped");
+        for (name, cost) in [("timed kernels", &timed), ("data sheet", &sheet)] {
+            let mut group = c.benchmark_group(format!("{policy}, {name}"));
+            group.throughput(Throughput::Elements(1));
+            let mut batch = 0;
+            group.bench_function("configuration", |b| {
+                b.iter(|| {
+                    // Another batch and length each time: nothing is answered from memory.
+                    batch = batch % 128 + 1;
+                    let load = Load::uniform(batch, 4096 + 16 * batch, 256, Schedule::Static);
+                    let program = lower(&model, preset.policy.as_ref(), &load, setup)
+                        .expect("it is within the context");
+                    let timeline = predict(cost.as_ref(), &program);
+                    let memory = footprint(&model, &program, Bytes(1 << 30));
+                    black_box((Metrics::of(&program, &timeline), memory))
+                });
+            });
+            group.finish();
+        }
+    }
+}
+
+criterion_group!(benches, sweep);
+criterion_main!(benches);
