@@ -1,5 +1,7 @@
 //! What people type. The same flag means the same in every command.
 
+pub mod import;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -52,11 +54,15 @@ pub enum Command {
     Explain(ConfigArgs),
     /// Obtain the default model, or register a local one
     Fetch(FetchArgs),
+    /// Turn data of other programs into points (measured kernels) and runs (measured end to end)
+    Import(import::ImportArgs),
     /// Time this machine's kernels
     #[cfg(feature = "exec")]
     Profile(ProfileArgs),
     /// Fit the cost models to measured kernels
     Calibrate(CalibrateArgs),
+    /// Predict published runs and show the errors
+    Score(ScoreArgs),
     /// Really run a configuration
     #[cfg(feature = "exec")]
     Run(RunArgs),
@@ -294,6 +300,10 @@ pub struct CalibrateArgs {
     /// Who measured, for the fitted files [default: by the timings' own source column]
     #[arg(long, value_name = "TEXT")]
     pub source: Option<String>,
+    /// Fit every kernel on its own, however few its timings; else fewer than 200 bend what is known of
+    /// other devices
+    #[arg(long)]
+    pub alone: bool,
     /// Licence of the timings
     #[arg(long, value_name = "TEXT", default_value = "unstated")]
     pub licence: String,
@@ -318,6 +328,45 @@ pub struct PointFilter {
 pub enum CalibrateCommand {
     /// Score the fitted kernels on timings
     Check(CheckArgs),
+    /// Fit the engines' overheads to published runs
+    Engines(EnginesArgs),
+}
+
+/// `calibrate engines`.
+#[derive(Args, Clone, Debug)]
+pub struct EnginesArgs {
+    /// Published runs (CSV), as `score` takes them
+    #[arg(long, value_name = "FILE")]
+    pub runs: PathBuf,
+    /// Quality tier of each run (CSV: id, tier, single_gpu); tiers A and B are used
+    #[arg(long, value_name = "FILE")]
+    pub tiers: Option<PathBuf>,
+    /// Runs to leave out (CSV: id ...)
+    #[arg(long, value_name = "FILE")]
+    pub without: Option<PathBuf>,
+    /// Directory for the fitted descriptions [default: engines in the data directory]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+/// `score`.
+#[derive(Args, Clone, Debug)]
+pub struct ScoreArgs {
+    /// Published runs (CSV): id, gpu, model, engine, mode, input_len, metric, value ...
+    #[arg(long, value_name = "FILE")]
+    pub runs: PathBuf,
+    /// Quality tier of each run (CSV: id, tier, single_gpu)
+    #[arg(long, value_name = "FILE")]
+    pub tiers: Option<PathBuf>,
+    /// Runs to leave out (CSV: id ...), for a fault visible in their data
+    #[arg(long, value_name = "FILE")]
+    pub without: Option<PathBuf>,
+    /// Where the prediction of each run goes (CSV)
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Fit each engine anew without the device that is scored, and score that
+    #[arg(long)]
+    pub cross_validate: bool,
 }
 
 /// `calibrate check`.
@@ -328,7 +377,8 @@ pub struct CheckArgs {
     pub points: Vec<PathBuf>,
     #[command(flatten)]
     pub filter: PointFilter,
-    /// Fit anew without a part of the timings and score on that part: keys, largest or devices
+    /// Fit anew without a part of the timings and score on that part: keys, largest, devices, or
+    /// devices:POINTS (each device known by so many timings of each kernel)
     #[arg(long, value_name = "PART")]
     pub hold_out: Option<batchmax_sim::surface::HoldOut>,
 }

@@ -9,6 +9,6 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 points=$1
 cd "$here/../.."
-cargo run --release -- calibrate --quiet --out "$here" --points \
+cargo run --release -- calibrate --alone --quiet --out "$here" --points \
     "$points"/gemm.csv "$points"/attn_prefill.csv "$points"/attn_decode.csv "$points"/attn_mixed.csv \
     "$points"/comm.csv "$points"/memops.csv

@@ -1,8 +1,10 @@
 //! Serving engines as data: what a step costs beside its kernels, what memory is left for caches, what can be run.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use crate::op::DType;
+use crate::op::{DType, Family, Phase};
 use crate::profile::{Gpu, ProfileError};
 use crate::units::{Bytes, Tokens};
 
@@ -22,16 +24,47 @@ pub struct EngineFit {
     pub held_out_p90: f64,
 }
 
+/// What an engine's time on a device is a multiple of, beside what its kernels say.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceFactors {
+    /// While prompts are read.
+    pub prefill: f64,
+    /// While tokens are generated.
+    pub decode: f64,
+    /// Of sums over devices.
+    pub sums: f64,
+}
+
+impl Default for DeviceFactors {
+    fn default() -> Self {
+        Self { prefill: 1.0, decode: 1.0, sums: 1.0 }
+    }
+}
+
 /// An engine between two releases that changed its speed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Generation {
     /// First year of its releases; the newest that is not after a run's is taken.
     pub since: u32,
-    /// Time of the prefill's kernels, as a multiple of today's.
+    /// Time of matrix products while prompts are read, as a multiple of the timed kernels'.
     pub prefill: f64,
-    /// Time of the decode's kernels, as a multiple of today's.
+    /// The same while tokens are generated.
     pub decode: f64,
+    /// Time of attention, as a multiple of the timed kernels'.
+    pub attention: f64,
+    /// Attention grows with this power of the number of query heads per KV head: 0 where kernels read a shared KV head
+    /// once, 1 where they read it for every query head.
+    #[serde(default)]
+    pub grouping: f64,
+    /// The first token comes out of a generating step of its own, after the prompt is read.
+    #[serde(default)]
+    pub first_token_decodes: bool,
+    /// Time of norms, rotations, activations and the like, as a multiple of the timed kernels' (engines fuse them).
+    pub small: f64,
+    /// Time of sums over devices, as a multiple of the timed kernels'.
+    pub sums: f64,
     /// Host time of a step that no kernel hides, seconds.
     pub step_s: f64,
     /// The same per sequence of the step.
@@ -39,14 +72,48 @@ pub struct Generation {
     /// The same per step and decoder layer (kernels launched one by one).
     #[serde(default)]
     pub layer_s: f64,
-    /// Time of a sum over devices beside the kernel's own, seconds.
+    /// Share of the reading of others' prompts that a generating request of a closed loop waits for.
+    pub interference: f64,
+    /// Multiple of the time on a device beside what its kernels and these numbers say, by the device's name.
     #[serde(default)]
-    pub reduce_s: f64,
+    pub devices: BTreeMap<String, DeviceFactors>,
     /// Deviation of the logarithm of a run's time, from runs held out.
     pub log_stddev: f64,
     /// How well that fits.
     #[serde(default)]
     pub fit: EngineFit,
+}
+
+impl Generation {
+    /// The multiple of the timed attention's time where `group` query heads share a KV head.
+    #[must_use]
+    pub fn attention_factor(&self, group: u32) -> f64 {
+        self.attention * f64::from(group.max(1)).powf(self.grouping)
+    }
+
+    /// The multiple of the timed kernels' time that an op of `family` takes.
+    #[must_use]
+    pub fn factor(&self, family: Family, phase: Phase, group: u32) -> f64 {
+        match (family, phase) {
+            (Family::Gemm, Phase::Prefill) => self.prefill,
+            (Family::Gemm, Phase::Decode) => self.decode,
+            (Family::AttendPrefill | Family::AttendDecode, _) => self.attention_factor(group),
+            (Family::Collective, _) => self.sums,
+            _ => self.small,
+        }
+    }
+
+    /// The multiple of the time on a device; 1 where no run says otherwise.
+    #[must_use]
+    pub fn device(&self, gpu: &str) -> DeviceFactors {
+        self.devices.get(gpu).copied().unwrap_or_default()
+    }
+
+    /// Host seconds of a step of `sequences` through `layers` decoder layers that no kernel hides.
+    #[must_use]
+    pub fn host_s(&self, sequences: f64, layers: f64) -> f64 {
+        self.step_s + sequences * self.sequence_s + layers * self.layer_s
+    }
 }
 
 /// A serving engine.
@@ -122,8 +189,10 @@ impl Engine {
             return fail("generation", "expected ascending years");
         }
         for g in &self.generations {
-            let factors = [g.prefill, g.decode];
-            let times = [g.step_s, g.sequence_s, g.layer_s, g.reduce_s, g.log_stddev];
+            let factors = [g.prefill, g.decode, g.attention, g.small, g.sums, g.interference];
+            let times = [g.step_s, g.sequence_s, g.layer_s, g.log_stddev, g.grouping];
+            let devices = g.devices.values().flat_map(|d| [d.prefill, d.decode, d.sums]);
+            let factors: Vec<f64> = factors.into_iter().chain(devices).collect();
             if factors.iter().any(|x| !x.is_finite() || *x <= 0.0)
                 || times.iter().any(|x| !x.is_finite() || *x < 0.0)
             {

@@ -20,6 +20,7 @@
 
 pub mod cost;
 pub mod engine;
+pub mod engine_fit;
 pub mod explain;
 pub mod kv;
 pub mod load;

@@ -271,7 +271,7 @@ impl Row {
             pp = n_gpus;
         }
         let replicas = (n_gpus / (tp * pp).max(1)).max(1);
-        let model = whole.shard(tp)?;
+        let mut model = whole.shard(tp)?;
         let batch = count(&self.batch_or_concurrency, "batch_or_concurrency", 1)?;
         let per_replica = |b: u32| b.div_ceil(replicas);
         let arrival = match self.mode.as_str() {
@@ -284,8 +284,14 @@ impl Row {
             "offline-throughput" => Arrival::Closed { concurrency: batch.map(per_replica) },
             other => return Err(format!("mode \"{other}\" is unknown")),
         };
-        let isl = count(&self.input_len, "input_len", 0)?.ok_or("input_len is missing")?.max(1);
-        let osl = count(&self.output_len, "output_len", 0)?.unwrap_or(1).max(1);
+        let isl = count(&self.input_len, "input_len", 0)?;
+        let osl = count(&self.output_len, "output_len", 0)?;
+        if isl.is_none() && osl.is_none() {
+            return Err("neither input_len nor output_len is given".to_owned());
+        }
+        let (isl, osl) = (isl.unwrap_or(1).max(1), osl.unwrap_or(1).max(1));
+        // Benchmarks run past the trained context; speed does not mind.
+        model.context = model.context.max(isl.saturating_add(osl));
         let year = self.date.get(..4).and_then(|y| y.parse().ok());
         Ok(Question {
             setup: Setup {
@@ -382,10 +388,9 @@ impl<'a> Predictor<'a> {
         deployment.run(arrival, q.isl, q.osl).map_err(|e| e.to_string())
     }
 
-    /// Predicts a row.
-    pub fn predict(&mut self, q: &Question) -> Result<Prediction, String> {
-        let generation = q.engine.generation(q.year).clone();
-        let run = self.run(q, &generation)?;
+    /// Predicts a row under a generation of its engine.
+    pub fn predict(&mut self, q: &Question, generation: &Generation) -> Result<Prediction, String> {
+        let run = self.run(q, generation)?;
         let scale = match q.metric {
             Metric::OutputTokS | Metric::TotalTokS | Metric::DecodeTokS | Metric::PrefillTokS => {
                 q.replicas

@@ -1,16 +1,25 @@
 //! Whole runs of an engine: a static batch, everything queued at once, or a closed loop at a concurrency.
 
 use crate::cost::{CostModel, GpuKernels, predict};
-use crate::engine::{Engine, Generation};
+use crate::engine::{DeviceFactors, Engine, Generation};
 use crate::load::{Group, Load, Schedule};
 use crate::lower::{LowerError, Setup, lower, lower_pass};
 use crate::memory::{kv_peaks, weight_bytes};
-use crate::op::Phase;
+use crate::op::{Family, Phase};
 use crate::policy::Policy;
 use crate::profile::{Gpu, Model};
 use crate::program::Program;
+use crate::surface::is_nvidia;
 use crate::timeline::{SIGMAS_90, Source, Timeline};
 use crate::units::{Bytes, Tokens};
+
+/// How far the memory that engines keep for themselves is unknown, in batches.
+const CAPACITY_SLACK: f64 = 1.15;
+
+/// Deviation (of the logarithm) between devices that the kernels do not explain.
+const UNSEEN_DEVICE: f64 = 0.06;
+/// The same where no kernel of the vendor was ever timed.
+const UNTIMED_VENDOR: f64 = 0.25;
 
 /// A model on devices under an engine.
 #[derive(Clone, Copy)]
@@ -51,10 +60,10 @@ pub enum Arrival {
 /// Where the time of a run goes, before an engine's factors: what a fit of those factors needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Parts {
-    /// Kernels while prompts are read, seconds.
-    pub prefill_s: f64,
-    /// Kernels while tokens are generated, seconds.
-    pub decode_s: f64,
+    /// Kernels while prompts are read.
+    pub prefill: Buckets,
+    /// Kernels while tokens are generated.
+    pub decode: Buckets,
     /// Steps that read prompts.
     pub prefill_steps: f64,
     /// Steps that generate.
@@ -63,27 +72,76 @@ pub struct Parts {
     pub sequence_steps: f64,
     /// Decoder layers of a step.
     pub layers: f64,
-    /// Sums over devices in a step.
-    pub reduces: f64,
+    /// Query heads per KV head.
+    pub group: u32,
+}
+
+/// Kernel seconds by what an engine's factors multiply.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Buckets {
+    /// Matrix products.
+    pub products: f64,
+    /// Attention.
+    pub attention: f64,
+    /// Sums over devices.
+    pub sums: f64,
+    /// Everything else.
+    pub small: f64,
+}
+
+impl Buckets {
+    fn of(timeline: &Timeline, phase: Phase) -> Self {
+        let mut buckets = Self::default();
+        for span in timeline.spans.iter().filter(|s| s.site.phase == phase) {
+            let slot = match span.family {
+                Family::Gemm => &mut buckets.products,
+                Family::AttendPrefill | Family::AttendDecode => &mut buckets.attention,
+                Family::Collective => &mut buckets.sums,
+                _ => &mut buckets.small,
+            };
+            *slot += span.time.0;
+        }
+        buckets
+    }
+
+    fn scaled(self, by: f64) -> Self {
+        Self {
+            products: self.products * by,
+            attention: self.attention * by,
+            sums: self.sums * by,
+            small: self.small * by,
+        }
+    }
+
+    fn under(&self, products: f64, attention: f64, g: &Generation, device: f64, sums: f64) -> f64 {
+        let own = products * self.products + attention * self.attention + g.small * self.small;
+        device * own + sums * g.sums * self.sums
+    }
 }
 
 impl Parts {
     /// Seconds while prompts are read.
     #[must_use]
-    pub fn prefill(&self, g: &Generation) -> f64 {
-        g.prefill * self.prefill_s + self.prefill_steps * self.host(g)
+    pub fn prefill(&self, g: &Generation, device: &DeviceFactors) -> f64 {
+        // Reading shares KV heads in every release; only generating took time to learn it.
+        let read = self.prefill.under(g.prefill, g.attention, g, device.prefill, device.sums)
+            + self.prefill_steps * g.host_s(0.0, self.layers);
+        let first = if g.first_token_decodes && self.prefill_steps > 0.0 && self.decode_steps > 0.0
+        {
+            self.decode(g, device) / self.decode_steps
+        } else {
+            0.0
+        };
+        read + first
     }
 
     /// Seconds while tokens are generated.
     #[must_use]
-    pub fn decode(&self, g: &Generation) -> f64 {
-        g.decode * self.decode_s
-            + self.decode_steps * self.host(g)
+    pub fn decode(&self, g: &Generation, device: &DeviceFactors) -> f64 {
+        let attention = g.attention_factor(self.group);
+        self.decode.under(g.decode, attention, g, device.decode, device.sums)
+            + self.decode_steps * g.host_s(0.0, self.layers)
             + self.sequence_steps * g.sequence_s
-    }
-
-    fn host(&self, g: &Generation) -> f64 {
-        g.step_s + self.layers * g.layer_s + self.reduces * g.reduce_s
     }
 }
 
@@ -127,7 +185,9 @@ pub enum ServeError {
     #[error(transparent)]
     Lower(#[from] LowerError),
     /// Weights alone are too large.
-    #[error("{weights} of weights do not fit {memory} of each device; hint: more devices or fewer bits")]
+    #[error(
+        "{weights} of weights do not fit {memory} of each device; hint: more devices or fewer bits"
+    )]
     Weights {
         /// One device's weights.
         weights: Bytes,
@@ -164,9 +224,11 @@ impl Deployment<'_> {
 
     /// Tokens of an uncompressed cache that memory holds.
     pub fn kv_tokens(&self) -> Result<u64, ServeError> {
-        let per_token = self.setup.kv.dtype.bytes(
-            self.model.kv_elements_per_token_layer() * u64::from(self.model.layers),
-        );
+        let per_token = self
+            .setup
+            .kv
+            .dtype
+            .bytes(self.model.kv_elements_per_token_layer() * u64::from(self.model.layers));
         let copies = self.engine.kv_copies * per_token.0 as f64 / f64::from(self.pp.max(1));
         Ok((self.kv_budget()?.0 as f64 / copies.max(1.0)) as u64)
     }
@@ -197,32 +259,36 @@ impl Deployment<'_> {
         }
     }
 
-    fn reduces(&self) -> f64 {
-        if self.setup.tp > 1 { 2.0 * f64::from(self.model.layers) } else { 0.0 }
-    }
-
     fn static_batch(&self, batch: u32, isl: Tokens, osl: Tokens) -> Result<Run, ServeError> {
         let capacity = self.capacity(isl, osl)?;
-        // More than fits runs in waves, each as large as fits.
-        let waves = batch.div_ceil(capacity.min(self.engine.most_sequences.max(batch)));
+        // More than fits runs in waves, each as large as fits. A batch that was really run and is over by less than what
+        // the reserve is unsure of did fit.
+        let unsure = (f64::from(capacity) * CAPACITY_SLACK) as u32;
+        let waves = if batch <= unsure { 1 } else { batch.div_ceil(capacity) };
         let together = batch.div_ceil(waves);
         let load = Load::uniform(together, isl, osl, Schedule::Static);
         let program = lower(self.model, self.policy, &load, self.setup)?;
         let timeline = predict(self.kernels, &program);
         let tokens = f64::from(together) * f64::from(isl);
         let decode_steps = f64::from(osl.saturating_sub(1));
+        // Groups of layers work on different parts of a prompt at once.
+        let pieces = (tokens / f64::from(self.engine.step_tokens)).ceil().max(1.0);
+        let groups = f64::from(self.pp.max(1));
+        let overlap = (pieces + groups - 1.0) / (pieces * groups);
         let (steps, decode_passes) = program.steps();
         let prefill_passes = steps - decode_passes;
         let parts = Parts {
-            prefill_s: timeline.phase(Phase::Prefill).0,
-            decode_s: timeline.phase(Phase::Decode).0,
+            prefill: Buckets::of(&timeline, Phase::Prefill).scaled(overlap),
+            decode: Buckets::of(&timeline, Phase::Decode),
             prefill_steps: (tokens / f64::from(self.engine.step_tokens)).max(prefill_passes as f64),
             decode_steps,
             sequence_steps: decode_steps * f64::from(together),
             layers: f64::from(self.model.layers),
-            reduces: self.reduces(),
+            group: self.model.group(),
         };
-        let (prefill, decode) = (parts.prefill(self.generation), parts.decode(self.generation));
+        let device = self.generation.device(&self.gpu.name);
+        let prefill = parts.prefill(self.generation, &device);
+        let decode = parts.decode(self.generation, &device);
         let waves = f64::from(waves);
         let total = waves * (prefill + decode);
         let all = f64::from(batch);
@@ -254,7 +320,12 @@ impl Deployment<'_> {
 
     fn half_width(&self, timeline: &Timeline) -> f64 {
         let total = timeline.total().0.max(1e-12);
-        SIGMAS_90 * (timeline.stddev(|_| true).0 / total).hypot(self.generation.log_stddev)
+        // A device on which the engine was never seen may be off by what devices usually are.
+        let unseen =
+            if self.generation.devices.contains_key(&self.gpu.name) { 0.0 } else { UNSEEN_DEVICE };
+        let untimed = if is_nvidia(self.gpu) { 0.0 } else { UNTIMED_VENDOR };
+        let engine = self.generation.log_stddev.hypot(unseen).hypot(untimed);
+        SIGMAS_90 * (timeline.stddev(|_| true).0 / total).hypot(engine)
     }
 
     /// Steady state: `running` sequences generate; in the time that one of them takes for its answer, each of the others
@@ -270,14 +341,14 @@ impl Deployment<'_> {
         let wanted = concurrency.unwrap_or(u32::MAX);
         let most = wanted.min(capacity).min(self.engine.most_sequences.max(1)).max(1);
         let g = self.generation;
+        let device = g.device(&self.gpu.name);
         let chunk = self.engine.step_tokens.min(isl);
         let chunks = isl.div_ceil(chunk.max(1)).max(1);
         let mut running = f64::from(most);
         let mut state = self.step(running, isl, osl, chunk, chunks);
         for _ in 0..4 {
-            let step = state.decode(g) / state.decode_steps;
-            let read = state.prefill(g) / state.prefill_steps.max(1e-9) * f64::from(chunks);
-            let tpot = step + running / f64::from(osl) * read;
+            let (step, read) = (state.decode(g, &device), state.prefill(g, &device));
+            let tpot = step + g.interference * running / f64::from(osl) * read;
             // Those whose prompt is being read do not generate.
             let generating = f64::from(most) * (f64::from(osl) * tpot)
                 / (f64::from(osl) * tpot + f64::from(chunks) * (step + read / f64::from(chunks)));
@@ -287,9 +358,8 @@ impl Deployment<'_> {
             running = generating.max(1.0);
             state = self.step(running, isl, osl, chunk, chunks);
         }
-        let step = state.decode(g) / state.decode_steps;
-        let read = state.prefill(g) / state.prefill_steps.max(1e-9) * f64::from(chunks);
-        let tpot = step + running / f64::from(osl) * read;
+        let (step, read) = (state.decode(g, &device), state.prefill(g, &device));
+        let tpot = step + g.interference * running / f64::from(osl) * read;
         let output = running / tpot;
         // A request that comes in waits for the step under way and for prompts before its own: on average half of those
         // that come while one is read.
@@ -311,17 +381,12 @@ impl Deployment<'_> {
             e2e_s: request + queue,
             batch: running,
             capacity,
-            peak_bytes: Bytes(
-                (self.gpu.memory_bytes.0 as f64 * self.engine.memory_share) as u64,
-            ),
+            peak_bytes: Bytes((self.gpu.memory_bytes.0 as f64 * self.engine.memory_share) as u64),
             half_width: self.half_width(&timeline),
             source: timeline.weakest_source(),
             queued: queued || most > 1,
             parts: Parts {
-                prefill_s: state.prefill_s / state.prefill_steps.max(1e-9) * f64::from(chunks) * running
-                    / f64::from(osl),
-                prefill_steps: 0.0,
-                decode_s: state.decode_s / state.decode_steps,
+                prefill: state.prefill.scaled(running / f64::from(osl)),
                 decode_steps: 1.0,
                 sequence_steps: running,
                 ..state
@@ -346,9 +411,9 @@ impl Deployment<'_> {
             1,
             self.kept(resident, isl),
         );
-        let decode = predict(self.kernels, &generating).total().0;
+        let decode = Buckets::of(&predict(self.kernels, &generating), Phase::Decode);
         // The chunks of a prompt, each over what was read before.
-        let mut reading = 0.0;
+        let mut reading = Buckets::default();
         for i in 0..chunks {
             let before = i * chunk;
             let rows = chunk.min(isl - before);
@@ -361,20 +426,24 @@ impl Deployment<'_> {
                 rows,
                 before,
             );
-            let alone = predict(self.kernels, &pass).total().0;
+            let alone = Buckets::of(&predict(self.kernels, &pass), Phase::Prefill);
             // Weights are read once for the chunk and the generating rows together: the product of both costs as many
             // rows more, not as a launch of its own.
             let shared = self.shared_products(sequences, rows);
-            reading += (alone - shared).max(0.1 * alone);
+            reading.products += (alone.products - shared).max(0.1 * alone.products);
+            reading.attention += alone.attention;
+            reading.sums += alone.sums;
+            reading.small += alone.small;
         }
         Parts {
-            prefill_s: reading,
-            decode_s: decode,
-            prefill_steps: f64::from(chunks),
+            prefill: reading,
+            decode,
+            // The chunks ride on steps that generate: their host time is counted there.
+            prefill_steps: 0.0,
             decode_steps: 1.0,
             sequence_steps: running,
             layers: f64::from(self.model.layers),
-            reduces: self.reduces(),
+            group: self.model.group(),
         }
     }
 
@@ -382,8 +451,7 @@ impl Deployment<'_> {
     fn shared_products(&self, sequences: u32, rows: Tokens) -> f64 {
         let products = |count: u32| -> f64 {
             let load = Load::uniform(count, 1, 1, Schedule::Static);
-            let pass =
-                lower_pass(self.model, self.policy, &load, self.setup, Phase::Decode, 1, 1);
+            let pass = lower_pass(self.model, self.policy, &load, self.setup, Phase::Decode, 1, 1);
             let mut sum = 0.0;
             pass.visit_passes(|_, pass, _| {
                 for (_, block) in pass.blocks() {

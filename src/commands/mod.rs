@@ -5,6 +5,7 @@ mod calibrate;
 mod compare;
 mod explain;
 mod fetch;
+mod import;
 mod list;
 #[cfg(feature = "exec")]
 mod local;
@@ -14,6 +15,7 @@ mod profile;
 #[cfg(feature = "exec")]
 mod run;
 mod scenarios;
+mod score;
 #[cfg(feature = "exec")]
 mod validate;
 mod what_if;
@@ -56,9 +58,11 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         Command::WhatIf(args) => what_if::run(&places, args, &cli.global),
         Command::Explain(args) => explain::run(&places, args, &cli.global),
         Command::Fetch(args) => fetch::run(&places, args, &cli.global),
+        Command::Import(args) => import::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]
         Command::Profile(args) => profile::run(&places, args, &cli.global),
         Command::Calibrate(args) => calibrate::run(&places, args, &cli.global),
+        Command::Score(args) => score::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]
         Command::Run(args) => run::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]

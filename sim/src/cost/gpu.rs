@@ -27,12 +27,15 @@ pub struct GpuKernels {
     gemm16: Option<Model>,
     prefill: Option<Model>,
     decode: Option<Model>,
-    all_reduce: Option<Model>,
+    /// Every kernel that sums inside a node; engines take the fastest for the size.
+    all_reduce: Vec<Model>,
     norm: Option<Model>,
     rope: Option<Model>,
     gated: Option<Model>,
     embedding: Option<Model>,
     sampler: Option<Model>,
+    /// Seconds of a narrow product's launch that quantise its input.
+    quantisation: f64,
     /// Devices that share each layer.
     tp: u32,
 }
@@ -87,15 +90,24 @@ impl GpuKernels {
                 .or_else(|| model(kernel, framework, "bf16/fp8", ""))
                 .or_else(|| model(kernel, framework, "bf16", ""))
         };
-        let reduce = (tp > 1)
-            .then(|| {
-                model(Kernel::AllReduce, "collectives", "fp16", "node8 vLLM_custom_graph 0.24.0")
-            })
-            .flatten();
+        let variants =
+            ["node8 vLLM_custom_graph 0.24.0", "node8 TRTLLM 1.0.0", "node8 nccl 2.27.3"];
+        let reduce = if tp > 1 {
+            let sums = variants
+                .iter()
+                .filter_map(|variant| model(Kernel::AllReduce, "collectives", "fp16", variant));
+            sums.collect()
+        } else {
+            Vec::new()
+        };
+        let gemm16 = model(Kernel::Gemm, framework, "bf16", "");
+        let gemm =
+            model(Kernel::Gemm, framework, gemm_type(weights, &gpu), "").or_else(|| gemm16.clone());
+        let launch = |m: &Option<Model>| m.as_ref().map_or(0.0, Model::launch_s);
         Self {
-            gemm: model(Kernel::Gemm, framework, gemm_type(weights, &gpu), "")
-                .or_else(|| model(Kernel::Gemm, framework, "bf16", "")),
-            gemm16: model(Kernel::Gemm, framework, "bf16", ""),
+            quantisation: (launch(&gemm) - launch(&gemm16)).max(0.0),
+            gemm,
+            gemm16,
             prefill: attention(Kernel::AttnPrefill),
             decode: attention(Kernel::AttnDecode),
             all_reduce: reduce,
@@ -194,13 +206,29 @@ impl CostModel for GpuKernels {
             OpKind::Gemm { n, k, weights, .. } => {
                 let (key, at) = ([n as f64, k as f64, 0.0], [rows, 0.0, 0.0, 0.0]);
                 let model = if weights.bits() >= 16 { &self.gemm16 } else { &self.gemm };
-                self.look_up(model.as_ref(), Kernel::Gemm, key, at, op, step)
+                let mut cost = self.look_up(model.as_ref(), Kernel::Gemm, key, at, op, step);
+                if weights.bits() < 16 {
+                    // Timings of narrow products hold the quantisation of their input as a launch of its own; engines
+                    // fuse it into the op before.
+                    cost.seconds -= self.quantisation.min(0.6 * cost.seconds);
+                }
+                // Weights of a whole model never stay in the cache between two steps, as those of a timing loop may.
+                let peak = self.gpu.peak_flops_per_s.of(weights).unwrap_or(f64::INFINITY);
+                let bytes = weights.bytes(n.saturating_mul(k)).0 as f64;
+                let floor = (2.0 * rows * n as f64 * k as f64 / peak)
+                    .max(bytes / self.gpu.bandwidth_bytes_per_s);
+                cost.seconds = cost.seconds.max(floor);
+                cost
             }
             OpKind::Attend { heads, window } => self.attend(op, heads, window, phase, step),
             OpKind::AllReduce { width } => {
                 let bytes = rows * f64::from(width) * 2.0;
                 let (key, at) = ([f64::from(self.tp), 0.0, 0.0], [bytes, 0.0, 0.0, 0.0]);
-                self.look_up(self.all_reduce.as_ref(), Kernel::AllReduce, key, at, op, step)
+                self.all_reduce
+                    .iter()
+                    .map(|m| self.look_up(Some(m), Kernel::AllReduce, key, at, op, step))
+                    .min_by(|a, b| a.seconds.total_cmp(&b.seconds))
+                    .unwrap_or_else(|| self.from_work(op, step))
             }
             // The residual is added in the same kernel, the norm of queries and keys in that of the rotation.
             OpKind::RmsNorm { width, .. } => {

@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use serde::Serialize;
 
+use super::few_shot::{FEW, adapt, few_shot};
 use super::fit::{fit, quantile};
 use super::library::{Library, Model};
 use super::points::Sample;
@@ -94,32 +95,54 @@ fn score(pairs: &[Pair]) -> Score {
 /// Predicts every sample with the surface of its own device, framework and type, or what comes nearest.
 #[must_use]
 pub fn check(library: &Library, samples: &[Sample]) -> Report {
-    let mut models: BTreeMap<&SurfaceId, Option<Model>> = BTreeMap::new();
+    check_model(samples, |id, _| {
+        let model: Model = library.model(id)?;
+        Some(Box::new(move |shape: &Shape| {
+            let estimate = model.estimate(shape);
+            (estimate.seconds, estimate.log_stddev)
+        }))
+    })
+}
+
+/// Seconds of a launch and the deviation of their logarithm.
+pub(crate) type Predict = Box<dyn Fn(&Shape) -> (f64, f64)>;
+
+/// Scores whatever `model_of` makes of a kernel and its samples.
+pub(crate) fn check_model(
+    samples: &[Sample],
+    model_of: impl Fn(&SurfaceId, &[&Sample]) -> Option<Predict>,
+) -> Report {
+    let mut by_id: BTreeMap<&SurfaceId, Vec<&Sample>> = BTreeMap::new();
+    for sample in samples {
+        by_id.entry(&sample.id).or_default().push(sample);
+    }
     let mut groups: BTreeMap<Group, Vec<Pair>> = BTreeMap::new();
     let mut unanswered = 0;
-    for sample in samples {
-        let id = &sample.id;
-        let Some(model) = models.entry(id).or_insert_with(|| library.model(id)) else {
-            unanswered += 1;
+    for (id, own) in by_id {
+        let Some(predict) = model_of(id, &own) else {
+            unanswered += own.len();
             continue;
         };
-        let shape = Shape {
-            kernel: id.kernel,
-            key: sample.key.map(f64::from),
-            at: sample.at.map(|v| v as f64),
-        };
-        let estimate = model.estimate(&shape);
         let group = Group {
             op: id.kernel,
             gpu: id.gpu.clone(),
             framework: id.framework.clone(),
             dtype: id.dtype.clone(),
         };
-        groups.entry(group).or_default().push(Pair {
-            predicted: estimate.seconds,
-            measured: sample.seconds,
-            half_width: SIGMAS_90 * estimate.log_stddev,
-        });
+        let pairs = groups.entry(group).or_default();
+        for sample in own {
+            let shape = Shape {
+                kernel: id.kernel,
+                key: sample.key.map(f64::from),
+                at: sample.at.map(|v| v as f64),
+            };
+            let (predicted, log_stddev) = predict(&shape);
+            pairs.push(Pair {
+                predicted,
+                measured: sample.seconds,
+                half_width: SIGMAS_90 * log_stddev,
+            });
+        }
     }
     let all: Vec<Pair> = groups.values().flatten().copied().collect();
     Report {
@@ -129,10 +152,12 @@ pub fn check(library: &Library, samples: &[Sample]) -> Report {
     }
 }
 
-/// Fits every surface that `samples` hold. `origin_of` says where a sample's surface comes from.
+/// Fits every surface that `samples` hold. `origin_of` says where a sample's surface comes from. Kernels with few
+/// timings bend what `known` says of them, where it says something; without it every kernel is fitted on its own.
 #[must_use]
 pub fn fit_all(
     catalog: &Catalog,
+    known: Option<&Library>,
     samples: &[Sample],
     origin_of: impl Fn(&Sample) -> Origin,
 ) -> Vec<Surface> {
@@ -146,8 +171,16 @@ pub fn fit_all(
             let gpu = catalog.gpu(&id.gpu).ok()?;
             let number = NumberType::parse(&id.dtype)?;
             let origin = origin_of(samples.first()?);
+            let hardware = Hardware::of(&gpu, number);
+            if samples.len() < FEW
+                && let Some(library) = known
+                && let Some(adapted) =
+                    adapt(library, id, &samples, &hardware, number, origin.clone())
+            {
+                return Some(adapted);
+            }
             let own: Vec<Sample> = samples.into_iter().cloned().collect();
-            fit(id, &own, &Hardware::of(&gpu, number), number, origin)
+            fit(id, &own, &hardware, number, origin)
         })
         .collect()
 }
@@ -159,8 +192,8 @@ pub enum HoldOut {
     Keys,
     /// The largest tenth of each surface.
     Largest,
-    /// Each device in turn, known by its data sheet alone.
-    Devices,
+    /// Each device in turn, known by its data sheet and so many timings of each kernel.
+    Devices(usize),
 }
 
 impl std::str::FromStr for HoldOut {
@@ -169,8 +202,13 @@ impl std::str::FromStr for HoldOut {
         match text {
             "keys" => Ok(Self::Keys),
             "largest" => Ok(Self::Largest),
-            "devices" => Ok(Self::Devices),
-            other => Err(format!("\"{other}\" is not one of keys, largest, devices")),
+            "devices" => Ok(Self::Devices(0)),
+            other => match other.strip_prefix("devices:").map(str::parse) {
+                Some(Ok(points @ 1..=100_000)) => Ok(Self::Devices(points)),
+                _ => {
+                    Err(format!("\"{other}\" is not one of keys, largest, devices, devices:POINTS"))
+                }
+            },
         }
     }
 }
@@ -198,8 +236,8 @@ pub fn check_held_out(catalog: &Catalog, samples: &[Sample], what: HoldOut) -> R
                 .collect();
             split_and_check(catalog, samples, |s| size(s) > limits[&s.id])
         }
-        HoldOut::Devices => {
-            let all = fit_all(catalog, samples, |_| Origin::default());
+        HoldOut::Devices(points) => {
+            let all = fit_all(catalog, None, samples, |_| Origin::default());
             let mut gpus: Vec<&str> = samples.iter().map(|s| s.id.gpu.as_str()).collect();
             gpus.sort_unstable();
             gpus.dedup();
@@ -209,7 +247,11 @@ pub fn check_held_out(catalog: &Catalog, samples: &[Sample], what: HoldOut) -> R
                 let library = Library::only(catalog.clone(), others);
                 let own: Vec<Sample> =
                     samples.iter().filter(|s| s.id.gpu == gpu).cloned().collect();
-                let report = check(&library, &own);
+                let report = if points == 0 {
+                    check(&library, &own)
+                } else {
+                    few_shot(&library, &own, points)
+                };
                 whole = Some(match whole {
                     None => report,
                     Some(before) => merge(before, report),
@@ -247,7 +289,8 @@ fn split_and_check(
 ) -> Report {
     let (test, train): (Vec<Sample>, Vec<Sample>) =
         samples.iter().cloned().partition(|s| held_out(s));
-    let library = Library::only(catalog.clone(), fit_all(catalog, &train, |_| Origin::default()));
+    let library =
+        Library::only(catalog.clone(), fit_all(catalog, None, &train, |_| Origin::default()));
     check(&library, &test)
 }
 

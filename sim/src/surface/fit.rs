@@ -185,7 +185,7 @@ fn fit_core(
 }
 
 /// Nelder-Mead over `N` numbers from `start` with a first simplex of size `reach`.
-pub(super) fn minimise<const N: usize>(
+fn minimise<const N: usize>(
     start: [f64; N],
     reach: f64,
     loss: impl Fn(&[f64; N]) -> f64,
@@ -297,7 +297,7 @@ pub fn score_left_out(surface: &Surface, hardware: &Hardware, number: NumberType
     errors_of(&logs, core_stddev, quantile(&mut explained, 0.5))
 }
 
-fn errors_of(logs: &[(f64, f64)], core_stddev: f64, explained: f64) -> FitErrors {
+pub(super) fn errors_of(logs: &[(f64, f64)], core_stddev: f64, explained: f64) -> FitErrors {
     let mut relative: Vec<f64> = logs.iter().map(|(e, _)| e.exp_m1().abs()).collect();
     let mut signed: Vec<f64> = logs.iter().map(|(e, _)| e.exp_m1()).collect();
     let mut absolute: Vec<f64> = logs.iter().map(|(e, _)| e.abs()).collect();
@@ -320,7 +320,7 @@ fn errors_of(logs: &[(f64, f64)], core_stddev: f64, explained: f64) -> FitErrors
 }
 
 /// The sizes of a cell.
-fn place(axes: &[Vec<u64>], mut cell: usize) -> [f64; AXES] {
+pub(super) fn place(axes: &[Vec<u64>], mut cell: usize) -> [f64; AXES] {
     let mut at = [0.0; AXES];
     for (a, axis) in axes.iter().enumerate().rev() {
         at[a] = axis[cell % axis.len()] as f64;

@@ -252,7 +252,8 @@ fn similarity(a: &Gpu, b: &Gpu) -> f64 {
 }
 
 /// By the compute capability in its architecture (`Hopper sm90`).
-fn is_nvidia(gpu: &Gpu) -> bool {
+#[must_use]
+pub fn is_nvidia(gpu: &Gpu) -> bool {
     gpu.arch.contains("sm")
 }
 
@@ -266,11 +267,13 @@ fn type_class(dtype: &str) -> &str {
     }
 }
 
-/// Collectives: custom kernels inside a captured graph are one kind, eager ones another, NCCL a third.
+/// Collectives: custom kernels inside a captured graph, those of TensorRT-LLM, eager ones and NCCL's are four kinds.
 fn same_kind(a: &str, b: &str) -> bool {
     let kind = |v: &str| {
-        if v.contains("_graph") || v.contains("TRTLLM") {
+        if v.contains("_graph") {
             0
+        } else if v.contains("TRTLLM") {
+            3
         } else if v.contains("_eager") {
             1
         } else {
@@ -361,6 +364,29 @@ impl Model {
     #[must_use]
     pub fn is_own(&self) -> bool {
         self.borrowed >= 1.0 && self.extra <= 0.0
+    }
+
+    /// The surface that counts most.
+    #[must_use]
+    pub fn nearest(&self) -> Option<&Surface> {
+        self.parts.iter().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(l, _)| &l.surface)
+    }
+
+    /// (compute, memory) microseconds at the device's data-sheet peaks.
+    #[must_use]
+    pub fn bounds(&self, shape: &Shape) -> (f64, f64) {
+        let Some((loaded, _)) = self.parts.first() else { return (0.0, 0.0) };
+        let hardware = Hardware::of(&self.gpu, loaded.number);
+        let (flops, bytes) = shape.work(loaded.number);
+        (flops / hardware.flops, bytes / hardware.bandwidth)
+    }
+
+    /// Seconds of an empty launch by the cores it rests on.
+    #[must_use]
+    pub fn launch_s(&self) -> f64 {
+        let sum: f64 = self.parts.iter().map(|(_, w)| w).sum();
+        let us: f64 = self.parts.iter().map(|(l, w)| w * l.surface.core.launch_us).sum();
+        1e-6 * us / sum.max(1e-12)
     }
 
     /// Whether some framework's kernel was timed on this very device.

@@ -9,6 +9,7 @@
 
 mod check;
 mod curve;
+mod few_shot;
 mod fit;
 mod kriging;
 mod library;
@@ -19,11 +20,14 @@ mod text;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use check::check_model;
 pub use check::{Group, HoldOut, Report, Score, check, check_held_out, fit_all};
 pub use curve::{Curve, Estimate};
+pub use few_shot::{Adapted, FEW, adapt, few_shot};
 pub use fit::{FitErrors, fit, score_left_out};
 pub use kriging::Kriging;
-pub use library::{Library, Model};
+pub(crate) use kriging::solve_spd;
+pub use library::{Library, Model, is_nvidia};
 pub use points::{PointError, Sample, read_points};
 pub use shape::{Core, Hardware, Kernel, NumberType, Shape};
 pub use text::{from_text, to_text};

@@ -1,6 +1,7 @@
 //! `batchmax calibrate`: fits cost models to measurements that exist, and scores them.
 
 mod check;
+mod engines;
 #[cfg(feature = "exec")]
 mod machine;
 mod points;
@@ -13,8 +14,10 @@ use crate::setting::Places;
 
 /// Fits or scores.
 pub fn run(places: &Places, args: &CalibrateArgs, global: &Global) -> Result<Outcome> {
-    if let Some(CalibrateCommand::Check(args)) = &args.command {
-        return check::run(places, args, global);
+    match &args.command {
+        Some(CalibrateCommand::Check(args)) => return check::run(places, args, global),
+        Some(CalibrateCommand::Engines(args)) => return engines::run(places, args, global),
+        None => {}
     }
     let is_csv =
         |p: &std::path::PathBuf| p.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"));

@@ -6,7 +6,7 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use batchmax_sim::surface::{Origin, Sample, Surface, fit_all, read_points, to_text};
+use batchmax_sim::surface::{Library, Origin, Sample, Surface, fit_all, read_points, to_text};
 use serde_json::json;
 
 use crate::cli::{CalibrateArgs, Global, PointFilter};
@@ -54,7 +54,9 @@ pub fn run(places: &Places, args: &CalibrateArgs, global: &Global) -> Result<Out
         };
         Origin { source, licence, date: date.clone() }
     };
-    let surfaces = fit_all(&places.catalog, &samples, origin);
+    // The shipped surfaces are fitted from all there is; a user's few timings bend what is known.
+    let known = (!args.alone).then(|| Library::new(places.catalog.clone(), Vec::new()));
+    let surfaces = fit_all(&places.catalog, known.as_ref(), &samples, origin);
     let root = args.out.clone().unwrap_or_else(|| places.data_dir.join("kernels"));
     let mut files: BTreeMap<PathBuf, Vec<Surface>> = BTreeMap::new();
     for surface in &surfaces {
