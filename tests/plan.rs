@@ -233,8 +233,10 @@ fn one_change_is_planned_anew() {
     let asked = |more: &str| rate(&candidates(&plan(&format!("{args} {more}")))[0]);
     assert_eq!(gain("fp8 KV").1, asked("--kv-dtype fp8"));
     assert_eq!(gain("one more GPU").1, asked("--gpus 2"));
-    // 90 % of 80 GB, and 16 GB.
-    assert_eq!(gain("+16 GB").1, asked("--memory 88GB"));
+    let gpu: toml::Table = run("gpus h100-sxm").answered().parse().expect("a description");
+    let memory = gpu["memory_bytes"].as_integer().expect("bytes") as f64;
+    let more = (memory * 0.9) as u64 + 16_000_000_000;
+    assert_eq!(gain("+16 GB").1, asked(&format!("--memory {more}")));
     let halved =
         format!("{LLAMA_ON_H100} --isl 8k --osl 256 --policy batch-max:chunk=1k,budget=12.5%");
     assert_eq!(gain("budget halved").1, rate(&candidates(&plan(&halved))[0]));
