@@ -120,7 +120,7 @@ pub struct PlacementArgs {
     /// GPUs that share each layer
     #[arg(long, value_name = "N")]
     pub tp: Option<String>,
-    /// Groups of GPUs that hold a part of the layers each and take turns
+    /// Groups of GPUs that hold a part of the layers each; they share reading and take turns generating
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub pp: u32,
 }

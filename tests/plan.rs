@@ -188,6 +188,34 @@ fn compression_that_does_not_pay_is_not_recommended() {
 }
 
 #[test]
+fn policies_that_nobody_named_are_left_out_where_they_can_not_work() {
+    let args = format!("{LLAMA_ON_H100} --isl 64 --osl 64");
+    let text = run(&format!("plan {args}")).answered();
+    assert!(text.contains("\nleft out: snapkv: a budget of 16 tokens can't hold"), "{text}");
+    assert_eq!(plan(&args)["left_out"].as_array().map(Vec::len), Some(3));
+    refuses(&format!("plan {args} --policy snapkv"), &["a budget of 16 tokens can't hold"]);
+}
+
+#[test]
+fn searched_parameters_are_listed_once_and_typed_ones_all() {
+    let args = format!("{LLAMA_ON_H100} --isl 8k --osl 64 --policy batch-max --schedule static");
+    let rows = |more: &str| {
+        let text = run(&format!("plan {args} {more}")).answered();
+        text.lines().filter(|l| l.starts_with("batch-max") && l.contains(" static ")).count()
+    };
+    // The preset's chunk, 1k and 4k are searched; the sentence at the end names the policy once more.
+    assert_eq!(candidates(&plan(&args)).len(), 3);
+    assert_eq!(rows(""), 1 + 1);
+    assert_eq!(rows("--chunk 256,512"), 2 + 1);
+    assert_eq!(rows("--budget 12.5%,25%"), 2 + 1);
+    let budgets = plan(&format!("{args} --budget 12.5%,25% --chunk 256"));
+    let names: Vec<_> = candidates(&budgets).iter().map(|c| c["preset"].as_str()).collect();
+    // A quarter is the preset's own budget and is said all the same, since it was typed.
+    assert_eq!(names, [Some("batch-max:budget=12.5%"), Some("batch-max:budget=25%")]);
+    refuses(&format!("plan {args} --budget none"), &["expected tokens (512, 4k) or a share"]);
+}
+
+#[test]
 fn one_change_is_planned_anew() {
     let args = format!("{LLAMA_ON_H100} --isl 8k --osl 256 --policy batch-max:chunk=1k");
     let json = plan(&args);
@@ -205,8 +233,10 @@ fn one_change_is_planned_anew() {
     let asked = |more: &str| rate(&candidates(&plan(&format!("{args} {more}")))[0]);
     assert_eq!(gain("fp8 KV").1, asked("--kv-dtype fp8"));
     assert_eq!(gain("one more GPU").1, asked("--gpus 2"));
-    // 90 % of 80 GB, and 16 GB.
-    assert_eq!(gain("+16 GB").1, asked("--memory 88GB"));
+    let gpu: toml::Table = run("gpus h100-sxm").answered().parse().expect("a description");
+    let memory = gpu["memory_bytes"].as_integer().expect("bytes") as f64;
+    let more = (memory * 0.9) as u64 + 16_000_000_000;
+    assert_eq!(gain("+16 GB").1, asked(&format!("--memory {more}")));
     let halved =
         format!("{LLAMA_ON_H100} --isl 8k --osl 256 --policy batch-max:chunk=1k,budget=12.5%");
     assert_eq!(gain("budget halved").1, rate(&candidates(&plan(&halved))[0]));

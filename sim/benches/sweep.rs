@@ -31,12 +31,8 @@ fn sweep(c: &mut Criterion) {
         tp: 1,
     };
     let kernels = || GpuKernels::new(&library, gpu.clone(), "vllm", DType::Bf16, DType::Bf16, 1);
-    let timed: Box<dyn CostModel> = Box::new(UnderEngine::new(
-        Box::new(kernels()),
-        engine.generation(None).clone(),
-        engine.step_tokens,
-        &gpu.name,
-    ));
+    let timed: Box<dyn CostModel> =
+        Box::new(UnderEngine::new(Box::new(kernels()), &gpu, &engine, 1));
     let sheet: Box<dyn CostModel> = Box::new(Roofline::new(gpu.clone(), Efficiency::default()));
     for policy in ["full", "batch-max:budget=25%,chunk=1024", "snapkv"] {
         let preset = Preset::parse(&catalog, policy).expect("shipped");

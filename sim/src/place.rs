@@ -131,13 +131,7 @@ impl Placement {
         if !knows_products(&kernels, &self.model, self.setup) {
             return roofline();
         }
-        let generation = engine.generation(None).clone();
-        Box::new(UnderEngine::new(
-            Box::new(kernels),
-            generation,
-            engine.step_tokens,
-            &self.gpu.name,
-        ))
+        Box::new(UnderEngine::new(Box::new(kernels), &self.gpu, engine, self.pp))
     }
 
     /// One device's memory.
@@ -272,8 +266,8 @@ mod tests {
         };
         let (largest, _) = case.largest_batch(1 << 16).expect("it lowers");
         assert_eq!(largest, deployment.capacity(2048, 256).expect("it fits"));
-        // 72 GB less 16.06 GB of weights and 2 GB of reserve, by 144 blocks of 16 tokens of 128 KiB.
-        let free = 72_000_000_000u64 - model.parameters() * 2 - 2_000_000_000;
+        // Nine tenths less 16.06 GB of weights and 2 GB of reserve, by 144 blocks of 16 tokens of 128 KiB.
+        let free = gpu.memory_bytes.0 / 10 * 9 - model.parameters() * 2 - 2_000_000_000;
         assert_eq!(u64::from(largest), free / (144 * 16 * 131_072));
     }
 

@@ -14,7 +14,7 @@ use crate::setting::UNCOMPRESSED;
 /// Memory that one change adds.
 const MORE: Bytes = Bytes(16_000_000_000);
 /// Shortest context that is tried.
-const SHORTEST: Tokens = 256;
+const SHORTEST: Tokens = 32;
 /// Largest memory that is tried, as a multiple of the device's.
 const MOST_MEMORY: u64 = 8;
 /// Parts of the device's memory in which it is varied.

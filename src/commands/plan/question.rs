@@ -114,7 +114,7 @@ impl<'a> Question<'a> {
             for preset in self.variants(name)? {
                 match preset.policy.check(&self.model, self.isl) {
                     Err(why) if !named => {
-                        self.left_out.push(format!("{}: {}", why.policy, why.problem));
+                        self.left_out.push(format!("{}: {}", preset.name, why.problem));
                     }
                     Err(why) => return Err(why.into()),
                     Ok(()) => self.policies.push(preset),

@@ -147,16 +147,24 @@ fn shown(question: &Question<'_>, plan: &Plan, marks: &[Marks]) -> Vec<usize> {
     let mut seen = Vec::new();
     all.filter(|i| {
         let c = &plan.candidates[*i];
-        // What was typed with its parameters is shown with them.
-        let typed = question.args.policy.contains(&c.preset) || question.args.budget.is_some();
-        let kind = c.preset.split(':').next().unwrap_or_default();
-        let name = if typed { c.preset.clone() } else { kind.to_owned() };
-        let key = (name, c.schedule, c.host);
+        let key = (unsearched(question, &c.preset), c.schedule, c.host);
         let new = !seen.contains(&key);
         seen.push(key);
         new
     })
     .collect()
+}
+
+/// A policy without the chunk that was searched unasked: of those the best stands for all.
+fn unsearched(question: &Question<'_>, preset: &str) -> String {
+    let typed = question.args.chunk.is_some() || question.args.policy.iter().any(|p| p == preset);
+    match preset.split_once(':') {
+        Some((name, parameters)) if !typed => {
+            let kept: Vec<_> = parameters.split(',').filter(|p| !p.starts_with("chunk=")).collect();
+            if kept.is_empty() { name.to_owned() } else { format!("{name}:{}", kept.join(",")) }
+        }
+        _ => preset.to_owned(),
+    }
 }
 
 fn limited(c: &Candidate) -> String {
@@ -270,15 +278,15 @@ fn verdict(question: &Question<'_>, plan: &Plan, advice: &Advice) -> String {
         String::new()
     } else if best.gpus > 1 {
         format!(
-            " on {} x {} (tp {}, {} copies)",
-            best.gpus, placement.gpu.name, placement.setup.tp, best.replicas
+            " on {} x {} ({} x tp {})",
+            best.gpus, placement.gpu.name, best.replicas, placement.setup.tp
         )
     } else {
         format!(" on {}", placement.gpu.name)
     };
     let near: Vec<&str> = near(plan, best, question.objective);
     let near = match near.as_slice() {
-        [] => String::new(),
+        names if names.is_empty() || !best.compresses => String::new(),
         names => format!("within 2 % of it: {}\n", names.join(", ")),
     };
     let quality = if best.compresses {
