@@ -165,11 +165,11 @@ pub struct Question {
     pub measured: f64,
 }
 
+/// Lines that are no record, each with what is wrong.
+pub type BadLines = Vec<(u64, String)>;
+
 /// Reads the rows of a file; a row that is no record comes back as its line and what is wrong with it.
-pub fn read_rows(
-    origin: &str,
-    reader: impl Read,
-) -> Result<(Vec<Row>, Vec<(u64, String)>), String> {
+pub fn read_rows(origin: &str, reader: impl Read) -> Result<(Vec<Row>, BadLines), String> {
     let mut reader = csv::Reader::from_reader(reader);
     let header = reader.headers().map_err(|e| format!("{origin}:1: {e}"))?.clone();
     let needed = ["id", "gpu", "model", "engine", "mode", "input_len", "metric", "value"];

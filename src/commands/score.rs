@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail};
 use batchmax_sim::engine::Generation;
 use batchmax_sim::engine_fit::{Observed, leave_clusters_out};
-use batchmax_sim::runs::{Metric, Prediction, Predictor, Question, Row, read_rows};
+use batchmax_sim::runs::{BadLines, Metric, Prediction, Predictor, Question, Row, read_rows};
 use batchmax_sim::surface::Library;
 use serde_json::json;
 
@@ -95,7 +95,7 @@ pub fn understand(
 }
 
 /// The rows of a file of runs, and the lines that are none.
-pub fn read(path: &Path) -> Result<(Vec<Row>, Vec<(u64, String)>)> {
+pub fn read(path: &Path) -> Result<(Vec<Row>, BadLines)> {
     let file = File::open(path).with_context(|| path.display().to_string())?;
     read_rows(&path.display().to_string(), BufReader::new(file)).map_err(|e| anyhow!(e))
 }

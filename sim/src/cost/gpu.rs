@@ -138,7 +138,7 @@ impl GpuKernels {
         op: &Op,
         step: u32,
     ) -> Cost {
-        let Some(model) = model else { return self.from_work(op, step) };
+        let Some(model) = model else { return self.by_work(op, step) };
         let estimate = model.estimate(&Shape { kernel, key, at });
         Cost {
             seconds: estimate.seconds,
@@ -148,7 +148,7 @@ impl GpuKernels {
     }
 
     /// From bytes and FLOPs, with the efficiencies of kernels that are alike.
-    fn from_work(&self, op: &Op, step: u32) -> Cost {
+    fn by_work(&self, op: &Op, step: u32) -> Cost {
         let work = op.work(step);
         let peak = self.gpu.peak_flops_per_s.of(op.dtype).unwrap_or(1e12);
         let compute = work.flops.0 / (peak * BORROWED_COMPUTE);
@@ -228,7 +228,7 @@ impl CostModel for GpuKernels {
                     .iter()
                     .map(|m| self.look_up(Some(m), Kernel::AllReduce, key, at, op, step))
                     .min_by(|a, b| a.seconds.total_cmp(&b.seconds))
-                    .unwrap_or_else(|| self.from_work(op, step))
+                    .unwrap_or_else(|| self.by_work(op, step))
             }
             // The residual is added in the same kernel, the norm of queries and keys in that of the rotation.
             OpKind::RmsNorm { width, .. } => {
@@ -247,7 +247,7 @@ impl CostModel for GpuKernels {
             OpKind::Append { .. } | OpKind::Release { .. } => {
                 Cost { seconds: 0.0, relative_stddev: 0.0, source: Source::Measured }
             }
-            _ => self.from_work(op, step),
+            _ => self.by_work(op, step),
         }
     }
 
