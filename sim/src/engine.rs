@@ -153,8 +153,11 @@ pub struct Engine {
     pub kv_dtypes: Vec<DType>,
     /// Schedules it can run.
     pub schedules: Vec<String>,
+    /// Whose speed it has: the generations of that engine stand for its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub like: Option<String>,
     /// Its speed, release by release, oldest first.
-    #[serde(rename = "generation")]
+    #[serde(rename = "generation", default)]
     pub generations: Vec<Generation>,
 }
 

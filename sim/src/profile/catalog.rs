@@ -73,7 +73,11 @@ impl Catalog {
 
     /// An engine by name, alias or file.
     pub fn engine(&self, name: &str) -> Result<Engine, ProfileError> {
-        let engine: Engine = self.described("engines", "engine", name, |e: &Engine| &e.name)?;
+        let mut engine: Engine = self.described("engines", "engine", name, |e: &Engine| &e.name)?;
+        if let Some(like) = engine.like.as_ref().filter(|_| engine.generations.is_empty()) {
+            let other: Engine = self.described("engines", "engine", like, |e: &Engine| &e.name)?;
+            engine.generations = other.generations;
+        }
         engine.validate(&self.origin("engines", name))?;
         Ok(engine)
     }
