@@ -2,7 +2,7 @@
 
 use super::{Cost, CostModel};
 use crate::engine::{DeviceFactors, Engine, Generation};
-use crate::op::{Family, Lane, Lanes, Op, OpKind, Phase};
+use crate::op::{Family, Lane, Lanes, Op, Phase};
 use crate::profile::Gpu;
 use crate::program::Pass;
 use crate::surface::is_nvidia;
@@ -60,34 +60,28 @@ impl UnderEngine {
         (rows as f64 / f64::from(self.step_tokens)).max(1.0)
     }
 
-    /// The multiple of the timed kernel's time.
+    /// The multiple of the timed kernel's time that a launch takes.
     fn factor(&self, op: &Op, phase: Phase) -> f64 {
-        let g = &self.generation;
-        let family = op.family(phase);
-        let (products, device) = match phase {
-            Phase::Prefill => (g.prefill, self.device.prefill),
-            Phase::Decode => (g.decode, self.device.decode),
+        use Family::{
+            Collective, Evict, RankKeyNorm, RankKeydiff, RankRecency, RankTally, RankWindow, Tally,
         };
-        match family {
-            Family::Gemm => products * device,
-            Family::Collective => g.sums * self.device.sums,
-            Family::AttendPrefill | Family::AttendDecode => match (phase, op.kind) {
-                // Reading shares KV heads in every release; only generating took time to learn it.
-                (Phase::Decode, OpKind::Attend { heads, .. }) => {
-                    g.attention_factor(heads.query / heads.kv.max(1)) * device
-                }
-                _ => g.attention * device,
-            },
-            // What a policy adds is no engine's, and fused with nothing.
-            Family::Tally
-            | Family::RankRecency
-            | Family::RankKeyNorm
-            | Family::RankKeydiff
-            | Family::RankWindow
-            | Family::RankTally
-            | Family::Evict => device.max(1.0),
-            _ => g.small * device,
+        let family = op.family(phase);
+        let device = match (family, phase) {
+            (Collective, _) => self.device.sums,
+            (_, Phase::Prefill) => self.device.prefill,
+            (_, Phase::Decode) => self.device.decode,
+        };
+        // What a policy adds is no engine's: nobody has fused it with anything.
+        if matches!(
+            family,
+            Tally | RankRecency | RankKeyNorm | RankKeydiff | RankWindow | RankTally | Evict
+        ) {
+            return device;
         }
+        let group = op.cache_heads().map_or(1, |h| h.query / h.kv.max(1));
+        // Reading shares KV heads in every release; only generating took time to learn it.
+        let group = if phase == Phase::Prefill { 1 } else { group };
+        device * self.generation.factor(family, phase, group)
     }
 }
 
@@ -135,7 +129,7 @@ impl CostModel for UnderEngine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::op::DType;
+    use crate::op::{DType, Heads, OpKind, Score};
     use crate::profile::Catalog;
     use crate::program::{Block, Layers};
     use crate::timeline::Source;
@@ -155,13 +149,15 @@ mod tests {
     fn engine(pp: u32) -> UnderEngine {
         let catalog = Catalog::built_in();
         let vllm = catalog.engine("vllm").expect("built in");
-        let device = DeviceFactors { prefill: 1.5, decode: 2.0, sums: 1.0 };
+        let device = DeviceFactors { prefill: 1.5, decode: 2.0, sums: 1.3 };
         let generation = Generation {
             since: 2025,
             prefill: 1.5,
             decode: 2.0,
             attention: 3.0,
+            grouping: 0.5,
             small: 0.5,
+            sums: 4.0,
             step_s: 1e-3,
             sequence_s: 1e-5,
             layer_s: 1e-6,
@@ -203,6 +199,27 @@ mod tests {
         let cost = engine(2).launch(&op(10, 400), Phase::Prefill, 0);
         assert!((cost.seconds - 4000e-6 * 0.75 * 5.0 / 8.0).abs() < 1e-12, "{cost:?}");
         assert!((engine(1).common_stddev() - 0.2).abs() < 1e-12);
+    }
+
+    #[test]
+    fn each_kind_of_op_has_its_factor() {
+        let seconds = |kind, phase| {
+            let op = Op { kind, ..op(10, 1) };
+            engine(1).launch(&op, phase, 0).seconds / 10e-6
+        };
+        let is = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-12, "{found}");
+        let gemm = OpKind::Gemm { n: 8, k: 8, weights: DType::Bf16, accumulate: false };
+        is(seconds(gemm, Phase::Prefill), 1.5 * 1.5);
+        is(seconds(gemm, Phase::Decode), 2.0 * 2.0);
+        is(seconds(OpKind::AllReduce { width: 8 }, Phase::Decode), 4.0 * 1.3);
+        // Four query heads to a KV head: 4^0.5, while tokens are generated.
+        let heads = Heads { query: 8, kv: 2, dim: 8, dtype: DType::Bf16 };
+        let attend = OpKind::Attend { heads, window: None };
+        is(seconds(attend, Phase::Decode), 3.0 * 2.0 * 2.0);
+        is(seconds(attend, Phase::Prefill), 3.0 * 1.5);
+        // Ranking is the policy's own.
+        let rank = OpKind::Rank { heads, by: Score::KeyNorm };
+        is(seconds(rank, Phase::Decode), 2.0);
     }
 
     #[test]

@@ -221,6 +221,10 @@ pub fn check_held_out(catalog: &Catalog, samples: &[Sample], what: HoldOut) -> R
             let fold = |s: &Sample| {
                 let mut hasher = DefaultHasher::new();
                 s.key.hash(&mut hasher);
+                // A collective's key is a number of devices: there it is sizes that are held out.
+                if s.id.kernel.is_collective() {
+                    s.at.hash(&mut hasher);
+                }
                 hasher.finish().is_multiple_of(FOLDS)
             };
             split_and_check(catalog, samples, fold)
