@@ -251,7 +251,8 @@ fn with_devices(mut g: Generation, rows: &[&Observed]) -> Generation {
     for row in rows {
         by_device.entry(&row.gpu).or_default().push(row);
     }
-    let thousandths = |log: f64| (log.exp() * 1e3).round() / 1e3;
+    // Beyond a factor of four it is not the device that explains the runs.
+    let thousandths = |log: f64| (log.exp().clamp(0.25, 4.0) * 1e3).round() / 1e3;
     for (gpu, rows) in by_device {
         let n = rows.len() as f64;
         // Rows weigh the whole of what they are: few of them leave the prior as it is.
