@@ -380,3 +380,115 @@ pub fn leave_clusters_out(rows: &[Observed]) -> BTreeMap<(String, String, u32), 
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::serve::Buckets;
+
+    /// Runs of an engine whose numbers are known, on two devices.
+    fn observed(truth: &Generation) -> Vec<Observed> {
+        let mut rows = Vec::new();
+        for (gpu, speed) in [("a", 1.0), ("b", 0.6)] {
+            for batch in [1u32, 4, 16, 64] {
+                for isl in [128.0, 1024.0, 4096.0] {
+                    let b = f64::from(batch);
+                    let parts = Parts {
+                        prefill: Buckets {
+                            products: speed * 2e-5 * b * isl,
+                            attention: speed * 1e-9 * b * isl * isl,
+                            sums: 0.0,
+                            small: speed * 1e-6 * b * isl,
+                        },
+                        decode: Buckets {
+                            products: speed * 0.6,
+                            attention: speed * 1e-6 * b * isl,
+                            sums: 0.0,
+                            small: 0.05,
+                        },
+                        prefill_steps: 1.0,
+                        decode_steps: 99.0,
+                        sequence_steps: 99.0 * b,
+                        layers: 32.0,
+                        group: 4,
+                    };
+                    for metric in [Metric::TtftMs, Metric::TpotMs, Metric::OutputTokS] {
+                        let mut row = Observed {
+                            id: format!("{gpu}{batch}{isl}{}", metric.name()),
+                            gpu: gpu.to_owned(),
+                            timed_vendor: true,
+                            engine: "e".to_owned(),
+                            since: 2024,
+                            cluster: (gpu.to_owned(), "e".to_owned()),
+                            metric,
+                            measured: 1.0,
+                            parts,
+                            arrival: Arrival::Static { batch },
+                            together: b,
+                            isl,
+                            osl: 100.0,
+                            replicas: 1.0,
+                            first_token_decodes: false,
+                        };
+                        row.measured = row.predicted(truth);
+                        rows.push(row);
+                    }
+                }
+            }
+        }
+        rows
+    }
+
+    fn truth() -> Generation {
+        generation_of(2024, &[0.3, 0.1, 0.05, -0.5, 0.0, -6.0, -9.5, -11.0, -0.1, 0.2], false)
+    }
+
+    #[test]
+    fn a_fit_finds_the_engine_that_made_the_runs() {
+        let rows = observed(&truth());
+        let fitted = fit_all(&rows);
+        let g = &fitted[&("e".to_owned(), 2024)];
+        assert!(g.fit.median < 0.01 && g.fit.p90 < 0.03, "{g:?}");
+        assert!((g.prefill / truth().prefill - 1.0).abs() < 0.1, "{g:?}");
+        assert_eq!(g.fit.rows, rows.len());
+    }
+
+    #[test]
+    fn a_device_left_out_is_predicted_from_the_other() {
+        let rows = observed(&truth());
+        let fitted = leave_clusters_out(&rows);
+        let g = &fitted[&("b".to_owned(), "e".to_owned(), 2024)];
+        assert!(!g.devices.contains_key("b"));
+        let worst =
+            rows.iter().filter(|r| r.gpu == "b").map(|r| r.log_error(g).abs()).fold(0.0, f64::max);
+        assert!(worst < 0.1, "{worst}");
+    }
+
+    #[test]
+    fn what_a_device_is_off_by_is_found_and_kept_small_where_few_runs_say_so() {
+        let mut rows = observed(&truth());
+        for row in rows.iter_mut().filter(|r| r.gpu == "b") {
+            row.measured *= if row.metric == Metric::OutputTokS { 1.0 / 1.2 } else { 1.2 };
+        }
+        let all = &fit_all(&rows)[&("e".to_owned(), 2024)];
+        let found = all.device("b");
+        assert!(found.decode / all.device("a").decode > 1.1, "{:?}", all.devices);
+        let few: Vec<Observed> = rows
+            .into_iter()
+            .enumerate()
+            .filter(|(i, r)| r.gpu == "a" || i % 36 == 0)
+            .map(|(_, r)| r)
+            .collect();
+        let few = fit_all(&few)[&("e".to_owned(), 2024)].device("b");
+        assert!(few.decode < found.decode);
+    }
+
+    #[test]
+    fn time_to_first_token_in_a_closed_loop_is_not_fitted() {
+        let mut row = observed(&truth()).remove(0);
+        assert!(row.is_fit_for_fitting());
+        row.arrival = Arrival::Closed { concurrency: Some(4) };
+        row.metric = Metric::TtftMs;
+        assert!(!row.is_fit_for_fitting());
+    }
+}
