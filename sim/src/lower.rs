@@ -13,6 +13,8 @@ use crate::profile::Model;
 use crate::program::{Block, Header, Layers, Node, Pass, Program};
 use crate::units::Tokens;
 
+mod ops;
+
 /// Tokens a sliding layer's cache may grow in decode before it is cut to its window again.
 const SLIDE_SLACK: Tokens = 32;
 
@@ -498,104 +500,6 @@ impl<'a> Lowering<'a> {
                 all[a.index].resident[class] = left.saturating_add(grown);
             }
         }
-    }
-
-    fn op(&self, name: &'static str, kind: OpKind, lanes: Lanes) -> Op {
-        Op { name, kind, dtype: self.setup.activations, lanes }
-    }
-
-    fn gemm(&self, name: &'static str, n: u64, k: u64, accumulate: bool, rows: &Lanes) -> Op {
-        let kind = OpKind::Gemm { n, k, weights: self.setup.weights, accumulate };
-        self.op(name, kind, rows.clone())
-    }
-
-    /// Where devices share a layer, each has a part of the sum.
-    fn reduce(&self, ops: &mut Vec<Op>, rows: &Lanes) {
-        if self.setup.tp > 1 {
-            let kind = OpKind::AllReduce { width: self.model.hidden };
-            ops.push(self.op("all_reduce", kind, rows.clone()));
-        }
-    }
-
-    /// The ops of one decoder layer.
-    fn layer(
-        &self,
-        rows: &Lanes,
-        appended: Lanes,
-        seen: Lanes,
-        window: Option<Tokens>,
-        mut spoken: Vec<Op>,
-    ) -> Vec<Op> {
-        let model = self.model;
-        let heads = self.heads;
-        let (hidden, ffn) = (u64::from(model.hidden), u64::from(model.ffn));
-        let norm = |name, accumulate| {
-            self.op(name, OpKind::RmsNorm { width: model.hidden, accumulate }, rows.clone())
-        };
-        let attention_width = u64::from(model.heads) * u64::from(model.head_dim);
-        // With norms behind the blocks the norm, not the product, adds to the residual.
-        let residual = !model.post_norms;
-        let mut ops = Vec::with_capacity(14 + spoken.len());
-        ops.push(norm("attention_norm", false));
-        ops.push(self.gemm("qkv", model.qkv_width(), hidden, false, rows));
-        if model.qk_norm {
-            ops.push(self.op("qk_norm", OpKind::QkNorm { heads }, rows.clone()));
-        }
-        ops.push(self.op("rope", OpKind::Rope { heads }, rows.clone()));
-        ops.push(self.op("append", OpKind::Append { heads }, appended));
-        ops.push(self.op("attend", OpKind::Attend { heads, window }, seen));
-        ops.append(&mut spoken);
-        ops.push(self.gemm("output", hidden, attention_width, residual, rows));
-        self.reduce(&mut ops, rows);
-        if model.post_norms {
-            ops.push(norm("post_attention_norm", true));
-        }
-        ops.push(norm("ffn_norm", false));
-        if model.gated_ffn {
-            ops.push(self.gemm("gate_up", 2 * ffn, hidden, false, rows));
-        } else {
-            ops.push(self.gemm("up", ffn, hidden, false, rows));
-        }
-        ops.push(self.op("gated", OpKind::Gated { ffn: model.ffn }, rows.clone()));
-        ops.push(self.gemm("down", hidden, ffn, residual, rows));
-        self.reduce(&mut ops, rows);
-        if model.post_norms {
-            ops.push(norm("post_ffn_norm", true));
-        }
-        ops
-    }
-
-    /// Logits and the next token, for the sequences whose prompt is read; only their last row.
-    fn head(&self, all: &[Sequences], active: &[Active]) -> Vec<Op> {
-        let lanes: Vec<Lane> = active
-            .iter()
-            .filter(|a| a.prompt_read)
-            .map(|a| {
-                let s = &all[a.index];
-                Lane { first: s.first, sequences: s.count, rows: 1, kv: 0, keep: 0 }
-            })
-            .collect();
-        if lanes.is_empty() {
-            return Vec::new();
-        }
-        let rows = Lanes::new(&lanes);
-        let (width, vocab) = (self.model.hidden, self.model.vocab);
-        let final_norm = OpKind::RmsNorm { width, accumulate: false };
-        let head = OpKind::Gemm {
-            n: u64::from(vocab),
-            k: u64::from(width),
-            weights: self.setup.head,
-            accumulate: false,
-        };
-        let mut ops = vec![
-            self.op("final_norm", final_norm, rows.clone()),
-            self.op("head", head, rows.clone()),
-        ];
-        if self.model.logit_softcap.is_some() {
-            ops.push(self.op("softcap", OpKind::Softcap { width: vocab }, rows.clone()));
-        }
-        ops.push(self.op("sample", OpKind::Sample { vocab }, rows));
-        ops
     }
 
     /// Adds one lane's verbs to the ops of its layer, joining it to equal verbs of other lanes in order.

@@ -4,7 +4,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, Flops, Layer, Tokens};
+use crate::units::{Bytes, Layer, Tokens};
+
+mod work;
+
+pub use work::{Work, visible_pairs};
 
 /// Element types of weights, activations and caches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -425,25 +429,6 @@ impl Family {
     }
 }
 
-/// What an op moves and computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Work {
-    /// Floating-point operations.
-    pub flops: Flops,
-    /// Bytes read, each once.
-    pub read: Bytes,
-    /// Bytes written, each once.
-    pub written: Bytes,
-}
-
-impl Work {
-    /// Bytes read and written.
-    #[must_use]
-    pub fn bytes(&self) -> Bytes {
-        self.read + self.written
-    }
-}
-
 /// One kernel launch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Op {
@@ -455,23 +440,6 @@ pub struct Op {
     pub dtype: DType,
     /// The sequences it works on.
     pub lanes: Lanes,
-}
-
-/// Pairs (query, visible key) of one sequence: `rows` causal queries at the end of `kv` keys, at most `window` each.
-#[must_use]
-pub fn visible_pairs(rows: Tokens, kv: Tokens, window: Option<Tokens>) -> f64 {
-    let (rows, kv) = (f64::from(rows), f64::from(kv));
-    let causal = rows * kv - rows * (rows - 1.0) / 2.0;
-    match window.map(f64::from) {
-        // Queries that see more than the window are cut to it: those after the first `window` keys.
-        Some(window) if kv > window => {
-            let first_seen = kv - rows + 1.0;
-            let uncut = (window - first_seen).clamp(0.0, rows);
-            let uncut_pairs = uncut * first_seen + uncut * (uncut - 1.0) / 2.0;
-            uncut_pairs + (rows - uncut) * window
-        }
-        _ => causal,
-    }
 }
 
 impl Op {
@@ -534,123 +502,6 @@ impl Op {
             Lanes::Many(lanes) => Lanes::Many(lanes.iter().map(move_on).collect()),
         }
     }
-
-    /// FLOPs and bytes, `step` steps into its pass. Bytes are the least that must move: each operand once.
-    #[must_use]
-    pub fn work(&self, step: u32) -> Work {
-        let rows = self.lanes.rows();
-        let act = |elements: u64| self.dtype.bytes(elements);
-        let dense = |flops_per_element: f64, read: u64, written: u64| Work {
-            flops: Flops(flops_per_element * rows as f64 * written as f64),
-            read: act(rows.saturating_mul(read)),
-            written: act(rows.saturating_mul(written)),
-        };
-        match self.kind {
-            OpKind::Embed { width } => dense(0.0, u64::from(width), u64::from(width)),
-            OpKind::RmsNorm { width, accumulate } => {
-                dense(4.0, u64::from(width) * if accumulate { 2 } else { 1 }, u64::from(width))
-            }
-            OpKind::QkNorm { heads } => {
-                let width = u64::from(heads.query + heads.kv) * u64::from(heads.dim);
-                dense(4.0, width, width)
-            }
-            OpKind::Rope { heads } => {
-                let width = u64::from(heads.query + heads.kv) * u64::from(heads.dim);
-                dense(3.0, width, width)
-            }
-            OpKind::Gemm { n, k, weights, accumulate } => Work {
-                flops: Flops(2.0 * rows as f64 * n as f64 * k as f64),
-                read: weights.bytes(n.saturating_mul(k))
-                    + act(rows.saturating_mul(if accumulate { n + k } else { k })),
-                written: act(rows.saturating_mul(n)),
-            },
-            // Each device reads its own row and the sum of the others'.
-            OpKind::AllReduce { width } => dense(1.0, 2 * u64::from(width), u64::from(width)),
-            OpKind::Gated { ffn } => dense(5.0, 2 * u64::from(ffn), u64::from(ffn)),
-            OpKind::Softcap { width } => dense(3.0, u64::from(width), u64::from(width)),
-            OpKind::Sample { vocab } => Work {
-                flops: Flops(rows as f64 * f64::from(vocab)),
-                read: act(rows.saturating_mul(u64::from(vocab))),
-                written: Bytes(rows.saturating_mul(4)),
-            },
-            _ => self.cache_work(step),
-        }
-    }
-
-    fn cache_work(&self, step: u32) -> Work {
-        let mut total = Work::default();
-        let Some(heads) = self.cache_heads() else { return total };
-        for lane in self.lanes.as_slice() {
-            let kv = lane.kv.saturating_add(step.saturating_mul(lane.rows));
-            let one = self.lane_work(heads, lane, kv);
-            let sequences = u64::from(lane.sequences);
-            total.flops += one.flops * sequences as f64;
-            total.read += one.read * sequences;
-            total.written += one.written * sequences;
-        }
-        total
-    }
-
-    /// Work on one sequence of a lane whose cache holds `kv` tokens.
-    fn lane_work(&self, heads: Heads, lane: &Lane, kv: Tokens) -> Work {
-        let tokens = u64::from(kv);
-        let rows = u64::from(lane.rows);
-        let dim = f64::from(heads.dim);
-        let query_width = u64::from(heads.query) * u64::from(heads.dim);
-        let keys = |tokens: u64| Bytes(heads.kv_bytes(tokens).0 / 2);
-        let f32s = |elements: u64| Bytes(elements.saturating_mul(4));
-        let kv_heads = u64::from(heads.kv);
-        // q.k of each visible pair for every query head: 2 FLOPs a channel.
-        let dot = |pairs: f64| Flops(2.0 * f64::from(heads.query) * dim * pairs);
-        match self.kind {
-            OpKind::Append { .. } => Work {
-                flops: Flops(0.0),
-                read: self.dtype.bytes(2 * kv_heads * u64::from(heads.dim) * rows),
-                written: heads.kv_bytes(rows),
-            },
-            OpKind::Attend { window, .. } => {
-                let pairs = visible_pairs(lane.rows, kv, window);
-                let read_tokens = window.map_or(tokens, |w| tokens.min(u64::from(w) + rows - 1));
-                Work {
-                    flops: dot(pairs) * 2.0,
-                    read: heads.kv_bytes(read_tokens) + self.dtype.bytes(rows * query_width),
-                    written: self.dtype.bytes(rows * query_width),
-                }
-            }
-            OpKind::Tally { .. } => Work {
-                flops: dot(visible_pairs(lane.rows, kv, None)),
-                read: keys(tokens) + self.dtype.bytes(rows * query_width) + f32s(kv_heads * tokens),
-                written: f32s(kv_heads * tokens),
-            },
-            OpKind::Rank { by, .. } => {
-                let elements = f64::from(heads.kv) * dim * f64::from(kv);
-                let (flops, read) = match by {
-                    Score::Recency => (0.0, f32s(kv_heads * tokens)),
-                    Score::KeyNorm => (2.0 * elements, keys(tokens)),
-                    // Two passes over the keys: the anchor, then the cosines.
-                    Score::KeyDiff => (6.0 * elements, keys(tokens) * 2),
-                    Score::WindowAttention { window, .. } => {
-                        let window = window.min(lane.rows);
-                        (dot(visible_pairs(window, kv, None)).0, keys(tokens))
-                    }
-                    Score::TalliedAttention { .. } => {
-                        (f64::from(heads.kv) * f64::from(kv), f32s(2 * kv_heads * tokens))
-                    }
-                };
-                Work { flops: Flops(flops), read, written: f32s(kv_heads * tokens) }
-            }
-            OpKind::Evict { .. } => {
-                // In-place compaction moves what lies behind the first hole; on average half of what stays.
-                let moved = u64::from(lane.keep.min(kv)) / 2;
-                Work {
-                    flops: Flops(f64::from(heads.kv) * f64::from(kv)),
-                    read: heads.kv_bytes(moved) + f32s(kv_heads * tokens),
-                    written: heads.kv_bytes(moved),
-                }
-            }
-            _ => Work::default(),
-        }
-    }
 }
 
 /// Where an op stands in a program: the key on which prediction and measurement meet.
@@ -668,59 +519,4 @@ pub struct Site {
     pub layer: Option<Layer>,
     /// The op's name.
     pub name: &'static str,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const HEADS: Heads = Heads { query: 9, kv: 3, dim: 64, dtype: DType::F16 };
-
-    fn op(kind: OpKind, lane: Lane) -> Op {
-        Op { name: "x", kind, dtype: DType::F32, lanes: Lanes::One(lane) }
-    }
-
-    fn lane(sequences: u32, rows: Tokens, kv: Tokens) -> Lane {
-        Lane { first: 0, sequences, rows, kv, keep: 0 }
-    }
-
-    #[test]
-    fn gemm_counts_two_flops_per_multiply_add() {
-        let kind = OpKind::Gemm { n: 3, k: 5, weights: DType::Bf16, accumulate: false };
-        let work = op(kind, lane(2, 1, 0)).work(0);
-        // 2 rows x 3 columns x 5 products x 2 = 60; weights 15 x 2 B, inputs 10 x 4 B, outputs 6 x 4 B.
-        assert_eq!(work.flops, Flops(60.0));
-        assert_eq!(work.read, Bytes(30 + 40));
-        assert_eq!(work.written, Bytes(24));
-    }
-
-    #[test]
-    fn causal_pairs_by_hand() {
-        // 3 queries over 5 keys see 3, 4, 5 of them.
-        assert_eq!(visible_pairs(3, 5, None), 12.0);
-        // A window of 4 cuts the last to 4.
-        assert_eq!(visible_pairs(3, 5, Some(4)), 11.0);
-        assert_eq!(visible_pairs(3, 5, Some(2)), 6.0);
-        assert_eq!(visible_pairs(1, 5, Some(8)), 5.0);
-    }
-
-    #[test]
-    fn decode_attention_reads_every_cached_byte_once() {
-        let attend = op(OpKind::Attend { heads: HEADS, window: None }, lane(2, 1, 100));
-        let work = attend.work(0);
-        // 2 sequences x 100 tokens x (2 x 3 x 64 x 2 B) = 153,600 B, plus the queries 2 x 576 x 4 B.
-        assert_eq!(work.read, Bytes(153_600 + 4_608));
-        // 4 FLOPs x 9 heads x 64 channels x 100 keys x 2 sequences.
-        assert_eq!(work.flops, Flops(4.0 * 9.0 * 64.0 * 100.0 * 2.0));
-        // Ten steps later each cache is ten longer.
-        assert_eq!(attend.work(10).read, Bytes(168_960 + 4_608));
-    }
-
-    #[test]
-    fn types_parse_by_their_own_names() {
-        for dtype in DType::ALL {
-            assert_eq!(dtype.name().parse(), Ok(dtype));
-        }
-        assert!("float".parse::<DType>().is_err());
-    }
 }
