@@ -76,6 +76,8 @@ pub enum Command {
     Models(ListArgs),
     /// List or show device descriptions
     Gpus(ListArgs),
+    /// List or show serving engines
+    Engines(ListArgs),
     /// List or show policy presets
     Policies(ListArgs),
 }

@@ -10,7 +10,18 @@ use common::{LLAMA_ON_H100, Place, Ran, document, records, refuses, run};
 #[test]
 fn help_leads_to_every_command_and_states_the_exit_codes() {
     let help = run("--help").answered();
-    for verb in ["plan", "what-if", "explain", "fetch", "models", "gpus", "policies"] {
+    for verb in [
+        "plan",
+        "what-if",
+        "explain",
+        "fetch",
+        "models",
+        "gpus",
+        "engines",
+        "calibrate",
+        "score",
+        "policies",
+    ] {
         assert!(help.contains(&format!("\n  {verb}")), "{verb}");
         assert!(run(&format!("{verb} --help")).answered().contains("Usage: batchmax"), "{verb}");
     }
@@ -64,6 +75,11 @@ fn what_is_shown_of_a_model_or_device_can_be_read_back() {
 
 #[test]
 fn gpus_are_listed_and_shown() {
+    let list = run("engines").answered();
+    assert!(list.contains("vllm") && list.contains("tensorrt-llm"), "{list}");
+    let all = document(&run("engines --json").answered(), "engines");
+    assert!(all["engines"].as_array().is_some_and(|e| e.len() >= 8), "{all}");
+    assert!(run("engines vllm").answered().contains("step_tokens"));
     let list = run("gpus").answered();
     assert!(list.contains("\nh100-sxm ") && list.contains("\nl40s "), "{list}");
     let all = document(&run("gpus --json").answered(), "gpus");

@@ -6,7 +6,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::op::{DType, Family, Phase};
 use crate::profile::{Gpu, ProfileError};
+use crate::surface::is_nvidia;
 use crate::units::{Bytes, Tokens};
+
+/// Deviation (of the logarithm) between devices that the kernels do not explain.
+const UNSEEN_DEVICE: f64 = 0.06;
+/// The same where no kernel of the vendor was ever timed.
+const UNTIMED_VENDOR: f64 = 0.25;
 
 /// Errors of a fit on runs it saw and on clusters left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -107,6 +113,15 @@ impl Generation {
     #[must_use]
     pub fn device(&self, gpu: &str) -> DeviceFactors {
         self.devices.get(gpu).copied().unwrap_or_default()
+    }
+
+    /// Deviation of the logarithm of a run's time on a device: wider where the engine was never seen on it, and wider
+    /// still where no kernel of its vendor was timed.
+    #[must_use]
+    pub fn stddev_on(&self, gpu: &Gpu) -> f64 {
+        let unseen = if self.devices.contains_key(&gpu.name) { 0.0 } else { UNSEEN_DEVICE };
+        let untimed = if is_nvidia(gpu) { 0.0 } else { UNTIMED_VENDOR };
+        self.log_stddev.hypot(unseen).hypot(untimed)
     }
 
     /// Host seconds of a step of `sequences` through `layers` decoder layers that no kernel hides.

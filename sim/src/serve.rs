@@ -9,17 +9,11 @@ use crate::op::{Family, Phase};
 use crate::policy::Policy;
 use crate::profile::{Gpu, Model};
 use crate::program::Program;
-use crate::surface::is_nvidia;
 use crate::timeline::{SIGMAS_90, Source, Timeline};
 use crate::units::{Bytes, Tokens};
 
 /// How far the memory that engines keep for themselves is unknown, in batches.
 const CAPACITY_SLACK: f64 = 1.15;
-
-/// Deviation (of the logarithm) between devices that the kernels do not explain.
-const UNSEEN_DEVICE: f64 = 0.06;
-/// The same where no kernel of the vendor was ever timed.
-const UNTIMED_VENDOR: f64 = 0.25;
 
 /// A model on devices under an engine.
 #[derive(Clone, Copy)]
@@ -320,11 +314,7 @@ impl Deployment<'_> {
 
     fn half_width(&self, timeline: &Timeline) -> f64 {
         let total = timeline.total().0.max(1e-12);
-        // A device on which the engine was never seen may be off by what devices usually are.
-        let unseen =
-            if self.generation.devices.contains_key(&self.gpu.name) { 0.0 } else { UNSEEN_DEVICE };
-        let untimed = if is_nvidia(self.gpu) { 0.0 } else { UNTIMED_VENDOR };
-        let engine = self.generation.log_stddev.hypot(unseen).hypot(untimed);
+        let engine = self.generation.stddev_on(self.gpu);
         SIGMAS_90 * (timeline.stddev(|_| true).0 / total).hypot(engine)
     }
 

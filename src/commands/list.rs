@@ -84,6 +84,43 @@ pub fn gpus(places: &Places, args: &ListArgs, global: &Global) -> Result<Outcome
     Ok(Outcome::Answered)
 }
 
+/// Engines.
+pub fn engines(places: &Places, args: &ListArgs, global: &Global) -> Result<Outcome> {
+    let engines = match &args.name {
+        Some(name) => vec![places.catalog.engine(name)?],
+        None => places.catalog.engines()?,
+    };
+    if global.json {
+        answer(&json::document("engines", json!({ "engines": engines })));
+    } else if args.name.is_some() {
+        for engine in &engines {
+            answer(&toml::to_string(engine)?);
+        }
+    } else {
+        let mut rows = Vec::new();
+        for engine in &engines {
+            for g in &engine.generations {
+                let error = |e: f64| match g.fit.rows {
+                    0 => "-".to_owned(),
+                    _ => format!("{:.1} %", 100.0 * e),
+                };
+                rows.push(vec![
+                    engine.name.clone(),
+                    g.since.to_string(),
+                    engine.policies.join(" "),
+                    g.devices.keys().cloned().collect::<Vec<_>>().join(" "),
+                    g.fit.rows.to_string(),
+                    error(g.fit.held_out_median),
+                    error(g.fit.held_out_p90),
+                ]);
+            }
+        }
+        let head = ["engine", "since", "policies", "seen on", "runs", "held out", "p90"];
+        answer(&table::table(&head, rows, 4));
+    }
+    Ok(Outcome::Answered)
+}
+
 /// Policy presets.
 pub fn policies(places: &Places, args: &ListArgs, global: &Global) -> Result<Outcome> {
     let names = match &args.name {

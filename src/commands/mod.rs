@@ -71,6 +71,7 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         Command::Compare(args) => compare::run(&places, args, &cli.global),
         Command::Models(args) => list::models(&places, args, &cli.global),
         Command::Gpus(args) => list::gpus(&places, args, &cli.global),
+        Command::Engines(args) => list::engines(&places, args, &cli.global),
         Command::Policies(args) => list::policies(&places, args, &cli.global),
     }
 }

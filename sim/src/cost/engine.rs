@@ -5,13 +5,7 @@ use crate::engine::{DeviceFactors, Engine, Generation};
 use crate::op::{Family, Lane, Lanes, Op, Phase};
 use crate::profile::Gpu;
 use crate::program::Pass;
-use crate::surface::is_nvidia;
 use crate::units::{Seconds, Tokens};
-
-/// Deviation (of the logarithm) between devices that the kernels do not explain.
-const UNSEEN_DEVICE: f64 = 0.06;
-/// The same where no kernel of the vendor was ever timed.
-const UNTIMED_VENDOR: f64 = 0.25;
 
 /// A cost model of kernels, as an engine launches them.
 pub struct UnderEngine {
@@ -30,13 +24,10 @@ impl UnderEngine {
     #[must_use]
     pub fn new(kernels: Box<dyn CostModel>, gpu: &Gpu, engine: &Engine, pp: u32) -> Self {
         let generation = engine.generation(None).clone();
-        let seen = generation.devices.contains_key(&gpu.name);
-        let unseen = if seen { 0.0 } else { UNSEEN_DEVICE };
-        let untimed = if is_nvidia(gpu) { 0.0 } else { UNTIMED_VENDOR };
         Self {
             kernels,
             device: generation.device(&gpu.name),
-            stddev: generation.log_stddev.hypot(unseen).hypot(untimed),
+            stddev: generation.stddev_on(gpu),
             generation,
             step_tokens: engine.step_tokens.max(1),
             pp: pp.max(1),
