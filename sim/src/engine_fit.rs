@@ -124,6 +124,8 @@ const SPREAD: Numbers = [0.25, 0.10, 0.15, 0.5, 0.3, 1.0, 1.0, 1.0, 0.3, 0.2];
 const PRIOR_ERROR: f64 = 0.015;
 /// Log error at which a row starts to count linearly: a few rows must not bend a fit.
 const KNEE: f64 = 0.05;
+/// Runs that halve what an engine's own runs say against the prior.
+const FEW_ROWS: f64 = 30.0;
 /// Runs on a device that "as its kernels say" counts as.
 const DEVICE_PRIOR_ROWS: f64 = 4.0;
 /// Steps of the fit; it settles in ten.
@@ -171,7 +173,10 @@ fn fit_numbers(rows: &[&Observed], prior: &Numbers) -> Numbers {
         let g = generation_of(0, p, known(rows));
         rows.iter().map(|r| r.log_error(&g).clamp(-3.0, 3.0)).collect()
     };
-    levenberg_marquardt(prior, &SPREAD, &weights, errors)
+    // Few rows leave the prior as it is.
+    let trust = (rows.len() as f64 / (rows.len() as f64 + FEW_ROWS)).sqrt();
+    let spread = SPREAD.map(|s| s * trust.max(1e-3));
+    levenberg_marquardt(prior, &spread, &weights, errors)
 }
 
 /// The numbers whose `errors` are least, each drawn to its prior; errors beyond [`KNEE`] count linearly (by reweighting
@@ -287,11 +292,6 @@ fn quantiles(rows: &[&Observed], g: &Generation) -> (f64, f64) {
     (at(0.5), at(0.9))
 }
 
-/// What all engines have in common: the prior of each.
-fn common(rows: &[&Observed]) -> Numbers {
-    fit_numbers(rows, &PRIOR)
-}
-
 /// Fits one generation to runs of it. A fifth of the rows is held out once to say how wrong the rest's fit is on it; the
 /// numbers that are kept see all rows.
 #[must_use]
@@ -333,8 +333,12 @@ pub fn by_generation(rows: &[Observed]) -> BTreeMap<(String, u32), Vec<&Observed
 #[must_use]
 pub fn fit_all(rows: &[Observed]) -> BTreeMap<(String, u32), Generation> {
     let groups = by_generation(rows);
-    let everything: Vec<&Observed> = groups.values().flatten().copied().collect();
-    let shared = common(&everything);
+    let engines: Vec<Numbers> = groups
+        .values()
+        .filter(|rows| rows.len() >= ROWS_THAT_SAY_SOMETHING)
+        .map(|rows| fit_numbers(rows, &PRIOR))
+        .collect();
+    let shared = median_of(&engines);
     groups
         .into_iter()
         .map(|((engine, since), rows)| {
@@ -344,8 +348,23 @@ pub fn fit_all(rows: &[Observed]) -> BTreeMap<(String, u32), Generation> {
         .collect()
 }
 
+/// Runs from which an engine's numbers say what engines are like.
+const ROWS_THAT_SAY_SOMETHING: usize = 20;
+
+/// Number by number, the median engine.
+fn median_of(engines: &[Numbers]) -> Numbers {
+    if engines.is_empty() {
+        return PRIOR;
+    }
+    std::array::from_fn(|i| {
+        let mut values: Vec<f64> = engines.iter().map(|e| e[i]).collect();
+        values.sort_by(f64::total_cmp);
+        (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
+    })
+}
+
 /// For each (device, engine, generation): numbers fitted without that device's rows, drawn to what the engine's other
-/// generations say, and these to what all engines have in common.
+/// generations say and to the median engine.
 #[must_use]
 pub fn leave_clusters_out(rows: &[Observed]) -> BTreeMap<(String, String, u32), Generation> {
     let groups = by_generation(rows);
@@ -362,7 +381,19 @@ pub fn leave_clusters_out(rows: &[Observed]) -> BTreeMap<(String, String, u32), 
                     .filter(|r| (r.gpu != gpu || r.engine != engine) && keep(r))
                     .collect()
             };
-            let shared = common(&of(&|_| true));
+            // Engines as they usually are: this one says nothing about itself with the device it is scored on.
+            let others: Vec<Numbers> = groups
+                .iter()
+                .filter(|((other, year), rows)| {
+                    (*other != engine || *year != since) && rows.len() >= ROWS_THAT_SAY_SOMETHING
+                })
+                .map(|((other, _), rows)| {
+                    let kept: Vec<&Observed> =
+                        rows.iter().copied().filter(|r| *other != engine || r.gpu != gpu).collect();
+                    fit_numbers(&kept, &PRIOR)
+                })
+                .collect();
+            let shared = median_of(&others);
             let relatives = of(&|r| r.engine == engine && r.since != since);
             let family =
                 if relatives.is_empty() { shared } else { fit_numbers(&relatives, &shared) };
@@ -370,7 +401,10 @@ pub fn leave_clusters_out(rows: &[Observed]) -> BTreeMap<(String, String, u32), 
             // Relatives of another time say half of what they are: hosts and kernels have changed since.
             let prior: Numbers = std::array::from_fn(|i| 0.5 * (family[i] + shared[i]));
             let generation = if own.is_empty() {
-                let mut g = generation_of(since, &prior, false);
+                let known = rows
+                    .iter()
+                    .any(|r| r.engine == engine && r.since == since && r.first_token_decodes);
+                let mut g = generation_of(since, &prior, known);
                 g.log_stddev = 0.2;
                 g
             } else {
