@@ -113,7 +113,7 @@ impl Observed {
     }
 }
 
-/// Logarithms of an engine's ten numbers (the last as it is), in the order of [`generation_of`].
+/// Logarithms of an engine's ten numbers (the last as it is), in the order of `generation_of`.
 pub type Numbers = [f64; 10];
 
 /// What a fit of all engines together is drawn to: kernels as timed but small ones half fused, a millisecond a step.

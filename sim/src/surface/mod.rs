@@ -5,7 +5,7 @@
 //! cached tokens). The core ([`Shape::seconds`]) is a p-norm of the compute and the memory side with five numbers; what
 //! it misses is stored as log-residuals on the grid keys x axes. A key that was never timed borrows the residuals of its
 //! neighbours by simple kriging (mean zero), so that far from everything measured only the core is left. The weights
-//! depend on the key alone: a model's shapes are blended once ([`Surface::curve`]), and a look-up costs an interpolation.
+//! depend on the key alone: a model's shapes are blended once ([`Curve`]), and a look-up costs an interpolation.
 
 mod check;
 mod curve;
@@ -94,7 +94,7 @@ pub struct Surface {
     pub keys: Vec<[u32; KEYS]>,
     /// Sizes along each axis, ascending; as many as the kernel has.
     pub axes: Vec<Vec<u64>>,
-    /// ln(measured / core) in [`STEP`]s, key by key, the last axis fastest; [`MISSING`] where nobody measured.
+    /// ln(measured / core) in steps of half a percent, key by key, the last axis fastest; the least value where nobody measured.
     pub residuals: Vec<i16>,
     /// Errors on keys (or axis points) left out of their own prediction.
     pub errors: FitErrors,
