@@ -334,18 +334,25 @@ pub enum CalibrateCommand {
     Engines(EnginesArgs),
 }
 
+/// Published runs and what is known of them.
+#[derive(Args, Clone, Debug)]
+pub struct RunFiles {
+    /// Published runs (CSV): id, gpu, model, engine, mode, input_len, metric, value ...
+    #[arg(long, value_name = "FILE")]
+    pub runs: PathBuf,
+    /// Quality tier of each run (CSV: id, tier); fits use the tiers A and B
+    #[arg(long, value_name = "FILE")]
+    pub tiers: Option<PathBuf>,
+    /// Runs to leave out (CSV: id ...), for a fault visible in their data
+    #[arg(long, value_name = "FILE")]
+    pub without: Option<PathBuf>,
+}
+
 /// `calibrate engines`.
 #[derive(Args, Clone, Debug)]
 pub struct EnginesArgs {
-    /// Published runs (CSV), as `score` takes them
-    #[arg(long, value_name = "FILE")]
-    pub runs: PathBuf,
-    /// Quality tier of each run (CSV: id, tier, single_gpu); tiers A and B are used
-    #[arg(long, value_name = "FILE")]
-    pub tiers: Option<PathBuf>,
-    /// Runs to leave out (CSV: id ...)
-    #[arg(long, value_name = "FILE")]
-    pub without: Option<PathBuf>,
+    #[command(flatten)]
+    pub files: RunFiles,
     /// Directory for the fitted descriptions [default: engines in the data directory]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -354,15 +361,8 @@ pub struct EnginesArgs {
 /// `score`.
 #[derive(Args, Clone, Debug)]
 pub struct ScoreArgs {
-    /// Published runs (CSV): id, gpu, model, engine, mode, input_len, metric, value ...
-    #[arg(long, value_name = "FILE")]
-    pub runs: PathBuf,
-    /// Quality tier of each run (CSV: id, tier, single_gpu)
-    #[arg(long, value_name = "FILE")]
-    pub tiers: Option<PathBuf>,
-    /// Runs to leave out (CSV: id ...), for a fault visible in their data
-    #[arg(long, value_name = "FILE")]
-    pub without: Option<PathBuf>,
+    #[command(flatten)]
+    pub files: RunFiles,
     /// Where the prediction of each run goes (CSV)
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,

@@ -12,7 +12,7 @@ use batchmax_sim::runs::{BadLines, Metric, Prediction, Predictor, Question, Row,
 use batchmax_sim::surface::Library;
 use serde_json::json;
 
-use crate::cli::{Global, ScoreArgs};
+use crate::cli::{Global, RunFiles, ScoreArgs};
 use crate::commands::Outcome;
 use crate::paths::write_whole;
 use crate::report::{answer, json, table};
@@ -29,9 +29,7 @@ struct Scored {
 
 /// Scores.
 pub fn run(places: &Places, args: &ScoreArgs, global: &Global) -> Result<Outcome> {
-    let (rows, bad) = read(&args.runs)?;
-    let tiers = args.tiers.as_deref().map(read_tiers).transpose()?.unwrap_or_default();
-    let without = args.without.as_deref().map(read_ids).transpose()?.unwrap_or_default();
+    let Files { rows, bad, tiers, without } = Files::read(&args.files)?;
     let library = Library::new(places.catalog.clone(), places.own_surfaces()?);
     let mut predictor = Predictor::new(&places.catalog, &library);
     let understood = understand(places, &rows, &without);
@@ -66,7 +64,7 @@ pub fn run(places: &Places, args: &ScoreArgs, global: &Global) -> Result<Outcome
     if let Some(out) = &args.out {
         write_whole(out, &predictions_csv(&rows, &answers)?)?;
     }
-    let refused = refusals(&answers, &bad, &args.runs);
+    let refused = refusals(&answers, &bad, &args.files.runs);
     if global.json {
         answer(&json::document("score", document(&scored, &refused)));
     } else {
@@ -94,14 +92,39 @@ pub fn understand(
         .collect()
 }
 
+/// Runs and what is known of them, read.
+pub struct Files {
+    /// The runs.
+    pub rows: Vec<Row>,
+    /// Lines that are none.
+    pub bad: BadLines,
+    /// Tiers by id.
+    pub tiers: HashMap<String, String>,
+    /// Ids to leave out.
+    pub without: HashSet<String>,
+}
+
+impl Files {
+    /// Reads them.
+    pub fn read(files: &RunFiles) -> Result<Self> {
+        let (rows, bad) = read(&files.runs)?;
+        Ok(Self {
+            rows,
+            bad,
+            tiers: files.tiers.as_deref().map(read_tiers).transpose()?.unwrap_or_default(),
+            without: files.without.as_deref().map(read_ids).transpose()?.unwrap_or_default(),
+        })
+    }
+}
+
 /// The rows of a file of runs, and the lines that are none.
-pub fn read(path: &Path) -> Result<(Vec<Row>, BadLines)> {
+fn read(path: &Path) -> Result<(Vec<Row>, BadLines)> {
     let file = File::open(path).with_context(|| path.display().to_string())?;
     read_rows(&path.display().to_string(), BufReader::new(file)).map_err(|e| anyhow!(e))
 }
 
 /// Tiers by id.
-pub fn read_tiers(path: &Path) -> Result<HashMap<String, String>> {
+fn read_tiers(path: &Path) -> Result<HashMap<String, String>> {
     let mut reader = csv::Reader::from_path(path).with_context(|| path.display().to_string())?;
     let header = reader.headers()?.clone();
     let column = |name: &str| header.iter().position(|h| h == name);
@@ -117,7 +140,7 @@ pub fn read_tiers(path: &Path) -> Result<HashMap<String, String>> {
 }
 
 /// Ids to leave out; rows whose reason says that only the outcome is odd stay in.
-pub fn read_ids(path: &Path) -> Result<HashSet<String>> {
+fn read_ids(path: &Path) -> Result<HashSet<String>> {
     let mut reader = csv::Reader::from_path(path).with_context(|| path.display().to_string())?;
     let header = reader.headers()?.clone();
     let Some(id) = header.iter().position(|h| h == "id") else {

@@ -8,6 +8,7 @@ use batchmax_sim::surface::Library;
 use serde_json::json;
 
 use crate::cli::{EnginesArgs, Global};
+use crate::commands::score::Files;
 use crate::commands::{Outcome, score};
 use crate::dates::today;
 use crate::paths::write_whole;
@@ -16,9 +17,7 @@ use crate::setting::Places;
 
 /// Fits and writes.
 pub fn run(places: &Places, args: &EnginesArgs, global: &Global) -> Result<Outcome> {
-    let (rows, _) = score::read(&args.runs)?;
-    let tiers = args.tiers.as_deref().map(score::read_tiers).transpose()?.unwrap_or_default();
-    let without = args.without.as_deref().map(score::read_ids).transpose()?.unwrap_or_default();
+    let Files { rows, tiers, without, .. } = Files::read(&args.files)?;
     let library = Library::new(places.catalog.clone(), places.own_surfaces()?);
     let mut predictor = Predictor::new(&places.catalog, &library);
     let understood = score::understand(places, &rows, &without);
@@ -28,7 +27,7 @@ pub fn run(places: &Places, args: &EnginesArgs, global: &Global) -> Result<Outco
     observed = score::observe(&rows, &understood, &mut predictor, &tiers, Some(&first));
     let fitted = fit_all(&observed);
     if fitted.is_empty() {
-        bail!("{}: no run that an engine could be fitted to", args.runs.display());
+        bail!("{}: no run that an engine could be fitted to", args.files.runs.display());
     }
     let root = args.out.clone().unwrap_or_else(|| places.data_dir.join("engines"));
     let (mut table_rows, mut list) = (Vec::new(), Vec::new());
