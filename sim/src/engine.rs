@@ -9,8 +9,9 @@ use crate::profile::{Gpu, ProfileError};
 use crate::surface::is_nvidia;
 use crate::units::{Bytes, Tokens};
 
-/// Deviation (of the logarithm) between devices that the kernels do not explain.
-const UNSEEN_DEVICE: f64 = 0.06;
+/// Deviation (of the logarithm) between devices that the kernels do not explain: the shipped factors of the 38 pairs of
+/// engine and NVIDIA device have a root mean square of 0.13 while tokens are generated and 0.18 while prompts are read.
+const UNSEEN_DEVICE: f64 = 0.15;
 /// The same where no kernel of the vendor was ever timed.
 const UNTIMED_VENDOR: f64 = 0.25;
 
@@ -160,6 +161,9 @@ pub struct Engine {
     /// "auto" KV types follow fp8 weights.
     #[serde(default)]
     pub kv_follows_weights: bool,
+    /// Several devices hold a part of the layers each unless something else is said.
+    #[serde(default)]
+    pub splits_layers: bool,
     /// Policies it can run today, by the name of the preset; `*` for all.
     pub policies: Vec<String>,
     /// Weight types it can run.

@@ -266,8 +266,7 @@ impl Row {
         let n_gpus = count(&self.n_gpus, "n_gpus", 1)?.unwrap_or(1);
         let tp = count(&self.tp, "tp", 1)?.unwrap_or(1);
         let mut pp = count(&self.pp, "pp", 1)?.unwrap_or(1);
-        if engine.name == "llama-cpp" && tp == 1 {
-            // Its devices hold a part of the layers each.
+        if engine.splits_layers && tp == 1 {
             pp = n_gpus;
         }
         let replicas = (n_gpus / (tp * pp).max(1)).max(1);

@@ -297,7 +297,7 @@ impl Deployment<'_> {
             e2e_s: total,
             batch: f64::from(together),
             capacity,
-            peak_bytes: self.peak(&program, together),
+            peak_bytes: self.peak(&program),
             half_width: self.half_width(&timeline),
             source: timeline.weakest_source(),
             queued: false,
@@ -305,7 +305,7 @@ impl Deployment<'_> {
         })
     }
 
-    fn peak(&self, program: &Program, _batch: u32) -> Bytes {
+    fn peak(&self, program: &Program) -> Bytes {
         let peaks = kv_peaks(program);
         let caches = peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies
             / f64::from(self.pp.max(1));

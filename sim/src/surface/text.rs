@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::{Core, FitErrors, KEYS, Kernel, Kriging, MISSING, Origin, Surface, SurfaceId};
 use crate::profile::ProfileError;
@@ -11,7 +11,7 @@ use crate::profile::catalog::parse_toml;
 /// Cells that a file may hold at most: hostile sizes are refused before memory is taken.
 const MOST_CELLS: usize = 1 << 24;
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Document {
     gpu: String,
@@ -20,23 +20,7 @@ struct Document {
     licence: String,
     date: String,
     #[serde(rename = "surface")]
-    surfaces: Vec<Entry>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Entry {
-    kernel: Kernel,
-    dtype: String,
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    variant: String,
-    core: Core,
-    kriging: Kriging,
-    errors: FitErrors,
-    /// Sizes along each axis.
-    axes: Vec<Vec<u64>>,
-    /// `key parts: residuals in half percents, . where nobody measured`, a key a line.
-    rows: String,
+    surfaces: Vec<Head>,
 }
 
 /// The surfaces of one device and framework as a file. All must be of the same device, framework and origin.
@@ -122,22 +106,13 @@ pub fn from_text(origin: &str, text: &str) -> Result<Vec<Surface>, ProfileError>
         .collect()
 }
 
-fn surface_of(document: &Document, entry: &Entry) -> Result<Surface, String> {
-    let head = Head {
-        kernel: entry.kernel,
-        dtype: entry.dtype.clone(),
-        variant: entry.variant.clone(),
-        core: entry.core,
-        kriging: entry.kriging,
-        errors: entry.errors.clone(),
-        axes: entry.axes.clone(),
-    };
+fn surface_of(document: &Document, entry: &Head) -> Result<Surface, String> {
     let origin = Origin {
         source: document.source.clone(),
         licence: document.licence.clone(),
         date: document.date.clone(),
     };
-    let mut surface = head.surface(&document.gpu, &document.framework, origin)?;
+    let mut surface = entry.clone().surface(&document.gpu, &document.framework, origin)?;
     let (kernel, cells) = (entry.kernel, surface.cells());
     for (number, line) in entry.rows.lines().filter(|l| !l.trim().is_empty()).enumerate() {
         let bad = |what: &str| format!("row {}: {what}", number + 1);
@@ -181,18 +156,22 @@ fn surface_of(document: &Document, entry: &Entry) -> Result<Surface, String> {
     Ok(surface)
 }
 
-/// All of a surface but its rows: what stands as text beside packed residuals.
-#[derive(Serialize, Deserialize)]
+/// A surface as it stands in a file; packed ones have their rows elsewhere.
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Head {
     kernel: Kernel,
     dtype: String,
-    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[serde(default)]
     variant: String,
     core: Core,
     kriging: Kriging,
     errors: FitErrors,
+    /// Sizes along each axis.
     axes: Vec<Vec<u64>>,
+    /// `key parts: residuals in half percents, . where nobody measured`, a key a line.
+    #[serde(default)]
+    rows: String,
 }
 
 impl Head {
