@@ -1,0 +1,98 @@
+//! Families of kernels.
+
+use serde::{Deserialize, Serialize};
+
+/// The family of kernels an op belongs to: the row of a validation table and the unit of calibration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Family {
+    /// Matrix products.
+    Gemm,
+    /// Attention of prompt chunks.
+    AttendPrefill,
+    /// Attention of single tokens.
+    AttendDecode,
+    /// Embedding look-up.
+    Embed,
+    /// Norms.
+    Norm,
+    /// Rotary embedding.
+    Rope,
+    /// Cache writes.
+    Append,
+    /// Running attention sums.
+    Tally,
+    /// Ranking by position.
+    RankRecency,
+    /// Ranking by key norm.
+    RankKeyNorm,
+    /// Ranking by distance from the mean key.
+    RankKeydiff,
+    /// Ranking by the window's attention.
+    RankWindow,
+    /// Ranking by tallied attention.
+    RankTally,
+    /// Compaction.
+    Evict,
+    /// Sums over devices.
+    Collective,
+    /// Gate activation.
+    Gated,
+    /// Logit cap.
+    Softcap,
+    /// Sampling.
+    Sample,
+    /// Freeing.
+    Release,
+}
+
+impl Family {
+    /// Every family, in the order of tables.
+    pub const ALL: [Self; 19] = [
+        Self::Gemm,
+        Self::AttendPrefill,
+        Self::AttendDecode,
+        Self::Embed,
+        Self::Norm,
+        Self::Rope,
+        Self::Append,
+        Self::Tally,
+        Self::RankRecency,
+        Self::RankKeyNorm,
+        Self::RankKeydiff,
+        Self::RankWindow,
+        Self::RankTally,
+        Self::Evict,
+        Self::Collective,
+        Self::Gated,
+        Self::Softcap,
+        Self::Sample,
+        Self::Release,
+    ];
+
+    /// The name in tables and files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gemm => "gemm",
+            Self::AttendPrefill => "attend-prefill",
+            Self::AttendDecode => "attend-decode",
+            Self::Embed => "embed",
+            Self::Norm => "norm",
+            Self::Rope => "rope",
+            Self::Append => "append",
+            Self::Tally => "tally",
+            Self::RankRecency => "rank-recency",
+            Self::RankKeyNorm => "rank-key-norm",
+            Self::RankKeydiff => "rank-keydiff",
+            Self::RankWindow => "rank-window",
+            Self::RankTally => "rank-tally",
+            Self::Evict => "evict",
+            Self::Collective => "collective",
+            Self::Gated => "gated",
+            Self::Softcap => "softcap",
+            Self::Sample => "sample",
+            Self::Release => "release",
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! The sequences an op works on.
+
+use crate::units::Tokens;
+
+/// Equal sequences inside an op: `sequences` of them from index `first`, each with `rows` query tokens in this step
+/// over a cache of `kv` tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Lane {
+    /// Index of the first sequence in the load.
+    pub first: u32,
+    /// How many sequences.
+    pub sequences: u32,
+    /// Query tokens per sequence.
+    pub rows: Tokens,
+    /// Cached tokens per sequence and KV head. `Append`, `Evict`, `Release`: before the op. Other ops: as read.
+    pub kv: Tokens,
+    /// Tokens that stay (`Evict` only).
+    pub keep: Tokens,
+}
+
+/// The lanes of an op; one lane (all sequences equal) needs no allocation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lanes {
+    /// All sequences are equal.
+    One(Lane),
+    /// Ragged batch.
+    Many(Vec<Lane>),
+}
+
+impl Lanes {
+    /// From a list; one element is stored inline.
+    #[must_use]
+    pub fn new(lanes: &[Lane]) -> Self {
+        match lanes {
+            [one] => Self::One(*one),
+            many => Self::Many(many.to_vec()),
+        }
+    }
+
+    /// The lanes in order of their sequences.
+    #[must_use]
+    pub fn as_slice(&self) -> &[Lane] {
+        match self {
+            Self::One(lane) => std::slice::from_ref(lane),
+            Self::Many(lanes) => lanes,
+        }
+    }
+
+    /// Adds a lane behind the others.
+    pub fn push(&mut self, lane: Lane) {
+        match self {
+            Self::One(one) => *self = Self::Many(vec![*one, lane]),
+            Self::Many(lanes) => lanes.push(lane),
+        }
+    }
+
+    /// Query tokens of all sequences.
+    #[must_use]
+    pub fn rows(&self) -> u64 {
+        self.as_slice().iter().map(|l| u64::from(l.sequences) * u64::from(l.rows)).sum()
+    }
+
+    /// Sequences of all lanes.
+    #[must_use]
+    pub fn sequences(&self) -> u64 {
+        self.as_slice().iter().map(|l| u64::from(l.sequences)).sum()
+    }
+}
