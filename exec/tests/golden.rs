@@ -7,23 +7,16 @@ mod common;
 
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
-use batchmax_sim::policy::{BatchMax, Budget, By, Full, Instant, Policy, SnapKv, StreamingLlm};
+use batchmax_sim::policy::{
+    AnyScore, BatchMax, Budget, By, Cut, Full, Policy, SnapKv, StreamingLlm,
+};
 use common::{Golden, engine, run};
 use serde_json::Value;
 
 /// One-shot eviction by a score, nothing protected, nothing in decode: kvpress' regime.
 fn one_shot(by: By, keep: u32) -> BatchMax {
-    BatchMax {
-        budget: Budget::Tokens(keep),
-        chunk: 8192,
-        by,
-        sinks: 0,
-        recent: 0,
-        window: 32,
-        pool: 5,
-        slack: 0,
-        decode: false,
-    }
+    let cut = Cut { budget: Budget::Tokens(keep), chunk: Some(8192), ..Cut::default() };
+    BatchMax { cut, by: AnyScore { by, ..AnyScore::default() } }
 }
 
 fn numbers(value: &Value) -> Vec<f64> {
@@ -85,9 +78,10 @@ fn kept_positions_and_tokens_of_one_shot_policies() {
     for prompt in &Golden::read("golden.json").prompts()[1..] {
         let keep = (prompt["len"].as_u64().expect("length") / 2) as u32;
         let budget = Budget::Tokens(keep);
-        let snap = SnapKv { budget, window: 32, pool: 5, instant: Instant::AfterLayer };
+        let snap = SnapKv::new(budget);
         // Never cuts in decode, as the reference.
-        let streaming = StreamingLlm { budget, sinks: 4, chunk: None, slack: 1 << 20 };
+        let streaming = StreamingLlm::new(budget);
+        let streaming = StreamingLlm { cut: Cut { decode: false, ..streaming.cut }, ..streaming };
         let cases: [(&str, &dyn Policy); 5] = [
             ("snapkv_w32_k5", &snap),
             ("streaming_sink4", &streaming),
@@ -127,7 +121,9 @@ fn kept_positions_logits_and_tokens_of_chunked_policies() {
             ("window_snap", By::WindowSnap, 0, 32),
         ];
         for (name, by, sinks, recent) in scorers {
-            let policy = BatchMax { chunk, sinks, recent, decode: true, ..one_shot(by, budget) };
+            let policy = one_shot(by, budget);
+            let cut = Cut { chunk: Some(chunk), sinks, recent, decode: true, ..policy.cut };
+            let policy = BatchMax { cut, ..policy };
             let reference = &prompt["batch_max"][name];
             let prompt_ids = ids(&prompt["ids"]);
             let result = run(&engine, &policy, &[prompt_ids], 32, Schedule::Static, DType::F32);

@@ -5,28 +5,35 @@ mod common;
 use batchmax_exec::{Engine, RunResult};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
-use batchmax_sim::policy::{BatchMax, Budget, By, Full, Instant, Policy, SnapKv, StreamingLlm};
+use batchmax_sim::policy::{
+    AnyScore, BatchMax, Budget, By, Cut, Full, Instant, Policy, Snap, SnapKv, StreamingLlm,
+};
 use common::{made_up, run, small};
 
 fn batch_max(by: By, budget: u32, chunk: u32) -> BatchMax {
-    BatchMax {
+    let cut = Cut {
         budget: Budget::Tokens(budget),
-        chunk,
-        by,
+        chunk: Some(chunk),
         sinks: 4,
         recent: 16,
-        window: 16,
-        pool: 5,
         slack: 8,
         decode: true,
-    }
+        ..Cut::default()
+    };
+    BatchMax { cut, by: AnyScore { by, window: 16, pool: 5 } }
 }
 
 /// The matrix: every policy of the project, at a budget.
-fn policies(budget: u32) -> Vec<Box<dyn Policy>> {
-    let snap = |instant| SnapKv { budget: Budget::Tokens(budget), window: 16, pool: 5, instant };
-    let streaming =
-        |chunk| StreamingLlm { budget: Budget::Tokens(budget), sinks: 4, chunk, slack: 8 };
+fn policies(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
+    let budget = Budget::Tokens(budget_tokens);
+    let snap = |instant| SnapKv {
+        cut: Cut { budget, instant, ..Cut::default() },
+        by: Snap { window: 16, pool: 5 },
+    };
+    let streaming = |chunk| {
+        let policy = StreamingLlm::new(budget);
+        StreamingLlm { cut: Cut { chunk, slack: 8, ..policy.cut }, ..policy }
+    };
     let mut all: Vec<Box<dyn Policy>> = vec![
         Box::new(snap(Instant::AfterLayer)),
         Box::new(snap(Instant::AfterPrefill)),
@@ -36,8 +43,8 @@ fn policies(budget: u32) -> Vec<Box<dyn Policy>> {
     for by in
         [By::Recency, By::KeyNorm, By::Keydiff, By::Window, By::WindowSnap, By::Tally, By::TallySum]
     {
-        all.push(Box::new(batch_max(by, budget, 48)));
-        all.push(Box::new(batch_max(by, budget, 4096)));
+        all.push(Box::new(batch_max(by, budget_tokens, 48)));
+        all.push(Box::new(batch_max(by, budget_tokens, 4096)));
     }
     all
 }

@@ -159,14 +159,29 @@ pub fn shape(op: &Op, growing: bool) -> String {
         OpKind::Rank { by, .. } => {
             format!("{} over {}", by.name(), tokens(&op.lanes, growing, false))
         }
-        OpKind::Evict { protect, .. } => format!(
-            "{}, {} sinks and {} recent stay",
+        OpKind::Evict { protect, choice, .. } => format!(
+            "{}, {} sinks and {} recent stay{}",
             tokens(&op.lanes, growing, true),
             protect.sinks,
-            protect.recent
+            protect.recent,
+            if choice.is_ragged() { ", heads share" } else { "" },
         ),
         OpKind::Gated { ffn } => format!("{rows} x {ffn}"),
         OpKind::Sample { vocab } => format!("{rows} x {vocab}"),
         OpKind::Release { .. } => tokens(&op.lanes, growing, false),
+        OpKind::Pack { heads } => {
+            let bits = heads.form.packed.map_or(0, |p| p.bits);
+            format!("{} to {bits} bits", tokens(&op.lanes, growing, false))
+        }
+        OpKind::PruneChannels { heads } => {
+            let channels = heads.form.pruned.map_or(heads.dim, |p| p.channels);
+            format!("{} to {channels} channels", tokens(&op.lanes, growing, false))
+        }
+        OpKind::Forward { width } => {
+            let kept: u64 = (op.lanes.as_slice().iter())
+                .map(|l| u64::from(l.sequences) * u64::from(l.keep))
+                .sum();
+            format!("{rows} -> {kept} rows x {width}")
+        }
     }
 }

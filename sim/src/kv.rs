@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::op::{DType, Heads, OpKind, Protect, Score};
+use crate::form::Length;
+use crate::op::{Choice, DType, Heads, OpKind, Protect, Score};
 use crate::units::{Bytes, Tokens};
 
 /// How an engine lays a cache out in memory: blocks of `block_tokens` tokens per (sequence, layer, KV head).
@@ -15,11 +16,10 @@ pub struct KvLayout {
 }
 
 impl KvLayout {
-    /// Bytes that `tokens` tokens of one sequence and layer hold, all KV heads, whole blocks.
+    /// Bytes that a cache of this length holds of one sequence and layer, all KV heads, whole blocks.
     #[must_use]
-    pub fn held(&self, heads: Heads, tokens: Tokens) -> Bytes {
-        let blocks = u64::from(tokens).div_ceil(u64::from(self.block_tokens));
-        heads.kv_bytes(blocks * u64::from(self.block_tokens))
+    pub fn held(&self, heads: Heads, length: Length) -> Bytes {
+        heads.in_blocks(length, self.block_tokens)
     }
 }
 
@@ -30,8 +30,8 @@ pub struct Verb {
     pub name: &'static str,
     /// The op.
     pub kind: OpKind,
-    /// Tokens in the cache when it starts.
-    pub kv: Tokens,
+    /// The cache when it starts.
+    pub length: Length,
     /// Tokens that stay (evictions).
     pub keep: Tokens,
 }
@@ -40,25 +40,31 @@ pub struct Verb {
 #[derive(Debug)]
 pub struct KvTape<'a> {
     heads: Heads,
-    tokens: Tokens,
+    length: Length,
     protect: Protect,
     verbs: &'a mut Vec<Verb>,
 }
 
 impl<'a> KvTape<'a> {
-    /// A cache of `tokens` tokens; verbs are appended to `verbs`.
-    pub fn new(heads: Heads, tokens: Tokens, verbs: &'a mut Vec<Verb>) -> Self {
-        Self { heads, tokens, protect: Protect::default(), verbs }
+    /// A cache of this length; verbs are appended to `verbs`.
+    pub fn new(heads: Heads, length: Length, verbs: &'a mut Vec<Verb>) -> Self {
+        Self { heads, length, protect: Protect::default(), verbs }
     }
 
     /// Tokens resident per KV head.
     #[must_use]
     pub fn tokens(&self) -> Tokens {
-        self.tokens
+        self.length.tokens
+    }
+
+    /// The resident tokens, and which of them are settled.
+    #[must_use]
+    pub fn length(&self) -> Length {
+        self.length
     }
 
     fn record(&mut self, name: &'static str, kind: OpKind, keep: Tokens) {
-        self.verbs.push(Verb { name, kind, kv: self.tokens, keep });
+        self.verbs.push(Verb { name, kind, length: self.length, keep });
     }
 
     /// Adds this step's attention to each key's running sum.
@@ -75,15 +81,31 @@ impl<'a> KvTape<'a> {
 
     /// Keeps the `tokens` best of the last ranking, drops the others and frees their memory.
     pub fn keep(&mut self, tokens: Tokens) {
-        self.keep_protecting(tokens, self.protect);
+        self.keep_by(tokens, self.protect, Choice::PerHead);
     }
 
-    /// As [`Self::keep`], where the ranking was recorded by an earlier hook (eviction after the whole prefill).
-    pub fn keep_protecting(&mut self, tokens: Tokens, protect: Protect) {
-        if tokens < self.tokens {
-            self.record("evict", OpKind::Evict { heads: self.heads, protect }, tokens);
-            self.tokens = tokens;
+    /// As [`Self::keep`], where the ranking was recorded by an earlier hook (eviction after the whole prefill), or heads
+    /// share a budget. A form that packs keys in groups of tokens keeps whole groups.
+    pub fn keep_by(&mut self, tokens: Tokens, protect: Protect, choice: Choice) {
+        let tokens = self.heads.form.round_down(tokens);
+        if tokens < self.length.tokens {
+            self.record("evict", OpKind::Evict { heads: self.heads, protect, choice }, tokens);
+            self.length = Length::settled(tokens);
         }
+    }
+
+    /// Settles the new tokens: prunes, then packs, where the cache's form does.
+    pub(crate) fn settle(&mut self) {
+        let form = self.heads.form;
+        if self.length.settled < self.length.tokens {
+            if form.pruned.is_some() {
+                self.record("prune_channels", OpKind::PruneChannels { heads: self.heads }, 0);
+            }
+            if form.packed.is_some() {
+                self.record("pack", OpKind::Pack { heads: self.heads }, 0);
+            }
+        }
+        self.length = Length::settled(self.length.tokens);
     }
 }
 
@@ -93,11 +115,11 @@ mod tests {
 
     #[test]
     fn memory_is_held_in_whole_blocks() {
-        let heads = Heads { query: 9, kv: 3, dim: 64, dtype: DType::F16 };
+        let heads = Heads { query: 9, kv: 3, dim: 64, dtype: DType::F16, form: Default::default() };
         let layout = KvLayout { dtype: DType::F16, block_tokens: 32 };
         // 33 tokens take two blocks: 64 tokens x 2 x 3 heads x 64 channels x 2 bytes.
-        assert_eq!(layout.held(heads, 33), Bytes(49_152));
-        assert_eq!(layout.held(heads, 32), Bytes(24_576));
-        assert_eq!(layout.held(heads, 0), Bytes(0));
+        assert_eq!(layout.held(heads, Length::settled(33)), Bytes(49_152));
+        assert_eq!(layout.held(heads, Length::settled(32)), Bytes(24_576));
+        assert_eq!(layout.held(heads, Length::settled(0)), Bytes(0));
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! - [`profile`]: descriptions of models, devices and policies, read from files ([`profile::Catalog`]);
 //! - [`policy`]: what a system does to a cache, one file each, against a tape that knows *how many* tokens a layer
-//!   holds, never *which* ([`kv`]);
+//!   holds, never *which* ([`kv`], [`form`]);
 //! - [`lower`]: (model, policy, [`load`]) -> [`program::Program`], the ops of the run, folded;
 //! - [`op`]: one kernel launch; the only place where FLOPs and bytes are counted;
 //! - [`memory`]: peak bytes, by replaying a program;
@@ -22,6 +22,7 @@ pub mod cost;
 pub mod engine;
 pub mod engine_fit;
 pub mod explain;
+pub mod form;
 pub mod kv;
 pub mod load;
 pub mod lower;

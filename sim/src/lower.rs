@@ -5,10 +5,11 @@
 //! state, the passes between are a period and fold into a loop. So the work of lowering grows with the number of
 //! *events*, not of steps.
 
+use crate::form::Length;
 use crate::kv::{KvLayout, KvTape, Verb};
 use crate::load::{Group, Load, Schedule};
 use crate::op::{DType, Heads, Lane, Lanes, Op, OpKind, Phase, Protect, Score};
-use crate::policy::{Policy, PolicyError, Step};
+use crate::policy::{Policy, PolicyError, Request, Step};
 use crate::profile::Model;
 use crate::program::{Block, Header, Layers, Node, Pass, Program};
 use crate::units::Tokens;
@@ -62,10 +63,47 @@ pub enum LowerError {
     Policy(#[from] PolicyError),
 }
 
+/// Bytes of a token in all layers, stored whole.
+fn token_bytes(model: &Model, setup: Setup) -> u64 {
+    setup.kv.dtype.bytes(model.kv_elements_per_token_layer() * u64::from(model.layers)).0
+}
+
 /// Layers that behave alike.
 struct Class {
     layers: Layers,
     window: Option<Tokens>,
+    heads: Heads,
+}
+
+/// The layers of a model by what they do: those whose window and kind are the same.
+fn classes(model: &Model, policy: &dyn Policy, setup: Setup) -> Vec<Class> {
+    let heads_of = |layer| Heads {
+        query: model.heads,
+        kv: model.kv_heads,
+        dim: model.head_dim,
+        dtype: setup.kv.dtype,
+        form: policy.form(layer, model),
+    };
+    let mut classes: Vec<(u32, Class)> = Vec::new();
+    for layer in 0..model.layers {
+        let (kind, window) = (policy.layer_kind(layer), model.window_of(layer));
+        // A class is an arithmetic progression; layers that don't continue one start another.
+        let same = classes.iter_mut().rev().find(|(k, c)| *k == kind && c.window == window);
+        let joined = same.is_some_and(|(_, class)| {
+            let layers = &mut class.layers;
+            let distance = layer - (layers.first + (layers.count - 1) * layers.stride);
+            if layers.count > 1 && distance != layers.stride {
+                return false;
+            }
+            *layers = Layers { stride: distance, count: layers.count + 1, ..*layers };
+            true
+        });
+        if !joined {
+            let layers = Layers { first: layer, stride: 1, count: 1 };
+            classes.push((kind, Class { layers, window, heads: heads_of(layer) }));
+        }
+    }
+    classes.into_iter().map(|(_, class)| class).collect()
 }
 
 /// Equal sequences while they are lowered.
@@ -114,7 +152,8 @@ pub fn lower(
                 context: model.context,
             });
         }
-        policy.check(model, group.isl)?;
+        let token_bytes = token_bytes(model, setup);
+        policy.check(&Request { model, prompt: group.isl, token_bytes })?;
     }
     let mut lowering = Lowering::new(model, policy, setup);
     let nodes = lowering.run(load);
@@ -164,7 +203,7 @@ struct Lowering<'a> {
     model: &'a Model,
     policy: &'a dyn Policy,
     setup: Setup,
-    heads: Heads,
+    token_bytes: u64,
     classes: Vec<Class>,
     verbs: Vec<Verb>,
     probe: Vec<Verb>,
@@ -172,20 +211,15 @@ struct Lowering<'a> {
 
 impl<'a> Lowering<'a> {
     fn new(model: &'a Model, policy: &'a dyn Policy, setup: Setup) -> Self {
-        let stride = model.sliding_window.map_or(1, |w| w.every).min(model.layers);
-        let classes = (0..stride)
-            .map(|first| Class {
-                layers: Layers { first, stride, count: (model.layers - first).div_ceil(stride) },
-                window: model.window_of(first),
-            })
-            .collect();
-        let heads = Heads {
-            query: model.heads,
-            kv: model.kv_heads,
-            dim: model.head_dim,
-            dtype: setup.kv.dtype,
-        };
-        Self { model, policy, setup, heads, classes, verbs: Vec::new(), probe: Vec::new() }
+        Self {
+            model,
+            policy,
+            setup,
+            token_bytes: token_bytes(model, setup),
+            classes: classes(model, policy, setup),
+            verbs: Vec::new(),
+            probe: Vec::new(),
+        }
     }
 
     fn sequences(&self, first: u32, group: &Group) -> Sequences {
@@ -349,9 +383,11 @@ impl<'a> Lowering<'a> {
         Step {
             phase,
             layer: self.classes[class].layers.first,
+            layers: self.model.layers,
             prompt: s.isl,
             rows: a.rows,
             prompt_read: a.prompt_read,
+            token_bytes: self.token_bytes,
         }
     }
 
@@ -365,17 +401,21 @@ impl<'a> Lowering<'a> {
         verbs: &mut Vec<Verb>,
     ) -> (Tokens, usize) {
         verbs.clear();
-        let mut tape = KvTape::new(self.heads, tokens, verbs);
+        let Class { window, heads, .. } = self.classes[class];
+        let mut tape = KvTape::new(heads, Length::with_new(tokens, step.rows), verbs);
         self.policy.after_attend(step, &mut tape);
-        if let Some(window) = self.classes[class].window {
+        if let Some(window) = window {
             let slack = if step.phase == Phase::Decode { SLIDE_SLACK } else { 0 };
             if tape.tokens() > window.saturating_add(slack) {
                 tape.rank(Score::Recency, Protect::default()).keep(window);
             }
         }
-        let tokens = tape.tokens();
+        if !heads.form.is_plain() {
+            tape.settle();
+        }
+        let length = tape.length();
         let split = verbs.len();
-        let mut tape = KvTape::new(self.heads, tokens, verbs);
+        let mut tape = KvTape::new(heads, length, verbs);
         self.policy.after_pass(step, &mut tape);
         (tape.tokens(), split)
     }
@@ -437,17 +477,12 @@ impl<'a> Lowering<'a> {
         release: bool,
         nodes: &mut Vec<Node>,
     ) {
-        let lanes_of = |kv: &dyn Fn(&Sequences, &Active) -> Tokens| -> Lanes {
-            let lanes: Vec<Lane> = active
-                .iter()
-                .map(|a| {
-                    let s = &all[a.index];
-                    Lane { first: s.first, sequences: s.count, rows: a.rows, kv: kv(s, a), keep: 0 }
-                })
-                .collect();
+        let lanes_of = |length: &dyn Fn(&Sequences, &Active) -> Length| -> Lanes {
+            let lanes: Vec<Lane> =
+                active.iter().map(|a| lane(&all[a.index], a.rows, length(&all[a.index], a), 0)).collect();
             Lanes::new(&lanes)
         };
-        let rows = lanes_of(&|_, _| 0);
+        let rows = lanes_of(&|_, _| Length::settled(0));
         let before = Block {
             layers: None,
             ops: vec![self.op("embed", OpKind::Embed { width: self.model.hidden }, rows.clone())],
@@ -457,8 +492,11 @@ impl<'a> Lowering<'a> {
         let mut after_layers = Vec::new();
         let mut stay: Vec<Vec<Tokens>> = Vec::with_capacity(self.classes.len());
         for class in 0..self.classes.len() {
-            let appended = lanes_of(&|s, _| s.resident[class]);
-            let seen = lanes_of(&|s, a| s.resident[class].saturating_add(a.rows));
+            let heads = self.classes[class].heads;
+            let appended = lanes_of(&|s, _| Length::settled(s.resident[class]));
+            let seen = lanes_of(&|s, a| {
+                Length::with_new(s.resident[class].saturating_add(a.rows), a.rows)
+            });
             let (mut spoken, mut late) = (Vec::new(), Vec::new());
             let mut stays = Vec::with_capacity(active.len());
             for a in active {
@@ -470,8 +508,8 @@ impl<'a> Lowering<'a> {
                 self.merge(&mut spoken, &verbs[..split], s, a);
                 self.merge(&mut late, &verbs[split..], s, a);
                 if release && s.generated + 1 == s.osl {
-                    let kind = OpKind::Release { heads: self.heads };
-                    let verb = Verb { name: "release", kind, kv: left, keep: 0 };
+                    let (kind, length) = (OpKind::Release { heads }, Length::settled(left));
+                    let verb = Verb { name: "release", kind, length, keep: 0 };
                     self.merge(&mut late, &[verb], s, a);
                 }
             }
@@ -479,7 +517,7 @@ impl<'a> Lowering<'a> {
             let window = self.classes[class].window;
             let at = Some(self.classes[class].layers);
             layers
-                .push(Block { layers: at, ops: self.layer(&rows, appended, seen, window, spoken) });
+                .push(Block { layers: at, ops: self.layer(&rows, heads, appended, seen, window, spoken) });
             if !late.is_empty() {
                 after_layers.push(Block { layers: at, ops: late });
             }
@@ -506,13 +544,7 @@ impl<'a> Lowering<'a> {
     fn merge(&self, ops: &mut Vec<Op>, verbs: &[Verb], s: &Sequences, a: &Active) {
         let mut cursor = 0;
         for verb in verbs {
-            let lane = Lane {
-                first: s.first,
-                sequences: s.count,
-                rows: a.rows,
-                kv: verb.kv,
-                keep: verb.keep,
-            };
+            let lane = lane(s, a.rows, verb.length, verb.keep);
             match ops[cursor..].iter().position(|op| op.kind == verb.kind) {
                 Some(found) => {
                     ops[cursor + found].lanes.push(lane);
@@ -525,4 +557,9 @@ impl<'a> Lowering<'a> {
             }
         }
     }
+}
+
+fn lane(s: &Sequences, rows: Tokens, length: Length, keep: Tokens) -> Lane {
+    let Length { settled, tokens: kv } = length;
+    Lane { first: s.first, sequences: s.count, rows, kv, settled, keep }
 }

@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
+use crate::form::Length;
 use crate::kv::KvLayout;
-use crate::op::{OpKind, Phase, Score};
+use crate::op::{Op, OpKind, Phase, Score};
 use crate::profile::Model;
 use crate::program::{Block, Node, Pass, Program};
 use crate::units::Bytes;
@@ -177,7 +178,7 @@ pub fn kv_trace(program: &Program) -> Vec<Bytes> {
     let mut trace = Vec::new();
     let walked: Result<(), std::convert::Infallible> = program.visit_steps(|view| {
         for (_, block) in view.pass.blocks() {
-            let delta: i128 = block.ops.iter().map(|op| replay.delta(op, view.step, 1)).sum();
+            let delta: i128 = block.ops.iter().map(|op| replay.delta(op, view.step)).sum();
             held += delta * i128::from(block.times());
         }
         trace.push(to_bytes(held));
@@ -198,34 +199,54 @@ struct Replay {
 }
 
 impl Replay {
-    /// What `op` adds to one layer's held bytes over `steps` steps from `step` on.
-    fn delta(&self, op: &crate::op::Op, step: u32, steps: u32) -> i128 {
+    /// What `op` adds to one layer's held bytes in the step `step` of its pass.
+    fn delta(&self, op: &Op, step: u32) -> i128 {
         let Some(heads) = op.cache_heads() else { return 0 };
-        let held = |tokens| i128::from(self.layout.held(heads, tokens).0);
+        let held = |length| i128::from(self.layout.held(heads, length).0);
         let mut sum = 0;
         for lane in op.lanes.as_slice() {
-            let kv = lane.kv.saturating_add(step.saturating_mul(lane.rows));
-            let change = match op.kind {
+            let now = lane.length(step);
+            let after = match op.kind {
                 OpKind::Append { .. } => {
-                    held(kv.saturating_add(lane.rows.saturating_mul(steps))) - held(kv)
+                    held(Length { tokens: now.tokens.saturating_add(lane.rows), ..now })
                 }
-                OpKind::Evict { .. } => held(lane.keep.min(kv)) - held(kv),
-                OpKind::Release { .. } => -held(kv),
-                _ => 0,
+                OpKind::Evict { .. } => held(Length::settled(lane.keep.min(now.tokens))),
+                // Pruning and packing come together; what is left is settled when both are done.
+                OpKind::Pack { .. } => held(Length::settled(now.tokens)),
+                OpKind::PruneChannels { .. } if heads.form.packed.is_none() => {
+                    held(Length::settled(now.tokens))
+                }
+                OpKind::Release { .. } => 0,
+                _ => continue,
             };
-            sum += change * i128::from(lane.sequences);
+            sum += (after - held(now)) * i128::from(lane.sequences);
         }
         sum
     }
 
-    /// Net change of one layer and its highest point on the way.
-    fn block(&self, block: &Block, steps: u32) -> (i128, i128) {
+    /// Net change of one layer in a step, and its highest point on the way.
+    fn block(&self, block: &Block, step: u32) -> (i128, i128) {
         let (mut now, mut top) = (0, 0);
         for op in &block.ops {
-            now += self.delta(op, 0, steps);
+            now += self.delta(op, step);
             top = top.max(now);
         }
         (now, top)
+    }
+
+    /// Net change of one layer over the first `steps` steps of a pass: caches between steps are settled.
+    fn grown(&self, block: &Block, steps: u32) -> i128 {
+        block.ops.iter().map(|op| self.growth(op, steps)).sum()
+    }
+
+    /// What the appends of `steps` steps add to one layer.
+    fn growth(&self, op: &Op, steps: u32) -> i128 {
+        let (OpKind::Append { heads }, lanes) = (op.kind, op.lanes.as_slice()) else { return 0 };
+        let held = |length| i128::from(self.layout.held(heads, length).0);
+        lanes
+            .iter()
+            .map(|l| (held(l.length(steps)) - held(l.length(0))) * i128::from(l.sequences))
+            .sum()
     }
 
     fn see(&mut self, phase: Phase, held: i128) {
@@ -236,18 +257,41 @@ impl Replay {
         *peak = (*peak).max(to_bytes(held));
     }
 
-    fn pass(&mut self, pass: &Pass, mut held: i128) -> i128 {
+    fn pass(&mut self, pass: &Pass, held: i128) -> i128 {
+        if pass.steps == 1 {
+            return self.step(pass, 0, held);
+        }
+        let period = pass.layers.iter().flat_map(|b| &b.ops).filter_map(Op::cache_heads);
+        let period = period.map(|h| h.form.period()).max().unwrap_or(1);
+        // A pass of several steps drops nothing, so its caches rise from period to period: the last one is the highest.
+        let from = pass.steps.saturating_sub(period);
+        let mut held = held
+            + [&pass.layers, &pass.after_layers]
+                .into_iter()
+                .flatten()
+                .map(|b| self.grown(b, from) * i128::from(b.times()))
+                .sum::<i128>();
+        for step in from..pass.steps {
+            held = self.step(pass, step, held);
+        }
+        held
+    }
+
+    /// One step; returns what is held after it.
+    fn step(&mut self, pass: &Pass, step: u32, mut held: i128) -> i128 {
         for blocks in [&pass.layers, &pass.after_layers] {
-            let summaries: Vec<_> = blocks.iter().map(|b| (b, self.block(b, pass.steps))).collect();
-            match summaries.as_slice() {
+            match blocks.as_slice() {
                 // All layers alike: the worst is the first or the last.
-                [(block, (net, top))] => {
+                [block] => {
+                    let (net, top) = self.block(block, step);
                     let last = i128::from(block.times()) - 1;
                     self.see(pass.phase, held + top);
                     self.see(pass.phase, held + last * net + top);
                     held += (last + 1) * net;
                 }
                 _ => {
+                    let summaries: Vec<_> =
+                        blocks.iter().map(|b| (b, self.block(b, step))).collect();
                     for layer in 0..pass.layer_count() {
                         for (block, (net, top)) in &summaries {
                             if block.layers.is_some_and(|l| l.contains(layer)) {

@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::form::{Form, Length};
 use crate::units::{Bytes, Layer, Tokens};
 
 mod dtype;
@@ -50,6 +51,8 @@ pub struct Heads {
     pub dim: u32,
     /// Element type of the cache.
     pub dtype: DType,
+    /// How old tokens are stored.
+    pub form: Form,
 }
 
 impl Heads {
@@ -67,6 +70,28 @@ pub struct Protect {
     pub sinks: Tokens,
     /// The newest tokens of the sequence.
     pub recent: Tokens,
+}
+
+/// How a layer's budget is shared among its KV heads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Choice {
+    /// Every head keeps the same number.
+    #[default]
+    PerHead,
+    /// The layer keeps the best of all heads together (`AdaKV`): `Lane::keep` is the mean, how much each head keeps is
+    /// known only when it runs.
+    AcrossHeads {
+        /// Thousandths of the mean that every head keeps in any case.
+        guaranteed: u32,
+    },
+}
+
+impl Choice {
+    /// Whether the length of each head depends on the data.
+    #[must_use]
+    pub fn is_ragged(self) -> bool {
+        matches!(self, Self::AcrossHeads { .. })
+    }
 }
 
 /// What a kernel does.
@@ -129,12 +154,30 @@ pub enum OpKind {
         /// The score.
         by: Score,
     },
-    /// Keeps the best `Lane::keep` tokens per KV head, compacts, returns blocks to the pool.
+    /// Keeps the best `Lane::keep` tokens per KV head, compacts, returns blocks to the pool. What is left is settled
+    /// ([`crate::form`]).
     Evict {
         /// Heads.
         heads: Heads,
         /// Exempt tokens.
         protect: Protect,
+        /// How the budget is shared.
+        choice: Choice,
+    },
+    /// Packs what the step has pushed out of the residual.
+    Pack {
+        /// Heads.
+        heads: Heads,
+    },
+    /// Drops the least important channels of keys; the first time it chooses them.
+    PruneChannels {
+        /// Heads.
+        heads: Heads,
+    },
+    /// Only the best `Lane::keep` rows of each sequence go on to the next layer.
+    Forward {
+        /// Row width.
+        width: u32,
     },
     /// Sum of each row over the devices that share a layer.
     AllReduce {
@@ -197,6 +240,9 @@ impl Op {
                 Score::TalliedAttention { .. } => Family::RankTally,
             },
             OpKind::Evict { .. } => Family::Evict,
+            OpKind::Pack { .. } => Family::Pack,
+            OpKind::PruneChannels { .. } => Family::PruneChannels,
+            OpKind::Forward { .. } => Family::Forward,
             OpKind::AllReduce { .. } => Family::Collective,
             OpKind::Gated { .. } => Family::Gated,
             OpKind::Softcap { .. } => Family::Softcap,
@@ -214,6 +260,8 @@ impl Op {
             | OpKind::Tally { heads }
             | OpKind::Rank { heads, .. }
             | OpKind::Evict { heads, .. }
+            | OpKind::Pack { heads }
+            | OpKind::PruneChannels { heads }
             | OpKind::Release { heads } => Some(heads),
             _ => None,
         }
@@ -222,14 +270,11 @@ impl Op {
     /// The lanes `step` steps later in the same pass: caches have grown by the rows of each step.
     #[must_use]
     pub fn lanes_at(&self, step: u32, shift: u32) -> Lanes {
-        let move_on = |lane: &Lane| Lane {
-            first: lane.first + shift,
-            kv: if self.cache_heads().is_some() {
-                lane.kv.saturating_add(step.saturating_mul(lane.rows))
-            } else {
-                lane.kv
-            },
-            ..*lane
+        let grows = self.cache_heads().is_some();
+        let move_on = |lane: &Lane| {
+            let length = lane.length(if grows { step } else { 0 });
+            let Length { settled, tokens: kv } = length;
+            Lane { first: lane.first + shift, kv, settled, ..*lane }
         };
         match &self.lanes {
             Lanes::One(lane) => Lanes::One(move_on(lane)),

@@ -207,7 +207,7 @@ fn knows_products(kernels: &GpuKernels, model: &Model, setup: Setup) -> bool {
         weights: setup.weights,
         accumulate: false,
     };
-    let lanes = Lanes::One(Lane { first: 0, sequences: 1, rows: 1, kv: 0, keep: 0 });
+    let lanes = Lanes::One(Lane { sequences: 1, rows: 1, ..Lane::default() });
     let op = Op { name: "qkv", kind, dtype: setup.activations, lanes };
     kernels.launch(&op, Phase::Decode, 0).source != Source::Roofline
 }
@@ -319,7 +319,7 @@ mod tests {
         let source = |library: &Library| {
             let cost = placement.cost(library);
             let kind = OpKind::Gemm { n: 6144, k: 4096, weights: DType::Bf16, accumulate: false };
-            let lanes = Lanes::One(Lane { first: 0, sequences: 8, rows: 1, kv: 0, keep: 0 });
+            let lanes = Lanes::One(Lane { sequences: 8, rows: 1, ..Lane::default() });
             let op = Op { name: "qkv", kind, dtype: DType::Bf16, lanes };
             (cost.launch(&op, Phase::Decode, 0).source, cost.common_stddev())
         };

@@ -8,7 +8,7 @@ use crate::kv::KvLayout;
 use crate::load::{Group, Load, Schedule};
 use crate::lower::{Setup, lower_pass};
 use crate::op::Phase;
-use crate::policy::{BatchMax, Budget, By, Full, Policy};
+use crate::policy::{AnyScore, BatchMax, Budget, By, Cut, Full, Policy};
 use crate::profile::Model;
 use crate::program::Program;
 use crate::units::Tokens;
@@ -60,17 +60,15 @@ fn probe(
 
 /// A policy that cuts every cache of `tokens` to `keep` in this very pass.
 fn cutting(by: By, keep: Tokens) -> BatchMax {
-    BatchMax {
+    let cut = Cut {
         budget: Budget::Tokens(keep),
-        chunk: Tokens::MAX,
-        by,
+        chunk: Some(Tokens::MAX),
         sinks: 4.min(keep / 2),
         recent: 32.min(keep / 2),
-        window: 32,
-        pool: 5,
-        slack: 0,
         decode: true,
-    }
+        ..Cut::default()
+    };
+    BatchMax { cut, by: AnyScore { by, ..AnyScore::default() } }
 }
 
 /// The default grid for a model's shapes: decode over batch and cache, prefill over chunk and prefix, evictions of every

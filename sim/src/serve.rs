@@ -1,6 +1,7 @@
 //! Whole runs of an engine: a static batch, everything queued at once, or a closed loop at a concurrency.
 
 use crate::cost::{CostModel, GpuKernels, predict};
+use crate::form::Length;
 use crate::engine::{DeviceFactors, Engine, Generation};
 use crate::load::{Group, Load, Schedule};
 use crate::lower::{LowerError, Setup, lower, lower_pass};
@@ -468,8 +469,9 @@ impl Deployment<'_> {
                 kv: self.model.kv_heads,
                 dim: self.model.head_dim,
                 dtype: self.setup.kv.dtype,
+                form: crate::form::Form::default(),
             },
-            self.setup.kv.block_tokens,
+            Length::settled(self.setup.kv.block_tokens),
         );
         let layer = per_token.0 as f64 / f64::from(self.setup.kv.block_tokens.max(1))
             * f64::from(self.model.layers);

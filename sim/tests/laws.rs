@@ -186,14 +186,14 @@ proptest! {
 
 fn product(rows: u32) -> Op {
     let kind = OpKind::Gemm { n: 6144, k: 4096, weights: DType::Bf16, accumulate: false };
-    let lanes = Lanes::One(Lane { first: 0, sequences: rows, rows: 1, kv: 0, keep: 0 });
+    let lanes = Lanes::One(Lane { sequences: rows, rows: 1, ..Lane::default() });
     Op { name: "qkv", kind, dtype: DType::Bf16, lanes }
 }
 
 fn attention(sequences: u32, kv: Tokens) -> Op {
-    let heads = Heads { query: 32, kv: 8, dim: 128, dtype: DType::Bf16 };
+    let heads = Heads { query: 32, kv: 8, dim: 128, dtype: DType::Bf16, form: Default::default() };
     let kind = OpKind::Attend { heads, window: None };
-    let lanes = Lanes::One(Lane { first: 0, sequences, rows: 1, kv, keep: 0 });
+    let lanes = Lanes::One(Lane { sequences, rows: 1, kv, settled: kv - 1, ..Lane::default() });
     Op { name: "attend", kind, dtype: DType::Bf16, lanes }
 }
 

@@ -1,11 +1,17 @@
 //! Lowering and memory, against what can be worked out by hand or step by step.
 
+use std::sync::Arc;
+
+use batchmax_sim::form::Length;
 use batchmax_sim::kv::KvLayout;
 use batchmax_sim::load::{Group, Load, Schedule};
 use batchmax_sim::lower::{LowerError, Setup, lower};
 use batchmax_sim::memory::{footprint, kv_peaks, kv_trace};
 use batchmax_sim::op::{DType, OpKind, Phase};
-use batchmax_sim::policy::{BatchMax, Budget, By, Full, Instant, Policy, SnapKv, StreamingLlm};
+use batchmax_sim::policy::{
+    AnyScore, BatchMax, Budget, By, Composed, Cut, Full, H2o, Instant, Kivi, Policy, PyramidKv,
+    SnapKv, StreamingLlm, ThinK,
+};
 use batchmax_sim::profile::{Activation, Model, RopeScaling, SlidingWindow};
 use batchmax_sim::program::{Node, Program};
 use batchmax_sim::units::{Bytes, Tokens};
@@ -56,17 +62,21 @@ fn setup(block_tokens: Tokens) -> Setup {
 }
 
 fn batch_max(budget: Tokens, chunk: Tokens, slack: Tokens) -> BatchMax {
-    BatchMax {
+    let cut = Cut {
         budget: Budget::Tokens(budget),
-        chunk,
-        by: By::KeyNorm,
+        chunk: Some(chunk),
         sinks: 4,
         recent: 32,
-        window: 32,
-        pool: 5,
         slack,
         decode: true,
-    }
+        ..Cut::default()
+    };
+    BatchMax { cut, by: AnyScore::default() }
+}
+
+fn snapkv(budget: Budget, instant: Instant) -> SnapKv {
+    let policy = SnapKv::new(budget);
+    SnapKv { cut: Cut { instant, ..policy.cut }, ..policy }
 }
 
 fn program(policy: &dyn Policy, load: &Load, block: Tokens) -> Program {
@@ -128,7 +138,7 @@ fn slack_lets_decode_grow_between_cuts() {
 #[test]
 fn snapkv_peaks_differ_by_the_instant_of_the_cut() {
     let load = Load::uniform(1, 2048, 2, Schedule::Static);
-    let snap = |instant| SnapKv { budget: Budget::Share(0.25), window: 32, pool: 5, instant };
+    let snap = |instant| snapkv(Budget::Share(0.25), instant);
     let early = program(&snap(Instant::AfterLayer), &load, 1);
     let late = program(&snap(Instant::AfterPrefill), &load, 1);
     // E1: K of 29 layers and the whole prompt of the last; E0: the whole prompt of all.
@@ -140,8 +150,7 @@ fn snapkv_peaks_differ_by_the_instant_of_the_cut() {
 #[test]
 fn staggered_prefill_holds_one_prompt_beside_the_compressed_caches() {
     let load = Load::uniform(8, 2048, 2, Schedule::Staggered { prefill_batch: 1 });
-    let snap =
-        SnapKv { budget: Budget::Tokens(512), window: 32, pool: 5, instant: Instant::AfterPrefill };
+    let snap = snapkv(Budget::Tokens(512), Instant::AfterPrefill);
     let staggered = program(&snap, &load, 1);
     assert_eq!(kv_peaks(&staggered).prefill, Bytes((7 * 512 + 2048) * KV));
     let Node::Loop { times: 8, shift: 1, .. } = &staggered.nodes[0] else {
@@ -216,23 +225,48 @@ fn a_budget_that_cannot_hold_its_forced_tokens_is_refused() {
 
 /// Any of the policies, with parameters that are valid for prompts of 64 tokens and more.
 fn any_policy() -> impl Strategy<Value = Box<dyn Policy>> {
-    (0..5u8, 40..400u32, 1..300u32, 0..40u32).prop_map(|(kind, budget, chunk, slack)| {
+    (0..11u8, 40..400u32, 1..300u32, 0..40u32).prop_map(|(kind, budget, chunk, slack)| {
+        let tokens = Budget::Tokens(budget);
+        let instant = if slack > 20 { Instant::AfterLayer } else { Instant::AfterPrefill };
+        let snap = snapkv(tokens, instant);
+        let streaming = StreamingLlm::new(tokens);
+        let streaming_chunk = (chunk > 100).then_some(chunk);
+        let kivi = Kivi {
+            bits: if slack.is_multiple_of(2) { 2 } else { 8 },
+            group: 32,
+            residual: slack / 8 * 32,
+            swapped: slack % 3 == 0,
+        };
         let policy: Box<dyn Policy> = match kind {
             0 => Box::new(Full { chunk: Some(chunk) }),
             1 => Box::new(batch_max(budget, chunk, slack)),
-            2 => Box::new(BatchMax { by: By::Tally, ..batch_max(budget, chunk, slack) }),
-            3 => Box::new(StreamingLlm {
-                budget: Budget::Tokens(budget),
-                sinks: 4,
-                chunk: (chunk > 100).then_some(chunk),
-                slack,
-            }),
-            _ => Box::new(SnapKv {
-                budget: Budget::Tokens(budget),
-                window: 32,
-                pool: 5,
-                instant: if slack > 20 { Instant::AfterLayer } else { Instant::AfterPrefill },
-            }),
+            2 => {
+                let by = AnyScore { by: By::Tally, ..AnyScore::default() };
+                Box::new(BatchMax { by, ..batch_max(budget, chunk, slack) })
+            }
+            3 => {
+                let cut = Cut { chunk: streaming_chunk, slack, ..streaming.cut };
+                Box::new(StreamingLlm { cut, ..streaming })
+            }
+            4 => Box::new(snap),
+            5 => Box::new(kivi),
+            6 => Box::new(ThinK { drop: 0.3, window: 32, recent: slack }),
+            7 => Box::new(PyramidKv::new(Budget::Tokens(budget.max(48)))),
+            8 => {
+                // Whole groups of a packed cache stay.
+                let budget = budget.max(100).next_multiple_of(kivi.residual.max(1));
+                let evicting = Arc::new(batch_max(budget, chunk, slack));
+                let parts: Vec<Arc<dyn Policy>> = vec![evicting, Arc::new(kivi)];
+                Box::new(Composed::new(parts).expect("goes together"))
+            }
+            9 => {
+                let parts: Vec<Arc<dyn Policy>> = vec![
+                    Arc::new(snapkv(tokens, Instant::AfterLayer)),
+                    Arc::new(ThinK { drop: 0.5, window: 32, recent: 0 }),
+                ];
+                Box::new(Composed::new(parts).expect("goes together"))
+            }
+            _ => Box::new(H2o::new(tokens)),
         };
         policy
     })
@@ -264,10 +298,17 @@ proptest! {
             view.pass.visit(|_, _, _, op| {
                 let Some(heads) = op.cache_heads() else { return Ok(()) };
                 for lane in op.lanes_at(view.step, view.shift).as_slice() {
-                    let bytes = |tokens| layout.held(heads, tokens).0 as i64 * i64::from(lane.sequences);
+                    let bytes = |settled, tokens| {
+                        layout.held(heads, Length { settled, tokens }).0 as i64 * i64::from(lane.sequences)
+                    };
+                    let now = bytes(lane.settled, lane.kv);
                     match op.kind {
-                        OpKind::Append { .. } => held += bytes(lane.kv + lane.rows) - bytes(lane.kv),
-                        OpKind::Evict { .. } => held -= bytes(lane.kv) - bytes(lane.keep),
+                        OpKind::Append { .. } => held += bytes(lane.settled, lane.kv + lane.rows) - now,
+                        OpKind::Evict { .. } => held += bytes(lane.keep, lane.keep) - now,
+                        OpKind::Pack { .. } => held += bytes(lane.kv, lane.kv) - now,
+                        OpKind::PruneChannels { .. } if heads.form.packed.is_none() => {
+                            held += bytes(lane.kv, lane.kv) - now;
+                        }
                         _ => {}
                     }
                 }

@@ -130,7 +130,13 @@ pub fn features(op: &Op, step: u32) -> Features {
     let cached: f64 = op.lanes.as_slice().iter().map(|l| f64::from(l.sequences) * kv(l)).sum();
     let mean_kv = cached / sequences.max(1.0);
     let head_key = |extra: u32| {
-        op.cache_heads().map_or([0; 5], |h| [h.query, h.kv, h.dim, h.dtype.bits() as u32, extra])
+        op.cache_heads().map_or([0; 5], |h| {
+            // Packed and pruned caches are kernels of their own.
+            let packed = h.form.packed.map_or(0, |p| p.bits * 256 + p.group);
+            let pruned = h.form.pruned.map_or(0, |p| p.channels);
+            let stored = h.dtype.bits() as u32 + packed * 64 + pruned * (1 << 20);
+            [h.query, h.kv, h.dim, stored, extra]
+        })
     };
     match op.kind {
         OpKind::Gemm { n, k, weights, accumulate } => one(
@@ -157,6 +163,10 @@ pub fn features(op: &Op, step: u32) -> Features {
         OpKind::Sample { vocab } => one([vocab, 0, 0, 0, 0], [log2(rows), 0.0, 0.0]),
         OpKind::Append { .. } => one(head_key(0), [log2(rows), log2(sequences), 0.0]),
         OpKind::Release { .. } => one(head_key(0), [log2(cached), 0.0, 0.0]),
+        OpKind::Pack { .. } | OpKind::PruneChannels { .. } => {
+            one(head_key(0), [log2(rows), log2(sequences), log2(mean_kv)])
+        }
+        OpKind::Forward { width } => one([width, 0, 0, 0, 0], [log2(rows), log2(sequences), 0.0]),
         OpKind::Attend { .. } if op.lanes.as_slice().iter().all(|l| l.rows == 1) => {
             one(head_key(0), [log2(sequences), log2(mean_kv), 0.0])
         }

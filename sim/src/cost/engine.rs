@@ -162,7 +162,7 @@ mod tests {
     }
 
     fn op(sequences: u32, rows: Tokens) -> Op {
-        let lane = Lane { first: 0, sequences, rows, kv: rows, keep: 0 };
+        let lane = Lane { sequences, rows, kv: rows, ..Lane::default() };
         let kind = OpKind::Embed { width: 8 };
         Op { name: "embed", kind, dtype: DType::Bf16, lanes: Lanes::One(lane) }
     }
@@ -204,7 +204,7 @@ mod tests {
         is(seconds(gemm, Phase::Decode), 2.0 * 2.0);
         is(seconds(OpKind::AllReduce { width: 8 }, Phase::Decode), 4.0 * 1.3);
         // Four query heads to a KV head: 4^0.5, while tokens are generated.
-        let heads = Heads { query: 8, kv: 2, dim: 8, dtype: DType::Bf16 };
+        let heads = Heads { query: 8, kv: 2, dim: 8, dtype: DType::Bf16, form: Default::default() };
         let attend = OpKind::Attend { heads, window: None };
         is(seconds(attend, Phase::Decode), 3.0 * 2.0 * 2.0);
         is(seconds(attend, Phase::Prefill), 3.0 * 1.5);

@@ -1,7 +1,7 @@
 //! The ops of a layer and of the head, in their order.
 
 use super::{Active, Lowering, Sequences};
-use crate::op::{Lane, Lanes, Op, OpKind};
+use crate::op::{Heads, Lane, Lanes, Op, OpKind};
 use crate::units::Tokens;
 
 impl Lowering<'_> {
@@ -33,13 +33,13 @@ impl Lowering<'_> {
     pub(super) fn layer(
         &self,
         rows: &Lanes,
+        heads: Heads,
         appended: Lanes,
         seen: Lanes,
         window: Option<Tokens>,
         mut spoken: Vec<Op>,
     ) -> Vec<Op> {
         let model = self.model;
-        let heads = self.heads;
         let (hidden, ffn) = (u64::from(model.hidden), u64::from(model.ffn));
         let norm = |name, accumulate| {
             self.op(name, OpKind::RmsNorm { width: model.hidden, accumulate }, rows.clone())
@@ -84,7 +84,7 @@ impl Lowering<'_> {
             .filter(|a| a.prompt_read)
             .map(|a| {
                 let s = &all[a.index];
-                Lane { first: s.first, sequences: s.count, rows: 1, kv: 0, keep: 0 }
+                Lane { first: s.first, sequences: s.count, rows: 1, ..Lane::default() }
             })
             .collect();
         if lanes.is_empty() {

@@ -34,6 +34,12 @@ pub enum Family {
     RankTally,
     /// Compaction.
     Evict,
+    /// Packing into fewer bits.
+    Pack,
+    /// Dropping channels of keys.
+    PruneChannels,
+    /// Choice of the rows that go on.
+    Forward,
     /// Sums over devices.
     Collective,
     /// Gate activation.
@@ -48,7 +54,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 22] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -63,6 +69,9 @@ impl Family {
         Self::RankWindow,
         Self::RankTally,
         Self::Evict,
+        Self::Pack,
+        Self::PruneChannels,
+        Self::Forward,
         Self::Collective,
         Self::Gated,
         Self::Softcap,
@@ -88,6 +97,9 @@ impl Family {
             Self::RankWindow => "rank-window",
             Self::RankTally => "rank-tally",
             Self::Evict => "evict",
+            Self::Pack => "pack",
+            Self::PruneChannels => "prune-channels",
+            Self::Forward => "forward",
             Self::Collective => "collective",
             Self::Gated => "gated",
             Self::Softcap => "softcap",

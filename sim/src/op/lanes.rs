@@ -1,5 +1,6 @@
 //! The sequences an op works on.
 
+use crate::form::Length;
 use crate::units::Tokens;
 
 /// Equal sequences inside an op: `sequences` of them from index `first`, each with `rows` query tokens in this step
@@ -14,8 +15,22 @@ pub struct Lane {
     pub rows: Tokens,
     /// Cached tokens per sequence and KV head. `Append`, `Evict`, `Release`: before the op. Other ops: as read.
     pub kv: Tokens,
-    /// Tokens that stay (`Evict` only).
+    /// Of those, the ones that a step before has settled ([`crate::form`]); the others are new.
+    pub settled: Tokens,
+    /// Tokens that stay (`Evict`), or rows that go on (`Forward`).
     pub keep: Tokens,
+}
+
+impl Lane {
+    /// The cache's length `step` steps later, when each step has added its rows.
+    #[must_use]
+    pub fn length(&self, step: u32) -> Length {
+        let grown = step.saturating_mul(self.rows);
+        Length {
+            settled: self.settled.saturating_add(grown),
+            tokens: self.kv.saturating_add(grown),
+        }
+    }
 }
 
 /// The lanes of an op; one lane (all sequences equal) needs no allocation.

@@ -1,6 +1,7 @@
 //! FLOPs and bytes: the only place in the workspace where they are counted.
 
 use super::{Heads, Lane, Op, OpKind, Score};
+use crate::form::Length;
 use crate::units::{Bytes, Flops, Tokens};
 
 /// What an op moves and computes.
@@ -69,6 +70,20 @@ impl Op {
                     + act(rows.saturating_mul(if accumulate { n + k } else { k })),
                 written: act(rows.saturating_mul(n)),
             },
+            // One row in, one row out for what goes on; a choice among the scores before.
+            OpKind::Forward { width } => {
+                let (mut kept, mut scored) = (0u64, 0u64);
+                for lane in self.lanes.as_slice() {
+                    kept += u64::from(lane.sequences) * u64::from(lane.keep);
+                    scored += u64::from(lane.sequences) * u64::from(lane.rows);
+                }
+                let moved = act(kept.saturating_mul(u64::from(width)));
+                Work {
+                    flops: Flops(scored as f64),
+                    read: moved + Bytes(scored.saturating_mul(4)),
+                    written: moved,
+                }
+            }
             // Each device reads its own row and the sum of the others'.
             OpKind::AllReduce { width } => dense(1.0, 2 * u64::from(width), u64::from(width)),
             OpKind::Gated { ffn } => dense(5.0, 2 * u64::from(ffn), u64::from(ffn)),
@@ -86,8 +101,7 @@ impl Op {
         let mut total = Work::default();
         let Some(heads) = self.cache_heads() else { return total };
         for lane in self.lanes.as_slice() {
-            let kv = lane.kv.saturating_add(step.saturating_mul(lane.rows));
-            let one = self.lane_work(heads, lane, kv);
+            let one = self.lane_work(heads, lane, lane.length(step));
             let sequences = u64::from(lane.sequences);
             total.flops += one.flops * sequences as f64;
             total.read += one.read * sequences;
@@ -96,15 +110,17 @@ impl Op {
         total
     }
 
-    /// Work on one sequence of a lane whose cache holds `kv` tokens.
-    fn lane_work(&self, heads: Heads, lane: &Lane, kv: Tokens) -> Work {
+    /// Work on one sequence of a lane whose cache has this length.
+    fn lane_work(&self, heads: Heads, lane: &Lane, length: Length) -> Work {
+        let kv = length.tokens;
         let tokens = u64::from(kv);
         let rows = u64::from(lane.rows);
         let dim = f64::from(heads.dim);
         let query_width = u64::from(heads.query) * u64::from(heads.dim);
-        let keys = |tokens: u64| Bytes(heads.kv_bytes(tokens).0 / 2);
         let f32s = |elements: u64| Bytes(elements.saturating_mul(4));
         let kv_heads = u64::from(heads.kv);
+        let stored = heads.stored(length);
+        let all_keys = Bytes(stored.0 / 2);
         // q.k of each visible pair for every query head: 2 FLOPs a channel.
         let dot = |pairs: f64| Flops(2.0 * f64::from(heads.query) * dim * pairs);
         match self.kind {
@@ -115,28 +131,31 @@ impl Op {
             },
             OpKind::Attend { window, .. } => {
                 let pairs = visible_pairs(lane.rows, kv, window);
-                let read_tokens = window.map_or(tokens, |w| tokens.min(u64::from(w) + rows - 1));
+                let cached = match window {
+                    Some(w) => heads.kv_bytes(tokens.min(u64::from(w) + rows - 1)),
+                    None => stored,
+                };
                 Work {
-                    flops: dot(pairs) * 2.0,
-                    read: heads.kv_bytes(read_tokens) + self.dtype.bytes(rows * query_width),
+                    flops: dot(pairs) * 2.0 * heads.share_of_tokens(length),
+                    read: cached + self.dtype.bytes(rows * query_width),
                     written: self.dtype.bytes(rows * query_width),
                 }
             }
             OpKind::Tally { .. } => Work {
                 flops: dot(visible_pairs(lane.rows, kv, None)),
-                read: keys(tokens) + self.dtype.bytes(rows * query_width) + f32s(kv_heads * tokens),
+                read: all_keys + self.dtype.bytes(rows * query_width) + f32s(kv_heads * tokens),
                 written: f32s(kv_heads * tokens),
             },
             OpKind::Rank { by, .. } => {
                 let elements = f64::from(heads.kv) * dim * f64::from(kv);
                 let (flops, read) = match by {
                     Score::Recency => (0.0, f32s(kv_heads * tokens)),
-                    Score::KeyNorm => (2.0 * elements, keys(tokens)),
+                    Score::KeyNorm => (2.0 * elements, all_keys),
                     // Two passes over the keys: the anchor, then the cosines.
-                    Score::KeyDiff => (6.0 * elements, keys(tokens) * 2),
+                    Score::KeyDiff => (6.0 * elements, all_keys * 2),
                     Score::WindowAttention { window, .. } => {
                         let window = window.min(lane.rows);
-                        (dot(visible_pairs(window, kv, None)).0, keys(tokens))
+                        (dot(visible_pairs(window, kv, None)).0, all_keys)
                     }
                     Score::TalliedAttention { .. } => {
                         (f64::from(heads.kv) * f64::from(kv), f32s(2 * kv_heads * tokens))
@@ -146,15 +165,55 @@ impl Op {
             }
             OpKind::Evict { .. } => {
                 // In-place compaction moves what lies behind the first hole; on average half of what stays.
-                let moved = u64::from(lane.keep.min(kv)) / 2;
+                let moved = Bytes(heads.stored(Length::settled(lane.keep.min(kv))).0 / 2);
                 Work {
                     flops: Flops(f64::from(heads.kv) * f64::from(kv)),
-                    read: heads.kv_bytes(moved) + f32s(kv_heads * tokens),
-                    written: heads.kv_bytes(moved),
+                    read: moved + f32s(kv_heads * tokens),
+                    written: moved,
+                }
+            }
+            OpKind::Pack { .. } => {
+                // As many tokens as came, on the average over the steps: keys are packed in bursts of a whole residual.
+                let grown = settles(heads, lane, kv);
+                let elements = f64::from(heads.kv) * dim * 2.0 * grown;
+                let whole = heads.dtype.bits() as f64 / 8.0;
+                let packed = heads.form.packed.map_or(0.0, |p| {
+                    f64::from(p.bits) / 8.0 + 4.0 / f64::from(p.group)
+                });
+                Work {
+                    // Minimum, maximum, scale, round.
+                    flops: Flops(5.0 * elements),
+                    read: Bytes((elements * whole) as u64),
+                    written: Bytes((elements * packed) as u64),
+                }
+            }
+            OpKind::PruneChannels { .. } => {
+                let grown = settles(heads, lane, kv);
+                let elements = f64::from(heads.kv) * dim * grown;
+                let bytes = elements * heads.dtype.bits() as f64 / 8.0;
+                let kept = heads.form.pruned.map_or(1.0, |p| f64::from(p.channels) / dim);
+                // Squares of all keys, once; then the kept channels are moved.
+                let chooses = if lane.rows == kv { 2.0 * elements } else { 0.0 };
+                Work {
+                    flops: Flops(chooses),
+                    read: Bytes(bytes as u64),
+                    written: Bytes((bytes * kept) as u64),
                 }
             }
             _ => Work::default(),
         }
+    }
+}
+
+/// Tokens that a step settles: what a prompt leaves behind its residual, as many as came afterwards.
+fn settles(heads: Heads, lane: &Lane, kv: Tokens) -> f64 {
+    if lane.rows < kv {
+        return f64::from(lane.rows);
+    }
+    let (keys, values) = heads.form.packed_of(kv);
+    match heads.form.packed {
+        Some(_) => f64::from(keys + values) / 2.0,
+        None => f64::from(heads.form.pruned_of(kv)),
     }
 }
 
@@ -163,14 +222,15 @@ mod tests {
     use super::*;
     use crate::op::{DType, Lanes};
 
-    const HEADS: Heads = Heads { query: 9, kv: 3, dim: 64, dtype: DType::F16 };
+    const HEADS: Heads =
+        Heads { query: 9, kv: 3, dim: 64, dtype: DType::F16, form: crate::form::Form { packed: None, pruned: None, short: None } };
 
     fn op(kind: OpKind, lane: Lane) -> Op {
         Op { name: "x", kind, dtype: DType::F32, lanes: Lanes::One(lane) }
     }
 
     fn lane(sequences: u32, rows: Tokens, kv: Tokens) -> Lane {
-        Lane { first: 0, sequences, rows, kv, keep: 0 }
+        Lane { first: 0, sequences, rows, kv, settled: kv.saturating_sub(rows), keep: 0 }
     }
 
     #[test]

@@ -8,107 +8,102 @@
 //! Deviation: decode steps cut only once the cache has grown `slack` tokens over the budget, which spares a compaction
 //! per step; `slack = 0` cuts at every step.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Budget, By, Policy, PolicyError, Step, check_budget};
-use crate::kv::KvTape;
-use crate::op::{Phase, Protect};
-use crate::profile::Model;
+use super::evicting::{Cut, Evicting, Scoring};
+use super::{Request, window_and_pool};
+use crate::op::Score;
 use crate::units::Tokens;
 
-/// Eviction after every prefill chunk and during decode.
+/// The scores a preset can name; parameters stand beside it in the preset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum By {
+    /// Newer is better.
+    Recency,
+    /// Small keys are better.
+    #[default]
+    KeyNorm,
+    /// Keys unlike the mean are better.
+    Keydiff,
+    /// Attention of the last queries, pooled over all candidates.
+    Window,
+    /// The same, pooled as if the window's own columns did not exist.
+    WindowSnap,
+    /// Attention received, divided by the queries that could see the token.
+    Tally,
+    /// Attention received, undivided (H2O).
+    TallySum,
+}
+
+impl By {
+    /// The score, with the window's parameters where it has some.
+    #[must_use]
+    pub fn score(self, window: Tokens, pool: Tokens) -> Score {
+        match self {
+            Self::Recency => Score::Recency,
+            Self::KeyNorm => Score::KeyNorm,
+            Self::Keydiff => Score::KeyDiff,
+            Self::Window => Score::WindowAttention { window, pool, exclude_window: false },
+            Self::WindowSnap => Score::WindowAttention { window, pool, exclude_window: true },
+            Self::Tally => Score::TalliedAttention { mean: true },
+            Self::TallySum => Score::TalliedAttention { mean: false },
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Recency => "recency",
+            Self::KeyNorm => "key-norm",
+            Self::Keydiff => "keydiff",
+            Self::Window => "window",
+            Self::WindowSnap => "window-snap",
+            Self::Tally => "tally",
+            Self::TallySum => "tally-sum",
+        }
+    }
+}
+
+/// A ranking by choice.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BatchMax {
-    /// Tokens kept per layer and KV head.
-    pub budget: Budget,
-    /// Prompt tokens per chunk. A chunk as long as the prompt makes it a one-shot policy (E1).
-    pub chunk: Tokens,
+#[serde(deny_unknown_fields, default)]
+pub struct AnyScore {
     /// The ranking.
-    #[serde(default)]
     pub by: By,
-    /// First tokens that stay.
-    #[serde(default)]
-    pub sinks: Tokens,
-    /// Newest tokens that stay.
-    #[serde(default)]
-    pub recent: Tokens,
     /// Queries of the window score.
-    #[serde(default = "default_window")]
     pub window: Tokens,
     /// Pooling of the window score.
-    #[serde(default = "default_pool")]
     pub pool: Tokens,
-    /// Tokens over the budget at which decode cuts.
-    #[serde(default)]
-    pub slack: Tokens,
-    /// Cut in decode at all.
-    #[serde(default = "yes")]
-    pub decode: bool,
 }
 
-fn default_window() -> Tokens {
-    32
-}
-fn default_pool() -> Tokens {
-    5
-}
-fn yes() -> bool {
-    true
+impl Default for AnyScore {
+    fn default() -> Self {
+        Self { by: By::default(), window: 32, pool: 5 }
+    }
 }
 
-impl Policy for BatchMax {
-    fn label(&self) -> String {
-        let decode = if self.decode { "" } else { ",decode=false" };
-        format!(
-            "batch-max:budget={},chunk={},by={},sinks={},recent={},slack={}{decode}",
-            self.budget,
-            self.chunk,
-            self.by.name(),
-            self.sinks,
-            self.recent,
-            self.slack
-        )
+/// Eviction after every prefill chunk and during decode.
+pub type BatchMax = Evicting<AnyScore>;
+
+impl Scoring for AnyScore {
+    const KIND: &'static str = "batch-max";
+
+    fn usual() -> Cut {
+        Cut { chunk: Some(256), decode: true, ..Cut::default() }
     }
 
-    fn prefill_chunk(&self) -> Option<Tokens> {
-        Some(self.chunk)
+    fn score(&self) -> Score {
+        self.by.score(self.window, self.pool)
     }
 
-    fn acts_in_decode(&self) -> bool {
-        self.decode
+    fn parameters(&self) -> String {
+        format!("by={},", self.by.name())
     }
 
-    fn check(&self, _model: &Model, prompt: Tokens) -> Result<(), PolicyError> {
-        if self.chunk == 0 {
-            return Err(PolicyError {
-                policy: self.label(),
-                problem: "a chunk of 0 tokens reads nothing".to_owned(),
-                remedy: "set chunk to at least 1 (256 is usual)".to_owned(),
-            });
-        }
-        if matches!(self.by, By::Window | By::WindowSnap) && (self.window == 0 || self.pool == 0) {
-            return Err(PolicyError {
-                policy: self.label(),
-                problem: "window and pool must be at least 1".to_owned(),
-                remedy: "use window=32,pool=5".to_owned(),
-            });
-        }
-        check_budget(self, self.budget.of(prompt), self.sinks, self.recent)
-    }
-
-    fn after_attend(&self, step: &Step, kv: &mut KvTape<'_>) {
-        if step.phase == Phase::Decode && !self.decode {
-            return;
-        }
-        if matches!(self.by, By::Tally | By::TallySum) {
-            kv.tally();
-        }
-        let budget = self.budget.of(step.prompt);
-        let slack = if step.phase == Phase::Decode { self.slack } else { 0 };
-        if kv.tokens() > budget.saturating_add(slack) {
-            let protect = Protect { sinks: self.sinks, recent: self.recent };
-            kv.rank(self.by.score(self.window, self.pool), protect).keep(budget);
+    fn check(&self, request: &Request<'_>) -> Result<(), (String, String)> {
+        match self.by {
+            By::Window | By::WindowSnap => window_and_pool(self.window, self.pool, request),
+            _ => Ok(()),
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use serde::Deserialize;
 
-use super::Policy;
+use super::{Policy, Role};
 use crate::units::Tokens;
 
 /// No compression.
@@ -19,6 +19,10 @@ pub struct Full {
 impl Policy for Full {
     fn label(&self) -> String {
         self.chunk.map_or_else(|| "full".to_owned(), |chunk| format!("full:chunk={chunk}"))
+    }
+
+    fn role(&self) -> Role {
+        Role::Keeps
     }
 
     fn prefill_chunk(&self) -> Option<Tokens> {

@@ -267,10 +267,10 @@ pub(crate) fn explained(message: &str) -> String {
     }
 }
 
-/// The expected field that is nearest to the unknown one, from serde's own message.
+/// The expected word that is nearest to the unknown one, from serde's own message.
 fn suggestion(message: &str) -> Option<String> {
-    let rest = message.strip_prefix("unknown field `")?;
-    let (wrong, expected) = rest.split_once('`')?;
+    let rest = message.strip_prefix("unknown ")?;
+    let (wrong, expected) = rest.split_once('`')?.1.split_once('`')?;
     expected
         .split('`')
         .skip(1)

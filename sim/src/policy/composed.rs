@@ -1,0 +1,116 @@
+//! Several policies on one cache: `snapkv:budget=25%+kivi:bits=2`.
+//!
+//! Their hooks run in the order in which they are named, their forms are joined. What makes no sense together is refused
+//! with a reason.
+
+use std::sync::Arc;
+
+use super::{Policy, PolicyError, Request, Role, Step};
+use crate::form::Form;
+use crate::kv::KvTape;
+use crate::profile::Model;
+use crate::units::{Layer, Tokens};
+
+/// Policies that work together.
+#[derive(Clone, Debug)]
+pub struct Composed(Vec<Arc<dyn Policy>>);
+
+impl Composed {
+    /// Of parts that go together.
+    ///
+    /// # Errors
+    /// If two of them contradict each other.
+    pub fn new(parts: Vec<Arc<dyn Policy>>) -> Result<Self, PolicyError> {
+        let composed = Self(parts);
+        for (i, a) in composed.0.iter().enumerate() {
+            for b in &composed.0[i + 1..] {
+                if let Some((problem, remedy)) = contradiction(a.role(), b.role()) {
+                    return Err(PolicyError {
+                        policy: composed.label(),
+                        problem: problem.to_owned(),
+                        remedy: remedy.to_owned(),
+                    });
+                }
+            }
+        }
+        Ok(composed)
+    }
+}
+
+/// Why two policies can't share a cache, and what to do instead.
+fn contradiction(a: Role, b: Role) -> Option<(&'static str, &'static str)> {
+    use Role::{Evicts, Keeps, Packs, Prunes, Selects};
+    match (a, b) {
+        (Keeps, _) | (_, Keeps) => {
+            Some(("one of the parts keeps everything", "leave it out: it adds nothing"))
+        }
+        (Evicts, Evicts) => {
+            Some(("two policies evict from one cache", "name one, with the smaller budget"))
+        }
+        (Packs, Packs) => Some(("two policies pack one cache", "name one, with fewer bits")),
+        (Prunes, Prunes) => Some(("two policies prune one cache", "name one")),
+        (Selects, Selects) => Some(("two policies choose what to read", "name one")),
+        (Selects, Evicts) | (Evicts, Selects) => Some((
+            "one part relies on the tokens that the other drops",
+            "name one of them (rocketkv evicts and selects by itself)",
+        )),
+        (Packs, Evicts | Prunes) => Some((
+            "packed tokens would be taken apart again",
+            "name the packing part last: snapkv+think+kivi",
+        )),
+        (Prunes, Evicts) => Some((
+            "channels are chosen among the keys that stay",
+            "name the evicting part first: snapkv+think",
+        )),
+        _ => None,
+    }
+}
+
+impl Policy for Composed {
+    fn label(&self) -> String {
+        self.0.iter().map(|p| p.label()).collect::<Vec<_>>().join("+")
+    }
+
+    fn role(&self) -> Role {
+        self.0.iter().map(|p| p.role()).next().unwrap_or(Role::Keeps)
+    }
+
+    fn prefill_chunk(&self) -> Option<Tokens> {
+        self.0.iter().filter_map(|p| p.prefill_chunk()).min()
+    }
+
+    fn acts_in_decode(&self) -> bool {
+        self.0.iter().any(|p| p.acts_in_decode())
+    }
+
+    fn compresses(&self) -> bool {
+        self.0.iter().any(|p| p.compresses())
+    }
+
+    fn layer_kind(&self, layer: Layer) -> u32 {
+        // Kinds need only differ where some part's does.
+        self.0.iter().fold(0u32, |kind, p| {
+            kind.wrapping_mul(1_000_003).wrapping_add(p.layer_kind(layer))
+        })
+    }
+
+    fn form(&self, layer: Layer, model: &Model) -> Form {
+        self.0.iter().fold(Form::default(), |form, p| form.and(p.form(layer, model)))
+    }
+
+    fn check(&self, request: &Request<'_>) -> Result<(), PolicyError> {
+        self.0.iter().try_for_each(|p| p.check(request))
+    }
+
+    fn after_attend(&self, step: &Step, kv: &mut KvTape<'_>) {
+        for part in &self.0 {
+            part.after_attend(step, kv);
+        }
+    }
+
+    fn after_pass(&self, step: &Step, kv: &mut KvTape<'_>) {
+        for part in &self.0 {
+            part.after_pass(step, kv);
+        }
+    }
+}
