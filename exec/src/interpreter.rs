@@ -1,14 +1,12 @@
 //! Replays a program op by op on the CPU. It knows no policy by name: *how many* tokens stay is in the ops, *which* is
 //! decided here by their scores.
 
+mod cache;
+
 use batchmax_kernels as k;
-use batchmax_kernels::append::AppendItem;
-use batchmax_kernels::attend::{AttendItem, AttendShape};
-use batchmax_kernels::evict::EvictItem;
-use batchmax_kernels::rank::{RankItem, Scorer, TallyItem};
 use batchmax_kernels::threads::Threads;
 use batchmax_sim::memory::Buffers;
-use batchmax_sim::op::{Heads, Lane, Lanes, Op, OpKind, Phase, Protect, Score};
+use batchmax_sim::op::{Lane, Lanes, Op, OpKind, Phase};
 use batchmax_sim::profile::{Activation, Model};
 use batchmax_sim::program::{Pass, StepView};
 use batchmax_sim::units::Layer;
@@ -73,6 +71,8 @@ pub struct SequenceState {
     pub prompt: Vec<u32>,
     /// Tokens in the caches' past, dropped ones included: the next position.
     pub seen: u32,
+    /// Tokens that the step at work adds, whether or not all layers see them.
+    pub step: u32,
     /// Generated tokens.
     pub generated: Vec<u32>,
     /// Gap between the two best logits of each.
@@ -81,6 +81,13 @@ pub struct SequenceState {
     pub sampler: Sampler,
     /// Logits at the last prompt position, where they were asked for.
     pub prompt_logits: Option<Vec<f32>>,
+}
+
+impl SequenceState {
+    /// Tokens in the past, those of the step at work included.
+    fn seen_with_step(&self) -> u32 {
+        self.seen + self.step
+    }
 }
 
 /// What a replay works on.
@@ -99,6 +106,10 @@ pub struct Interpreter<'a> {
     pub sequences: Vec<SequenceState>,
     /// Keep the logits at the last prompt position.
     pub keep_prompt_logits: bool,
+    /// The layer whose cache each layer reads; empty: its own.
+    pub cache_of: Vec<Layer>,
+    /// Layers behind which only some rows go on.
+    pub forwards: Vec<usize>,
 }
 
 impl Interpreter<'_> {
@@ -115,7 +126,8 @@ impl Interpreter<'_> {
         let moved = view.pass.before.ops[0].lanes_at(view.step, view.shift);
         for lane in moved.as_slice() {
             for sequence in lane.first..lane.first + lane.sequences {
-                self.sequences[sequence as usize].seen += lane.rows;
+                let sequence = &mut self.sequences[sequence as usize];
+                sequence.seen += std::mem::take(&mut sequence.step);
             }
         }
         clock.end_step(view.pass.phase);
@@ -131,7 +143,8 @@ impl Interpreter<'_> {
         let lanes = view.pass.before.ops[0].lanes_at(view.step, view.shift);
         for lane in lanes.as_slice() {
             for index in lane.first..lane.first + lane.sequences {
-                let sequence = &self.sequences[index as usize];
+                let sequence = &mut self.sequences[index as usize];
+                sequence.step = lane.rows;
                 let from = sequence.seen as usize;
                 slots.step_rows.push((index, slots.ids.len(), lane.rows as usize));
                 match view.pass.phase {
@@ -144,17 +157,6 @@ impl Interpreter<'_> {
                 }
                 slots.positions.extend(sequence.seen..sequence.seen + lane.rows);
             }
-        }
-    }
-
-    fn attend_shape(&self, heads: Heads, window: Option<u32>) -> AttendShape {
-        AttendShape {
-            heads: heads.query as usize,
-            kv_heads: heads.kv as usize,
-            head_dim: heads.dim as usize,
-            scale: self.model.attention_scale() as f32,
-            softcap: self.model.attention_softcap.map(|c| c as f32),
-            window,
         }
     }
 
@@ -197,18 +199,28 @@ impl Interpreter<'_> {
                     qkv_width,
                     rotated,
                     heads.dim as usize,
-                    &self.slots.positions,
+                    &self.slots.positions[..rows],
                     &self.weights.rope,
                     self.weights.rope_layout,
                 );
             }
             OpKind::Append { heads } => self.append(heads, lanes.as_slice(), layer)?,
             OpKind::Attend { heads, window } => {
-                self.attend(pass.phase, heads, window, lanes, layer);
+                let cache = layer.map(|l| self.cache_of.get(l as usize).copied().unwrap_or(l));
+                self.attend(pass.phase, heads, window, lanes, cache);
             }
             OpKind::Tally { heads } => self.tally(heads, lanes, layer),
             OpKind::Rank { heads, by } => self.rank(heads, by, lanes, layer),
-            OpKind::Evict { protect, .. } => self.evict(protect, lanes, layer),
+            OpKind::Evict { protect, choice, .. } => self.evict(protect, choice, lanes, layer),
+            OpKind::Pack { .. } | OpKind::PruneChannels { .. } => {
+                return Err(ExecError::NotExecutable {
+                    model: model.name.clone(),
+                    part: "packed or pruned caches".to_owned(),
+                });
+            }
+            OpKind::Forward { width, recent } => {
+                self.forward(width as usize, recent, lanes, layer_index(layer));
+            }
             // One process on one machine: there is nobody to add up with.
             OpKind::AllReduce { .. } => {
                 return Err(ExecError::NotExecutable {
@@ -332,6 +344,13 @@ impl Interpreter<'_> {
         let layer = &weights.layers[layer as usize];
         let out = if accumulate { &mut slots.residual } else { &mut slots.normed };
         match name {
+            // Queries come first in a fused row; keys and values of a layer that reads another's cache are not needed.
+            "query" => {
+                let columns = self.model.heads as usize * self.model.head_dim as usize;
+                let (w, bias) = (&layer.qkv, layer.qkv_bias.as_deref());
+                let (x, out) = (&slots.normed[..rows * w.k()], &mut slots.qkv[..rows * w.n()]);
+                k::gemm::gemm_first(threads, x, rows, w, columns, bias, out);
+            }
             "qkv" => multiply(&slots.normed, &layer.qkv, layer.qkv_bias.as_deref(), &mut slots.qkv),
             "output" => multiply(&slots.attention, &layer.output, None, out),
             "gate_up" => multiply(&slots.normed, &layer.gate_up, None, &mut slots.gate_up),
@@ -339,151 +358,38 @@ impl Interpreter<'_> {
         }
     }
 
-    fn append(
-        &mut self,
-        heads: Heads,
-        lanes: &[Lane],
-        layer: Option<Layer>,
-    ) -> Result<(), ExecError> {
-        let width = self.model.qkv_width() as usize;
-        let dim = heads.dim as usize;
-        let key_offset = heads.query as usize * dim;
-        let value_offset = key_offset + heads.kv as usize * dim;
-        let (pool, picked) = self.kv.select(layer_index(layer), lanes);
-        let mut first_row = 0;
-        let mut items: Vec<AppendItem<'_>> = picked
-            .into_iter()
-            .map(|(sequence, lane, heads)| {
-                let rows = lane.rows as usize;
-                let first_position = self.sequences[sequence as usize].seen;
-                let item = AppendItem { heads, first_row, rows, first_position };
-                first_row += rows;
-                item
-            })
-            .collect();
-        let qkv = &self.slots.qkv[..first_row * width];
-        k::append::append(
-            self.threads,
-            pool,
-            &mut items,
-            qkv,
-            width,
-            key_offset,
-            value_offset,
-            dim,
-        )?;
-        Ok(())
-    }
-
-    fn attend(
-        &mut self,
-        phase: Phase,
-        heads: Heads,
-        window: Option<u32>,
-        lanes: &Lanes,
-        layer: Option<Layer>,
-    ) {
-        let shape = self.attend_shape(heads, window);
-        let rows = lanes.rows() as usize;
-        let width = self.model.qkv_width() as usize;
-        let out_width = shape.heads * shape.head_dim;
-        let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
-        let mut first_row = 0;
-        let items: Vec<AttendItem<'_>> = picked
-            .into_iter()
-            .map(|(_, lane, heads)| {
-                let rows = lane.rows as usize;
-                let item = AttendItem { heads, first_row, rows };
-                first_row += rows;
-                item
-            })
-            .collect();
-        let run = match phase {
-            Phase::Prefill => k::attend::attend_prefill,
-            Phase::Decode => k::attend::attend_decode,
-        };
-        run(
-            self.threads,
-            pool,
-            &items,
-            &shape,
-            &self.slots.qkv[..rows * width],
-            width,
-            &mut self.slots.attention[..rows * out_width],
-            Some(&mut self.slots.log_sum_exp[..rows * shape.heads]),
-        );
-    }
-
-    fn tally(&mut self, heads: Heads, lanes: &Lanes, layer: Option<Layer>) {
-        let shape = self.attend_shape(heads, None);
-        let rows = lanes.rows() as usize;
-        let width = self.model.qkv_width() as usize;
-        let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
-        let mut first_row = 0;
-        let mut items: Vec<TallyItem<'_>> = picked
-            .into_iter()
-            .map(|(_, lane, heads)| {
-                let item = TallyItem { heads, first_row, rows: lane.rows as usize };
-                first_row += lane.rows as usize;
-                item
-            })
-            .collect();
-        let qkv = &self.slots.qkv[..rows * width];
-        let lse = &self.slots.log_sum_exp[..rows * shape.heads];
-        k::rank::tally(self.threads, pool, &mut items, &shape, qkv, width, lse);
-    }
-
-    fn rank(&mut self, heads: Heads, by: Score, lanes: &Lanes, layer: Option<Layer>) {
-        let scorer = match by {
-            Score::Recency => Scorer::Recency,
-            Score::KeyNorm => Scorer::KeyNorm,
-            Score::KeyDiff => Scorer::KeyDiff,
-            Score::WindowAttention { window, pool, exclude_window } => {
-                Scorer::WindowAttention { window, pool, exclude_window }
+    /// Moves the rows that go on next to each other, in order, and forgets the others.
+    fn forward(&mut self, width: usize, recent: u32, lanes: &Lanes, layer: usize) {
+        let rows = self.rows_of(lanes.as_slice());
+        let kv_heads = self.model.kv_heads as usize;
+        let kept = lanes
+            .as_slice()
+            .iter()
+            .flat_map(|l| std::iter::repeat_n(l.keep as usize, l.sequences as usize));
+        let mut choices = Vec::with_capacity(rows.len());
+        for (index, ((first, count), keep)) in rows.iter().zip(kept).enumerate() {
+            let heads = &self.slots.scores[layer][index * kv_heads..(index + 1) * kv_heads];
+            let mut scores = vec![0.0f32; *count];
+            for head in heads {
+                scores.iter_mut().zip(head).for_each(|(sum, score)| *sum += score);
             }
-            Score::TalliedAttention { mean } => Scorer::Tallied { mean },
-        };
-        let step_rows = self.rows_of(lanes.as_slice());
-        let shape = self.attend_shape(heads, None);
-        let index = layer_index(layer);
-        let (pool, picked) = self.kv.select(index, lanes.as_slice());
-        let mut items: Vec<RankItem<'_>> = picked
-            .into_iter()
-            .zip(step_rows)
-            .map(|((sequence, lane, heads), (first_row, rows))| RankItem {
-                heads,
-                first_row,
-                rows,
-                seen: self.sequences[sequence as usize].seen + lane.rows,
-            })
-            .collect();
-        k::rank::rank(
-            self.threads,
-            pool,
-            &mut items,
-            scorer,
-            &shape,
-            &self.slots.qkv,
-            self.model.qkv_width() as usize,
-            &self.slots.log_sum_exp,
-            &mut self.slots.scores[index],
-        );
-    }
-
-    fn evict(&mut self, protect: Protect, lanes: &Lanes, layer: Option<Layer>) {
-        let index = layer_index(layer);
-        let (pool, picked) = self.kv.select(index, lanes.as_slice());
-        let mut items: Vec<EvictItem<'_>> = picked
-            .into_iter()
-            .map(|(sequence, lane, heads)| EvictItem {
-                heads,
-                seen: self.sequences[sequence as usize].seen + lane.rows,
-                keep: lane.keep as usize,
-            })
-            .collect();
-        let protect = k::evict::Protect { sinks: protect.sinks, recent: protect.recent };
-        let scores = std::mem::take(&mut self.slots.scores[index]);
-        k::evict::evict(self.threads, pool, &mut items, &scores, protect);
+            let positions = &self.slots.positions[*first..first + count];
+            let protect = k::evict::Protect { sinks: 0, recent };
+            let seen = positions.last().map_or(0, |p| p + 1);
+            choices.push((*first, k::evict::best(&scores, positions, seen, keep, protect)));
+        }
+        let slots = &mut self.slots;
+        let mut to = 0;
+        // A step reads all its prompts whole or none: every sequence of the step is here.
+        for (step, (first, kept)) in slots.step_rows.iter_mut().zip(&choices) {
+            (step.1, step.2) = (to, kept.len());
+            for row in kept {
+                let from = first + *row as usize;
+                slots.residual.copy_within(from * width..(from + 1) * width, to * width);
+                slots.positions[to] = slots.positions[from];
+                to += 1;
+            }
+        }
     }
 
     fn sample(&mut self, phase: Phase, lanes: &[Lane], vocab: usize) {

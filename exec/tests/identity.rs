@@ -2,11 +2,14 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use batchmax_exec::{Engine, RunResult};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
-    AnyScore, BatchMax, Budget, By, Cut, Full, Instant, Policy, Snap, SnapKv, StreamingLlm,
+    AdaKv, AnyScore, BatchMax, Budget, By, Composed, Cut, Falling, FastKv, Full, H2o, Instant,
+    KvSharer, Policy, PyramidKv, Snap, SnapKv, StreamingLlm, Together,
 };
 use common::{made_up, run, small};
 
@@ -46,6 +49,32 @@ fn policies(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
         all.push(Box::new(batch_max(by, budget_tokens, 48)));
         all.push(Box::new(batch_max(by, budget_tokens, 4096)));
     }
+    all.push(Box::new(H2o::new(budget)));
+    all
+}
+
+/// Policies under which heads or layers hold different numbers of tokens, or whose results differ from full in any case.
+fn uneven(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
+    let budget = Budget::Tokens(budget_tokens);
+    let snap = Snap { window: 16, pool: 5 };
+    let ada = AdaKv::new(budget);
+    let pyramid = PyramidKv::new(budget);
+    let sharer = || Arc::new(KvSharer { layers: 1, ..KvSharer::default() });
+    let shared: Vec<Arc<dyn Policy>> =
+        vec![sharer(), Arc::new(batch_max(By::TallySum, budget_tokens, 48))];
+    vec![
+        Box::new(AdaKv { by: Together(snap.clone()), ..ada }),
+        Box::new(PyramidKv { by: Falling(snap), ..pyramid }),
+        Box::new(FastKv { retain: 0.4, forward: 0.6, ..FastKv::default() }),
+        Box::new(KvSharer { layers: 1, ..KvSharer::default() }),
+        Box::new(Composed::new(shared).expect("goes together")),
+    ]
+}
+
+/// The whole matrix.
+fn everything(budget: u32) -> Vec<Box<dyn Policy>> {
+    let mut all = policies(budget);
+    all.extend(uneven(budget));
     all
 }
 
@@ -86,7 +115,7 @@ fn with_room_for_everything_every_policy_is_full_bit_for_bit() {
 #[test]
 fn a_sequence_does_not_depend_on_its_neighbours() {
     let engine = small();
-    for policy in policies(64) {
+    for policy in everything(64) {
         let together = outcome_of(&engine, policy.as_ref(), &[150, 97, 97, 33]);
         for (i, length) in [150usize, 97, 97, 33].into_iter().enumerate() {
             let alone = prompts(&[150, 97, 97, 33])[i].clone();
@@ -110,7 +139,7 @@ fn chunks_change_nothing_while_nothing_is_dropped() {
 #[test]
 fn schedules_change_times_and_never_tokens() {
     let engine = small();
-    for policy in policies(64) {
+    for policy in everything(64) {
         let prompts = prompts(&[97, 97, 97, 97, 97]);
         let together = run(&engine, policy.as_ref(), &prompts, 12, Schedule::Static, DType::F16);
         let schedule = Schedule::Staggered { prefill_batch: 2 };
@@ -128,7 +157,7 @@ fn threads_change_nothing() {
         1,
     );
     let two = small();
-    for policy in policies(64) {
+    for policy in everything(64) {
         let lengths = [150, 97];
         assert_eq!(
             outcome_of(&one, policy.as_ref(), &lengths),
@@ -175,4 +204,57 @@ fn a_hard_budget_refuses_before_it_starts() {
         .run(&program, &prompts, &options, &stop, &mut |_, _| {})
         .expect_err("one byte is missing");
     assert!(matches!(error, ExecError::OverBudget { .. }), "{error}");
+}
+
+#[test]
+fn heads_that_share_a_budget_hold_it_together() {
+    let engine = small();
+    let policy = &uneven(64)[0];
+    let result =
+        run(&engine, policy.as_ref(), &prompts(&[150]), 24, Schedule::Static, DType::F16);
+    let mut differ = false;
+    for heads in result.sequences[0].kept.as_ref().expect("kept") {
+        let counts: Vec<usize> = heads.iter().map(Vec::len).collect();
+        assert_eq!(counts.iter().sum::<usize>(), 64 * heads.len());
+        differ |= counts.iter().any(|c| *c != 64);
+        // The window stays with every head.
+        assert!(heads.iter().all(|kept| kept[kept.len() - 16..] == (134..150).collect::<Vec<_>>()));
+    }
+    assert!(differ, "no head has more than another");
+}
+
+#[test]
+fn upper_layers_see_what_goes_on_and_nothing_else() {
+    let engine = small();
+    let policy = FastKv { retain: 1.0, forward: 0.5, window: 8, pool: 7, after: Some(1) };
+    let kept = |policy: &dyn Policy| {
+        let result = run(&engine, policy, &prompts(&[150]), 8, Schedule::Static, DType::F16);
+        result.sequences[0].kept.clone().expect("kept")
+    };
+    let kept = kept(&policy);
+    for head in kept[0].iter().chain(&kept[1]) {
+        assert_eq!(*head, (0..150).collect::<Vec<_>>());
+    }
+    for head in &kept[2] {
+        // Half of the rows, the same for all heads, the window among them, at their original positions.
+        assert_eq!((head.len(), head), (75, &kept[2][0]));
+        assert_eq!(head[67..], (142..150).collect::<Vec<_>>());
+    }
+    // Nothing left out: nothing changed.
+    let all = FastKv { retain: 1.0, forward: 1.0, ..policy };
+    let full = outcome_of(&engine, &Full::default(), &[150, 97]);
+    assert_eq!(outcome_of(&engine, &all, &[150, 97]), full);
+}
+
+#[test]
+fn layers_that_share_hold_nothing() {
+    let engine = small();
+    let policy = KvSharer { layers: 1, ..KvSharer::default() };
+    let result = run(&engine, &policy, &prompts(&[150]), 8, Schedule::Static, DType::F16);
+    let full = run(&engine, &Full::default(), &prompts(&[150]), 8, Schedule::Static, DType::F16);
+    let kept = result.sequences[0].kept.as_ref().expect("kept");
+    assert!(kept[2].iter().all(Vec::is_empty) && kept[1].iter().all(|h| h.len() == 150));
+    assert_eq!(result.kv_decode_peak.0 * 3, full.kv_decode_peak.0 * 2);
+    let none = KvSharer { layers: 0, ..policy };
+    assert_eq!(outcome_of(&engine, &none, &[150]), outcome_of(&engine, &Full::default(), &[150]));
 }

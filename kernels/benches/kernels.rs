@@ -108,13 +108,14 @@ fn cache_upkeep(c: &mut Criterion) {
     let workers = Threads::new(1);
     let mut group = c.benchmark_group("cache/1 thread");
     let qkv = noise(256 * WIDTH);
+    let positions: Vec<u32> = (0..256).collect();
     group.bench_function("append 256 rows", |b| {
         let mut pool = BlockPool::new(64, KvFormat::F16, 1 << 30);
         let mut heads: Vec<HeadCache> = (0..3).map(|_| HeadCache::default()).collect();
         b.iter(|| {
             heads.iter_mut().for_each(|h| h.clear(&mut pool));
             let mut items =
-                [AppendItem { heads: &mut heads, first_row: 0, rows: 256, first_position: 0 }];
+                [AppendItem { heads: &mut heads, first_row: 0, rows: 256, positions: &positions }];
             append(&workers, &mut pool, &mut items, &qkv, WIDTH, 9 * 64, 12 * 64, 64)
                 .expect("room");
         });
@@ -131,7 +132,7 @@ fn cache_upkeep(c: &mut Criterion) {
                     head.reserve(&mut pool, 4096).expect("room");
                     head.positions.extend(0..4096);
                 }
-                let mut items = [EvictItem { heads: &mut heads, seen: 4096, keep: 1024 }];
+                let mut items = [EvictItem { keep: vec![1024; 3], heads: &mut heads, seen: 4096 }];
                 evict(&workers, &mut pool, &mut items, &scores, Protect { sinks: 4, recent: 32 });
             },
             BatchSize::PerIteration,

@@ -13,8 +13,8 @@ pub struct AppendItem<'a> {
     pub first_row: usize,
     /// Its rows, one token each.
     pub rows: usize,
-    /// Position of the first; the others follow.
-    pub first_position: u32,
+    /// Their positions in the sequence, ascending.
+    pub positions: &'a [u32],
 }
 
 /// Appends each row's K and V, already rotated, to the caches of its sequence, rounded to the nearest number of the
@@ -39,6 +39,7 @@ pub fn append(
     assert_eq!(head_dim, pool.head_dim(), "head_dim is not the pool's");
     for item in items.iter() {
         assert!((item.first_row + item.rows) * qkv_width <= qkv.len(), "rows outside qkv");
+        assert_eq!(item.positions.len(), item.rows, "not one position per row");
         let last = key_offset.max(value_offset) + item.heads.len() * head_dim;
         assert!(last <= qkv_width, "columns outside qkv");
     }
@@ -54,7 +55,7 @@ pub fn append(
                 index,
                 first_row: item.first_row,
                 rows: item.rows,
-                position: item.first_position,
+                positions: item.positions,
             });
         }
     }
@@ -87,7 +88,7 @@ struct Work<'a> {
     index: usize,
     first_row: usize,
     rows: usize,
-    position: u32,
+    positions: &'a [u32],
 }
 
 struct Rows<'a> {
@@ -102,7 +103,7 @@ fn write(isa: Isa, pool: &BlockPool, work: &mut Work<'_>, from: &Rows<'_>) {
     unsafe {
         with_format!(pool.format(), run::<B>(isa, pool, work, from));
     }
-    work.head.positions.extend(work.position..work.position + work.rows as u32);
+    work.head.positions.extend_from_slice(work.positions);
 }
 
 multiversion! { unsafe fn run<B: Source>(pool: &BlockPool, work: &Work<'_>, from: &Rows<'_>) = body }
@@ -161,11 +162,12 @@ mod tests {
             let mut pool = BlockPool::new(dim, format, 1 << 20);
             let mut caches: Vec<HeadCache> = (0..heads).map(|_| HeadCache::default()).collect();
             for (first, count) in [(0, 33), (33, 1), (34, 36)] {
+                let positions: Vec<u32> = (first as u32..).take(count).collect();
                 let mut items = [AppendItem {
                     heads: &mut caches,
                     first_row: first,
                     rows: count,
-                    first_position: first as u32,
+                    positions: &positions,
                 }];
                 append(&threads, &mut pool, &mut items, &qkv, width, 5, 5 + heads * dim, dim)
                     .expect("room");
@@ -202,7 +204,7 @@ mod tests {
                 heads: std::slice::from_mut(c),
                 first_row: 0,
                 rows: 1,
-                first_position: 0,
+                positions: &[0],
             })
             .collect();
         let full = append(&threads, &mut pool, &mut items, &qkv, 16, 0, 8, 8).expect_err("no room");

@@ -21,7 +21,7 @@ pub struct EvictItem<'a> {
     /// Tokens of the sequence so far, dropped ones included.
     pub seen: u32,
     /// Tokens that each head keeps.
-    pub keep: usize,
+    pub keep: Vec<usize>,
 }
 
 /// Keeps the `keep` best tokens of each head, where protected ones are best of all. Among equals the lower position stays;
@@ -42,13 +42,14 @@ pub fn evict(
     let mut work = Vec::new();
     let mut index = 0;
     for item in items.iter_mut() {
-        for head in item.heads.iter_mut() {
-            if head.tokens() > item.keep {
+        assert_eq!(item.keep.len(), item.heads.len(), "not one number of tokens per head");
+        for (head, keep) in item.heads.iter_mut().zip(item.keep.iter().copied()) {
+            if head.tokens() > keep {
                 assert!(
                     scores.get(index).is_some_and(|s| s.len() == head.tokens()),
                     "scores are missing"
                 );
-                work.push(Work { head, scores: &scores[index], seen: item.seen, keep: item.keep });
+                work.push(Work { head, scores: &scores[index], seen: item.seen, keep });
             }
             index += 1;
         }
@@ -89,23 +90,64 @@ fn rank_key(score: f32, index: usize, position: u32, seen: u32, protect: Protect
     u64::from(ordered) << 32 | earlier
 }
 
-/// Indices of the tokens that stay, ascending.
-fn choose(work: &Work<'_>, protect: Protect) -> Vec<u32> {
-    if work.keep == 0 {
+fn rank_keys(scores: &[f32], positions: &[u32], seen: u32, protect: Protect) -> Vec<u64> {
+    let of = |(i, (score, position)): (usize, (&f32, &u32))| {
+        rank_key(*score, i, *position, seen, protect)
+    };
+    scores.iter().zip(positions).enumerate().map(of).collect()
+}
+
+/// How many tokens each head of a layer keeps if they share `heads.len() * mean`: every head its `guaranteed` best, then
+/// the best of all heads together, among equals those of the lower head. `heads` are scores and positions.
+#[must_use]
+pub fn share(
+    heads: &[(&[f32], &[u32])],
+    seen: u32,
+    mean: usize,
+    guaranteed: usize,
+    protect: Protect,
+) -> Vec<usize> {
+    let mut rest: Vec<(u64, usize)> = Vec::new();
+    let mut keep = Vec::with_capacity(heads.len());
+    for (head, (scores, positions)) in heads.iter().enumerate() {
+        let mut keys = rank_keys(scores, positions, seen, protect);
+        keys.sort_unstable_by(|a, b| b.cmp(a));
+        let sure = guaranteed.min(mean).min(keys.len());
+        keep.push(sure);
+        // What is compared between heads is the score alone: the lower half of a key is the place in its own head.
+        rest.extend(keys[sure..].iter().map(|key| (key >> 32, head)));
+    }
+    let left = (heads.len() * mean).saturating_sub(keep.iter().sum());
+    // Stable: equal scores stay in the order of the heads, and within a head of their places.
+    rest.sort_by(|a, b| b.0.cmp(&a.0));
+    for (_, head) in rest.into_iter().take(left) {
+        keep[head] += 1;
+    }
+    keep
+}
+
+/// Indices of the `keep` best of some tokens, ascending: by score, protected ones first, the lower index among equals.
+///
+/// # Panics
+/// If there is not one score per position.
+#[must_use]
+pub fn best(
+    scores: &[f32],
+    positions: &[u32],
+    seen: u32,
+    keep: usize,
+    protect: Protect,
+) -> Vec<u32> {
+    assert_eq!(scores.len(), positions.len(), "not one score per position");
+    if keep == 0 {
         return Vec::new();
     }
-    let keys: Vec<u64> = work
-        .head
-        .positions
-        .iter()
-        .zip(work.scores)
-        .enumerate()
-        .map(|(i, (position, score))| rank_key(*score, i, *position, work.seen, protect))
-        .collect();
+    let keep = keep.min(positions.len());
+    let keys = rank_keys(scores, positions, seen, protect);
     let mut order = keys.clone();
-    let (_, least, _) = order.select_nth_unstable_by(work.keep - 1, |a, b| b.cmp(a));
+    let (_, least, _) = order.select_nth_unstable_by(keep - 1, |a, b| b.cmp(a));
     let least = *least;
-    let mut kept = Vec::with_capacity(work.keep);
+    let mut kept = Vec::with_capacity(keep);
     kept.extend((0..).zip(keys).filter(|(_, key)| *key >= least).map(|(i, _): (u32, _)| i));
     kept
 }
@@ -115,8 +157,8 @@ fn choose(work: &Work<'_>, protect: Protect) -> Vec<u32> {
 /// # Safety
 /// Nobody else uses the head's blocks.
 unsafe fn compact(pool: &BlockPool, work: &mut Work<'_>, protect: Protect) {
-    let kept = choose(work, protect);
     let head = &mut *work.head;
+    let kept = best(work.scores, &head.positions, work.seen, work.keep, protect);
     if !head.tally.is_empty() {
         // Tokens that came after the last tally have received nothing yet.
         head.tally.resize(head.positions.len(), 0.0);
@@ -212,7 +254,10 @@ mod tests {
             .caches
             .iter_mut()
             .zip(&layer.seen)
-            .map(|(heads, seen)| EvictItem { heads, seen: *seen, keep })
+            .map(|(heads, seen)| {
+                let keep = vec![keep; heads.len()];
+                EvictItem { heads, seen: *seen, keep }
+            })
             .collect();
         evict(&layer.threads, &mut layer.pool, &mut items, scores, protect);
     }
@@ -240,6 +285,22 @@ mod tests {
         assert_eq!(kept(scores, 1, 2, 4), [0]);
         assert_eq!(kept(scores, 0, 2, 4), [] as [u32; 0]);
         assert_eq!(kept(scores, 99, 0, 0), [0, 1, 2, 3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn heads_share_by_score_and_each_has_its_guarantee() {
+        let positions: Vec<u32> = (0..6).collect();
+        let (low, high) = ([0.1, 0.2, 0.3, 0.2, 0.1, 0.0], [0.9, 0.2, 0.8, 0.7, 0.6, 0.5]);
+        let heads = [(low.as_slice(), positions.as_slice()), (high.as_slice(), &positions)];
+        let none = Protect::default();
+        // Six in all: by score five are the upper head's, then .3 of the lower one.
+        assert_eq!(share(&heads, 6, 3, 0, none), [1, 5]);
+        assert_eq!(share(&heads, 6, 3, 2, none), [2, 4]);
+        assert_eq!(share(&heads, 6, 3, 3, none), [3, 3]);
+        // The newest of both go first; of the equal .2 the lower head's.
+        assert_eq!(share(&heads, 6, 1, 0, Protect { sinks: 0, recent: 1 }), [1, 1]);
+        assert_eq!(share(&heads, 6, 4, 0, none), [3, 5]);
+        assert_eq!(share(&heads, 6, 9, 1, none), [6, 6]);
     }
 
     proptest! {

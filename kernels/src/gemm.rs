@@ -42,6 +42,23 @@ pub fn gemm(
     gemm_with(isa(), threads, x, m, w, bias, accumulate, out);
 }
 
+/// The first `columns` of [`gemm`]'s, rounded up to whole panels; the others of `out` stay as they are.
+///
+/// # Panics
+/// As [`gemm`], or if there are fewer columns.
+pub fn gemm_first(
+    threads: &Threads,
+    x: &[f32],
+    m: usize,
+    w: &Packed,
+    columns: usize,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    assert!(columns <= w.n(), "{columns} columns of {}", w.n());
+    columns_with(isa(), threads, x, m, w, columns, bias, false, out);
+}
+
 /// [`gemm`] with a given instruction set, which has to be one of [`Isa::available`].
 ///
 /// # Panics
@@ -57,14 +74,29 @@ pub fn gemm_with(
     accumulate: bool,
     out: &mut [f32],
 ) {
+    columns_with(isa, threads, x, m, w, w.n(), bias, accumulate, out);
+}
+
+#[expect(clippy::too_many_arguments, reason = "the product's own parameters")]
+fn columns_with(
+    isa: Isa,
+    threads: &Threads,
+    x: &[f32],
+    m: usize,
+    w: &Packed,
+    columns: usize,
+    bias: Option<&[f32]>,
+    accumulate: bool,
+    out: &mut [f32],
+) {
     let (n, k) = (w.n(), w.k());
     assert_eq!(x.len(), m * k, "x is not m x k");
     assert_eq!(out.len(), m * n, "out is not m x n");
     assert!(bias.is_none_or(|b| b.len() == n), "bias is not n long");
-    if m == 0 || n == 0 {
+    if m == 0 || columns == 0 {
         return;
     }
-    let split = Split::new(m, n, k, threads.count());
+    let split = Split::new(m, columns, k, threads.count());
     let out = Disjoint::new(out);
     let job = Job { x, w, bias, accumulate, out: &out, k, n };
     threads.run(split.tasks(), |task| {

@@ -60,16 +60,22 @@ impl Layer {
             self.step[i] = (first_row, *rows);
             first_row += rows;
         }
+        let positions: Vec<Vec<u32>> = self
+            .step
+            .iter()
+            .zip(&self.seen)
+            .map(|(s, seen)| (*seen..).take(s.1).collect())
+            .collect();
         let mut items: Vec<AppendItem<'_>> = self
             .caches
             .iter_mut()
             .zip(&self.step)
-            .zip(&self.seen)
-            .map(|((heads, step), seen)| AppendItem {
+            .zip(&positions)
+            .map(|((heads, step), positions)| AppendItem {
                 heads,
                 first_row: step.0,
                 rows: step.1,
-                first_position: *seen,
+                positions,
             })
             .collect();
         let dim = self.shape.head_dim;
@@ -94,7 +100,7 @@ impl Layer {
             .iter_mut()
             .zip(keep)
             .zip(&self.seen)
-            .map(|((heads, keep), seen)| EvictItem { heads, seen: *seen, keep: *keep })
+            .map(|((heads, keep), seen)| EvictItem { keep: vec![*keep; heads.len()], heads, seen: *seen })
             .collect();
         evict(&self.threads, &mut self.pool, &mut items, &scores, Protect::default());
     }

@@ -177,7 +177,7 @@ pub fn shape(op: &Op, growing: bool) -> String {
             let channels = heads.form.pruned.map_or(heads.dim, |p| p.channels);
             format!("{} to {channels} channels", tokens(&op.lanes, growing, false))
         }
-        OpKind::Forward { width } => {
+        OpKind::Forward { width, .. } => {
             let kept: u64 = (op.lanes.as_slice().iter())
                 .map(|l| u64::from(l.sequences) * u64::from(l.keep))
                 .sum();

@@ -149,7 +149,9 @@ impl Form {
     #[must_use]
     pub fn round_down(&self, tokens: Tokens) -> Tokens {
         match self.packed {
-            Some(Packed { keys: KeyAxis::Channel, residual, .. }) if residual > 0 && tokens >= residual => {
+            Some(Packed { keys: KeyAxis::Channel, residual, .. })
+                if residual > 0 && tokens >= residual =>
+            {
                 tokens / residual * residual
             }
             _ => tokens,
@@ -282,7 +284,10 @@ mod tests {
 
     #[test]
     fn pruned_keys_lose_channels_and_nothing_else() {
-        let form = Form { pruned: Some(Pruned { channels: 40, window: 32, recent: 32 }), ..Form::default() };
+        let form = Form {
+            pruned: Some(Pruned { channels: 40, window: 32, recent: 32 }),
+            ..Form::default()
+        };
         // 256 tokens: 224 pruned keys of 40 channels, 32 whole ones; all values.
         let head = 224 * 40 * 2 + 32 * 64 * 2 + 256 * 64 * 2;
         assert_eq!(heads(form).stored(Length::settled(256)), Bytes(3 * head));
@@ -293,10 +298,10 @@ mod tests {
     fn short_heads_hold_sinks_and_recent_tokens() {
         let short = Short { heads: 2, tokens: 100, slack: 4 };
         let form = Form { short: Some(short), ..Form::default() };
-        assert_eq!([99, 100, 101, 104, 105, 106].map(|n| short.of(n)), [99, 100, 101, 104, 100, 101]);
         assert_eq!(
-            heads(form).stored(Length::settled(200)),
-            Bytes((200 + 2 * 100) * 2 * 64 * 2)
+            [99, 100, 101, 104, 105, 106].map(|n| short.of(n)),
+            [99, 100, 101, 104, 100, 101]
         );
+        assert_eq!(heads(form).stored(Length::settled(200)), Bytes((200 + 2 * 100) * 2 * 64 * 2));
     }
 }

@@ -8,13 +8,17 @@
 use crate::form::Length;
 use crate::kv::{KvLayout, KvTape, Verb};
 use crate::load::{Group, Load, Schedule};
-use crate::op::{DType, Heads, Lane, Lanes, Op, OpKind, Phase, Protect, Score};
+use crate::op::{DType, Lane, OpKind, Phase, Protect, Score};
 use crate::policy::{Policy, PolicyError, Request, Step};
 use crate::profile::Model;
-use crate::program::{Block, Header, Layers, Node, Pass, Program};
-use crate::units::Tokens;
+use crate::program::{Header, Node, Program};
+use crate::units::{Layer, Tokens};
 
+mod classes;
+mod emit;
 mod ops;
+
+use classes::{Class, classes};
 
 /// Tokens a sliding layer's cache may grow in decode before it is cut to its window again.
 const SLIDE_SLACK: Tokens = 32;
@@ -63,49 +67,6 @@ pub enum LowerError {
     Policy(#[from] PolicyError),
 }
 
-/// Bytes of a token in all layers, stored whole.
-fn token_bytes(model: &Model, setup: Setup) -> u64 {
-    setup.kv.dtype.bytes(model.kv_elements_per_token_layer() * u64::from(model.layers)).0
-}
-
-/// Layers that behave alike.
-struct Class {
-    layers: Layers,
-    window: Option<Tokens>,
-    heads: Heads,
-}
-
-/// The layers of a model by what they do: those whose window and kind are the same.
-fn classes(model: &Model, policy: &dyn Policy, setup: Setup) -> Vec<Class> {
-    let heads_of = |layer| Heads {
-        query: model.heads,
-        kv: model.kv_heads,
-        dim: model.head_dim,
-        dtype: setup.kv.dtype,
-        form: policy.form(layer, model),
-    };
-    let mut classes: Vec<(u32, Class)> = Vec::new();
-    for layer in 0..model.layers {
-        let (kind, window) = (policy.layer_kind(layer), model.window_of(layer));
-        // A class is an arithmetic progression; layers that don't continue one start another.
-        let same = classes.iter_mut().rev().find(|(k, c)| *k == kind && c.window == window);
-        let joined = same.is_some_and(|(_, class)| {
-            let layers = &mut class.layers;
-            let distance = layer - (layers.first + (layers.count - 1) * layers.stride);
-            if layers.count > 1 && distance != layers.stride {
-                return false;
-            }
-            *layers = Layers { stride: distance, count: layers.count + 1, ..*layers };
-            true
-        });
-        if !joined {
-            let layers = Layers { first: layer, stride: 1, count: 1 };
-            classes.push((kind, Class { layers, window, heads: heads_of(layer) }));
-        }
-    }
-    classes.into_iter().map(|(_, class)| class).collect()
-}
-
 /// Equal sequences while they are lowered.
 #[derive(Clone)]
 struct Sequences {
@@ -152,8 +113,7 @@ pub fn lower(
                 context: model.context,
             });
         }
-        let token_bytes = token_bytes(model, setup);
-        policy.check(&Request { model, prompt: group.isl, token_bytes })?;
+        policy.check(&Request::new(model, group.isl, setup.kv.dtype))?;
     }
     let mut lowering = Lowering::new(model, policy, setup);
     let nodes = lowering.run(load);
@@ -196,6 +156,10 @@ fn header(model: &Model, policy: &dyn Policy, load: &Load, setup: Setup) -> Head
         weights: setup.weights,
         activations: setup.activations,
         head: setup.head,
+        cache_of: {
+            let map: Vec<Layer> = (0..model.layers).map(|l| policy.cache_of(l, model)).collect();
+            if map.iter().zip(0..).all(|(of, layer)| *of == layer) { Vec::new() } else { map }
+        },
     }
 }
 
@@ -215,7 +179,7 @@ impl<'a> Lowering<'a> {
             model,
             policy,
             setup,
-            token_bytes: token_bytes(model, setup),
+            token_bytes: Request::new(model, 0, setup.kv.dtype).token_bytes,
             classes: classes(model, policy, setup),
             verbs: Vec::new(),
             probe: Vec::new(),
@@ -379,13 +343,24 @@ impl<'a> Lowering<'a> {
         }
     }
 
+    /// Rows of a step that a class of layers sees.
+    fn rows(&self, s: &Sequences, a: &Active, phase: Phase, class: usize) -> Tokens {
+        if phase == Phase::Decode || a.rows < s.isl {
+            return a.rows;
+        }
+        let forwards = self.policy.forwards(s.isl, self.model);
+        forwards
+            .filter(|f| self.classes[class].layers.first > f.after)
+            .map_or(a.rows, |f| f.rows.min(a.rows))
+    }
+
     fn step(&self, s: &Sequences, a: &Active, phase: Phase, class: usize) -> Step {
         Step {
             phase,
             layer: self.classes[class].layers.first,
             layers: self.model.layers,
             prompt: s.isl,
-            rows: a.rows,
+            rows: self.rows(s, a, phase, class),
             prompt_read: a.prompt_read,
             token_bytes: self.token_bytes,
         }
@@ -414,7 +389,17 @@ impl<'a> Lowering<'a> {
             tape.settle();
         }
         let length = tape.length();
-        let split = verbs.len();
+        // Layers that read this cache still have to attend to all of it.
+        let drops = |v: &Verb| {
+            matches!(
+                v.kind,
+                OpKind::Evict { .. } | OpKind::Pack { .. } | OpKind::PruneChannels { .. }
+            )
+        };
+        let split = match self.classes[class].is_read {
+            true => verbs.iter().position(drops).unwrap_or(verbs.len()),
+            false => verbs.len(),
+        };
         let mut tape = KvTape::new(heads, length, verbs);
         self.policy.after_pass(step, &mut tape);
         (tape.tokens(), split)
@@ -465,97 +450,6 @@ impl<'a> Lowering<'a> {
         self.verbs = first;
         self.probe = now;
         quiet
-    }
-
-    /// Appends one pass of `steps` steps and moves the caches on.
-    fn emit(
-        &mut self,
-        all: &mut [Sequences],
-        active: &[Active],
-        phase: Phase,
-        steps: u32,
-        release: bool,
-        nodes: &mut Vec<Node>,
-    ) {
-        let lanes_of = |length: &dyn Fn(&Sequences, &Active) -> Length| -> Lanes {
-            let lanes: Vec<Lane> =
-                active.iter().map(|a| lane(&all[a.index], a.rows, length(&all[a.index], a), 0)).collect();
-            Lanes::new(&lanes)
-        };
-        let rows = lanes_of(&|_, _| Length::settled(0));
-        let before = Block {
-            layers: None,
-            ops: vec![self.op("embed", OpKind::Embed { width: self.model.hidden }, rows.clone())],
-        };
-        let mut verbs = std::mem::take(&mut self.verbs);
-        let mut layers = Vec::with_capacity(self.classes.len());
-        let mut after_layers = Vec::new();
-        let mut stay: Vec<Vec<Tokens>> = Vec::with_capacity(self.classes.len());
-        for class in 0..self.classes.len() {
-            let heads = self.classes[class].heads;
-            let appended = lanes_of(&|s, _| Length::settled(s.resident[class]));
-            let seen = lanes_of(&|s, a| {
-                Length::with_new(s.resident[class].saturating_add(a.rows), a.rows)
-            });
-            let (mut spoken, mut late) = (Vec::new(), Vec::new());
-            let mut stays = Vec::with_capacity(active.len());
-            for a in active {
-                let s = &all[a.index];
-                let step = self.step(s, a, phase, class);
-                let tokens = s.resident[class].saturating_add(a.rows);
-                let (left, split) = self.hooks(&step, class, tokens, &mut verbs);
-                stays.push(left);
-                self.merge(&mut spoken, &verbs[..split], s, a);
-                self.merge(&mut late, &verbs[split..], s, a);
-                if release && s.generated + 1 == s.osl {
-                    let (kind, length) = (OpKind::Release { heads }, Length::settled(left));
-                    let verb = Verb { name: "release", kind, length, keep: 0 };
-                    self.merge(&mut late, &[verb], s, a);
-                }
-            }
-            stay.push(stays);
-            let window = self.classes[class].window;
-            let at = Some(self.classes[class].layers);
-            layers
-                .push(Block { layers: at, ops: self.layer(&rows, heads, appended, seen, window, spoken) });
-            if !late.is_empty() {
-                after_layers.push(Block { layers: at, ops: late });
-            }
-        }
-        self.verbs = verbs;
-        let after = Block { layers: None, ops: self.head(all, active) };
-        nodes.push(Node::Pass(Box::new(Pass {
-            phase,
-            steps,
-            before,
-            layers,
-            after_layers,
-            after,
-        })));
-        for (class, stays) in stay.iter().enumerate() {
-            for (a, left) in active.iter().zip(stays) {
-                let grown = a.rows.saturating_mul(steps - 1);
-                all[a.index].resident[class] = left.saturating_add(grown);
-            }
-        }
-    }
-
-    /// Adds one lane's verbs to the ops of its layer, joining it to equal verbs of other lanes in order.
-    fn merge(&self, ops: &mut Vec<Op>, verbs: &[Verb], s: &Sequences, a: &Active) {
-        let mut cursor = 0;
-        for verb in verbs {
-            let lane = lane(s, a.rows, verb.length, verb.keep);
-            match ops[cursor..].iter().position(|op| op.kind == verb.kind) {
-                Some(found) => {
-                    ops[cursor + found].lanes.push(lane);
-                    cursor += found + 1;
-                }
-                None => {
-                    ops.insert(cursor, self.op(verb.name, verb.kind, Lanes::One(lane)));
-                    cursor += 1;
-                }
-            }
-        }
     }
 }
 

@@ -18,6 +18,8 @@ pub struct Footprint {
     pub kv_prefill_peak: Bytes,
     /// Caches at the worst moment of the decode.
     pub kv_decode_peak: Bytes,
+    /// What the caches may take beyond their peaks, at most, where the lengths of heads depend on the text.
+    pub kv_spread: Bytes,
     /// Buffers between ops.
     pub activations: Bytes,
     /// What is kept per cached token besides keys and values (positions, scores).
@@ -31,6 +33,12 @@ impl Footprint {
     #[must_use]
     pub fn kv_peak(&self) -> Bytes {
         self.kv_prefill_peak.max(self.kv_decode_peak)
+    }
+
+    /// Everything, in the worst case of what depends on the text.
+    #[must_use]
+    pub fn most(&self) -> Bytes {
+        self.total() + self.kv_spread
     }
 
     /// Everything.
@@ -147,10 +155,39 @@ pub fn footprint(model: &Model, program: &Program, runtime: Bytes) -> Footprint 
         weights: weight_bytes(model, program.header.weights, program.header.head),
         kv_prefill_peak: peaks.prefill,
         kv_decode_peak: peaks.decode,
+        kv_spread: kv_spread(program),
         activations: buffers.bytes(model, program.header.activations.bits() / 8),
         bookkeeping,
         runtime,
     }
+}
+
+/// Bytes by which caches may exceed their replay because heads that share a budget differ in length: the replay gives
+/// every head the mean, and heads of other lengths may each need one block more.
+#[must_use]
+pub fn kv_spread(program: &Program) -> Bytes {
+    let layout = program.header.kv;
+    let mut most = 0u64;
+    program.visit_passes(|_, pass, _| {
+        let ragged: u64 = pass
+            .blocks()
+            .flat_map(|(_, block)| block.ops.iter().map(move |op| (block.times(), op)))
+            .filter_map(|(times, op)| match op.kind {
+                OpKind::Evict { heads, choice, .. } if choice.is_ragged() => {
+                    let block = heads.kv_bytes(u64::from(layout.block_tokens)).0;
+                    Some(u64::from(times) * op.lanes.sequences() * block)
+                }
+                _ => None,
+            })
+            .sum();
+        most = most.max(ragged);
+    });
+    // Sequences of other passes may be cut already.
+    let sequences = program.header.load.sequences();
+    let in_a_pass = |pass: &Pass| pass.before.ops.first().map_or(1, |op| op.lanes.sequences());
+    let mut fewest = sequences;
+    program.visit_passes(|_, pass, _| fewest = fewest.min(in_a_pass(pass)));
+    Bytes(most.saturating_mul(sequences.div_ceil(fewest.max(1))))
 }
 
 /// Cache peaks of the two phases.

@@ -174,10 +174,13 @@ pub enum OpKind {
         /// Heads.
         heads: Heads,
     },
-    /// Only the best `Lane::keep` rows of each sequence go on to the next layer.
+    /// Only the best `Lane::keep` rows of each sequence go on to the next layer, by the sum of the layer's last ranking
+    /// over its KV heads.
     Forward {
         /// Row width.
         width: u32,
+        /// Newest rows that go on in any case.
+        recent: Tokens,
     },
     /// Sum of each row over the devices that share a layer.
     AllReduce {

@@ -153,6 +153,16 @@ pub struct Header {
     pub activations: DType,
     /// Type of the embedding and the output head.
     pub head: DType,
+    /// The layer whose cache each layer reads; empty: its own.
+    pub cache_of: Vec<Layer>,
+}
+
+impl Header {
+    /// The layer whose cache `layer` reads.
+    #[must_use]
+    pub fn cache_of(&self, layer: Layer) -> Layer {
+        self.cache_of.get(layer as usize).copied().unwrap_or(layer)
+    }
 }
 
 /// The ops of a run.

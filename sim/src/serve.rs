@@ -1,8 +1,8 @@
 //! Whole runs of an engine: a static batch, everything queued at once, or a closed loop at a concurrency.
 
 use crate::cost::{CostModel, GpuKernels, predict};
-use crate::form::Length;
 use crate::engine::{DeviceFactors, Engine, Generation};
+use crate::form::Length;
 use crate::load::{Group, Load, Schedule};
 use crate::lower::{LowerError, Setup, lower, lower_pass};
 use crate::memory::{kv_peaks, weight_bytes};

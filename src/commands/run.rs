@@ -127,14 +127,14 @@ fn refuse(
             footprint.weights
         );
     }
-    if footprint.total() > memory {
+    if footprint.most() > memory {
         bail!(
             "the run takes {}, the memory is {memory}; hint: a smaller --batch, or a policy with a smaller budget",
-            footprint.total()
+            footprint.most()
         );
     }
     let peaks = kv_peaks(program);
-    let needed = peaks.prefill.max(peaks.decode);
+    let needed = peaks.prefill.max(peaks.decode) + footprint.kv_spread;
     match budget {
         Some(budget) if needed > budget => bail!(
             "the caches need {needed} at their peak, --kv-memory is {budget}; hint: a smaller --batch, or a policy with a smaller budget or chunk"

@@ -25,6 +25,7 @@ pub fn footprint(f: &Footprint) -> Value {
         "weights_bytes": f.weights,
         "kv_prefill_peak_bytes": f.kv_prefill_peak,
         "kv_decode_peak_bytes": f.kv_decode_peak,
+        "kv_spread_bytes": f.kv_spread,
         "activations_bytes": f.activations,
         "bookkeeping_bytes": f.bookkeeping,
         "runtime_bytes": f.runtime,

@@ -64,7 +64,7 @@ pub fn rate(value: f64) -> String {
 
 /// A footprint, one line a kind.
 pub fn memory(footprint: &Footprint) -> String {
-    let lines = [
+    let mut lines = vec![
         ("weights", footprint.weights),
         ("kv, prefill peak", footprint.kv_prefill_peak),
         ("kv, decode peak", footprint.kv_decode_peak),
@@ -73,5 +73,8 @@ pub fn memory(footprint: &Footprint) -> String {
         ("runtime", footprint.runtime),
         ("total", footprint.total()),
     ];
+    if footprint.kv_spread.0 > 0 {
+        lines.push(("kv spread, most", footprint.kv_spread));
+    }
     lines.iter().map(|(name, bytes)| format!("  {name:<18}{bytes:>10}\n")).collect()
 }

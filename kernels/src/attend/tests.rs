@@ -89,7 +89,7 @@ fn two_keys_by_hand() {
         heads: &mut layer.caches[0],
         first_row: 0,
         rows: 2,
-        first_position: 0,
+        positions: &[0, 1],
     }];
     crate::append::append(&layer.threads, &mut layer.pool, &mut items, &layer.qkv, 24, 8, 16, 8)
         .expect("room");

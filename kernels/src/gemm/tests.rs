@@ -153,3 +153,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_first_columns_are_those_of_the_whole_product() {
+    let threads = Threads::new(2);
+    let w = Packed::synthetic(200, 48, WeightFormat::F32, 3, 1.0);
+    for m in [1, 7, 64] {
+        let x = noise(m as u64, m * 48);
+        let mut whole = vec![0.0; m * 200];
+        gemm(&threads, &x, m, &w, None, false, &mut whole);
+        for columns in [1, 64, 100, 200] {
+            let mut part = vec![-7.0; m * 200];
+            gemm_first(&threads, &x, m, &w, columns, None, &mut part);
+            let computed = columns.next_multiple_of(PANEL).min(200);
+            for (part, whole) in part.chunks(200).zip(whole.chunks(200)) {
+                assert_eq!(part[..computed], whole[..computed]);
+                assert!(part[computed..].iter().all(|x| *x == -7.0));
+            }
+        }
+    }
+}

@@ -166,7 +166,9 @@ pub fn features(op: &Op, step: u32) -> Features {
         OpKind::Pack { .. } | OpKind::PruneChannels { .. } => {
             one(head_key(0), [log2(rows), log2(sequences), log2(mean_kv)])
         }
-        OpKind::Forward { width } => one([width, 0, 0, 0, 0], [log2(rows), log2(sequences), 0.0]),
+        OpKind::Forward { width, .. } => {
+            one([width, 0, 0, 0, 0], [log2(rows), log2(sequences), 0.0])
+        }
         OpKind::Attend { .. } if op.lanes.as_slice().iter().all(|l| l.rows == 1) => {
             one(head_key(0), [log2(sequences), log2(mean_kv), 0.0])
         }

@@ -1,8 +1,8 @@
 //! The ops of a layer and of the head, in their order.
 
+use super::classes::Class;
 use super::{Active, Lowering, Sequences};
 use crate::op::{Heads, Lane, Lanes, Op, OpKind};
-use crate::units::Tokens;
 
 impl Lowering<'_> {
     pub(super) fn op(&self, name: &'static str, kind: OpKind, lanes: Lanes) -> Op {
@@ -33,13 +33,15 @@ impl Lowering<'_> {
     pub(super) fn layer(
         &self,
         rows: &Lanes,
-        heads: Heads,
+        class: usize,
         appended: Lanes,
         seen: Lanes,
-        window: Option<Tokens>,
         mut spoken: Vec<Op>,
     ) -> Vec<Op> {
         let model = self.model;
+        let Class { heads, window, reads, .. } = self.classes[class];
+        // A layer that reads another's cache needs no keys and values of its own.
+        let rotated = if reads.is_some() { Heads { kv: 0, ..heads } } else { heads };
         let (hidden, ffn) = (u64::from(model.hidden), u64::from(model.ffn));
         let norm = |name, accumulate| {
             self.op(name, OpKind::RmsNorm { width: model.hidden, accumulate }, rows.clone())
@@ -49,12 +51,18 @@ impl Lowering<'_> {
         let residual = !model.post_norms;
         let mut ops = Vec::with_capacity(14 + spoken.len());
         ops.push(norm("attention_norm", false));
-        ops.push(self.gemm("qkv", model.qkv_width(), hidden, false, rows));
-        if model.qk_norm {
-            ops.push(self.op("qk_norm", OpKind::QkNorm { heads }, rows.clone()));
+        if reads.is_some() {
+            ops.push(self.gemm("query", attention_width, hidden, false, rows));
+        } else {
+            ops.push(self.gemm("qkv", model.qkv_width(), hidden, false, rows));
         }
-        ops.push(self.op("rope", OpKind::Rope { heads }, rows.clone()));
-        ops.push(self.op("append", OpKind::Append { heads }, appended));
+        if model.qk_norm {
+            ops.push(self.op("qk_norm", OpKind::QkNorm { heads: rotated }, rows.clone()));
+        }
+        ops.push(self.op("rope", OpKind::Rope { heads: rotated }, rows.clone()));
+        if reads.is_none() {
+            ops.push(self.op("append", OpKind::Append { heads }, appended));
+        }
         ops.push(self.op("attend", OpKind::Attend { heads, window }, seen));
         ops.append(&mut spoken);
         ops.push(self.gemm("output", hidden, attention_width, residual, rows));

@@ -71,7 +71,7 @@ impl Op {
                 written: act(rows.saturating_mul(n)),
             },
             // One row in, one row out for what goes on; a choice among the scores before.
-            OpKind::Forward { width } => {
+            OpKind::Forward { width, .. } => {
                 let (mut kept, mut scored) = (0u64, 0u64);
                 for lane in self.lanes.as_slice() {
                     kept += u64::from(lane.sequences) * u64::from(lane.keep);
@@ -177,9 +177,10 @@ impl Op {
                 let grown = settles(heads, lane, kv);
                 let elements = f64::from(heads.kv) * dim * 2.0 * grown;
                 let whole = heads.dtype.bits() as f64 / 8.0;
-                let packed = heads.form.packed.map_or(0.0, |p| {
-                    f64::from(p.bits) / 8.0 + 4.0 / f64::from(p.group)
-                });
+                let packed = heads
+                    .form
+                    .packed
+                    .map_or(0.0, |p| f64::from(p.bits) / 8.0 + 4.0 / f64::from(p.group));
                 Work {
                     // Minimum, maximum, scale, round.
                     flops: Flops(5.0 * elements),
@@ -222,8 +223,13 @@ mod tests {
     use super::*;
     use crate::op::{DType, Lanes};
 
-    const HEADS: Heads =
-        Heads { query: 9, kv: 3, dim: 64, dtype: DType::F16, form: crate::form::Form { packed: None, pruned: None, short: None } };
+    const HEADS: Heads = Heads {
+        query: 9,
+        kv: 3,
+        dim: 64,
+        dtype: DType::F16,
+        form: crate::form::Form { packed: None, pruned: None, short: None },
+    };
 
     fn op(kind: OpKind, lane: Lane) -> Op {
         Op { name: "x", kind, dtype: DType::F32, lanes: Lanes::One(lane) }

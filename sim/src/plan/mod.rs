@@ -133,7 +133,7 @@ impl Case<'_> {
     pub fn over(&self, footprint: &Footprint) -> Option<Over> {
         let limits = &self.placement.limits;
         if let Some(kv) = limits.kv_memory {
-            let peak = footprint.kv_peak();
+            let peak = footprint.kv_peak() + footprint.kv_spread;
             if peak > kv {
                 let bound = if footprint.kv_prefill_peak >= footprint.kv_decode_peak {
                     Bound::KvPrefill
@@ -143,7 +143,7 @@ impl Case<'_> {
                 return Some(Over { bound, by: peak.saturating_sub(kv) });
             }
         }
-        let total = footprint.total();
+        let total = footprint.most();
         (total > limits.memory)
             .then(|| Over { bound: Bound::Memory, by: total.saturating_sub(limits.memory) })
     }

@@ -27,8 +27,7 @@ enum BudgetText {
 impl TryFrom<BudgetText> for Budget {
     type Error = String;
     fn try_from(text: BudgetText) -> Result<Self, String> {
-        let expected =
-            "expected tokens (512, 4k), a share of the prompt (25%, 0.25) or bytes a sequence (8MB)";
+        let expected = "expected tokens (512, 4k), a share of the prompt (25%, 0.25) or bytes a sequence (8MB)";
         match text {
             BudgetText::Count(n) if n > 0 && n <= i64::from(Tokens::MAX) => {
                 Ok(Self::Tokens(n as Tokens))

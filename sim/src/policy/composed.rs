@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{Policy, PolicyError, Request, Role, Step};
+use super::{Forwards, Policy, PolicyError, Request, Role, Step};
 use crate::form::Form;
 use crate::kv::KvTape;
 use crate::profile::Model;
@@ -39,7 +39,7 @@ impl Composed {
 
 /// Why two policies can't share a cache, and what to do instead.
 fn contradiction(a: Role, b: Role) -> Option<(&'static str, &'static str)> {
-    use Role::{Evicts, Keeps, Packs, Prunes, Selects};
+    use Role::{Evicts, Keeps, Packs, Prunes, Selects, Shares};
     match (a, b) {
         (Keeps, _) | (_, Keeps) => {
             Some(("one of the parts keeps everything", "leave it out: it adds nothing"))
@@ -49,6 +49,11 @@ fn contradiction(a: Role, b: Role) -> Option<(&'static str, &'static str)> {
         }
         (Packs, Packs) => Some(("two policies pack one cache", "name one, with fewer bits")),
         (Prunes, Prunes) => Some(("two policies prune one cache", "name one")),
+        (Shares, Shares) => Some(("two policies share layers", "name one")),
+        (Shares, Prunes | Selects) | (Prunes | Selects, Shares) => Some((
+            "channels and pages are chosen by a layer's own queries, and a shared cache has several",
+            "share layers together with an evicting or packing policy instead",
+        )),
         (Selects, Selects) => Some(("two policies choose what to read", "name one")),
         (Selects, Evicts) | (Evicts, Selects) => Some((
             "one part relies on the tokens that the other drops",
@@ -87,11 +92,19 @@ impl Policy for Composed {
         self.0.iter().any(|p| p.compresses())
     }
 
-    fn layer_kind(&self, layer: Layer) -> u32 {
+    fn layer_kind(&self, layer: Layer, model: &Model) -> u32 {
         // Kinds need only differ where some part's does.
         self.0.iter().fold(0u32, |kind, p| {
-            kind.wrapping_mul(1_000_003).wrapping_add(p.layer_kind(layer))
+            kind.wrapping_mul(1_000_003).wrapping_add(p.layer_kind(layer, model))
         })
+    }
+
+    fn cache_of(&self, layer: Layer, model: &Model) -> Layer {
+        self.0.iter().map(|p| p.cache_of(layer, model)).min().unwrap_or(layer)
+    }
+
+    fn forwards(&self, prompt: Tokens, model: &Model) -> Option<Forwards> {
+        self.0.iter().find_map(|p| p.forwards(prompt, model))
     }
 
     fn form(&self, layer: Layer, model: &Model) -> Form {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{Budget, Policy, PolicyError, Request, Role, Step};
 use crate::kv::KvTape;
 use crate::op::{Choice, Phase, Protect, Score};
+use crate::profile::Model;
 use crate::units::{Layer, Tokens};
 
 /// When a one-shot policy cuts.
@@ -79,17 +80,8 @@ struct CutText {
     guaranteed: Option<f64>,
 }
 
-const CUT_KEYS: [&str; 9] = [
-    "budget",
-    "chunk",
-    "instant",
-    "sinks",
-    "recent",
-    "decode",
-    "slack",
-    "pyramid",
-    "guaranteed",
-];
+const CUT_KEYS: [&str; 9] =
+    ["budget", "chunk", "instant", "sinks", "recent", "decode", "slack", "pyramid", "guaranteed"];
 
 impl Cut {
     fn with(self, text: CutText) -> Self {
@@ -115,7 +107,7 @@ impl Cut {
                 parts.push(format!("{key}={value}"));
             }
         };
-        add(self.chunk != usual.chunk, "chunk", &self.chunk.unwrap_or(0));
+        add(self.chunk.is_some() || usual.chunk.is_some(), "chunk", &self.chunk.unwrap_or(0));
         let instant = match self.instant {
             Instant::AfterLayer => "after-layer",
             Instant::AfterPrefill => "after-prefill",
@@ -261,7 +253,7 @@ impl<S: Scoring> Policy for Evicting<S> {
         self.cut.decode
     }
 
-    fn layer_kind(&self, layer: Layer) -> u32 {
+    fn layer_kind(&self, layer: Layer, _model: &Model) -> u32 {
         if self.cut.pyramid.is_some() { layer } else { 0 }
     }
 

@@ -9,11 +9,13 @@ mod batch_max;
 mod budget;
 mod composed;
 mod evicting;
+mod fastkv;
 mod full;
 mod h2o;
 mod keydiff;
 mod kivi;
 mod knorm;
+mod kvsharer;
 mod preset;
 mod pyramidkv;
 mod snapkv;
@@ -23,18 +25,20 @@ mod think;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-pub use adakv::AdaKv;
+pub use adakv::{AdaKv, Together};
 pub use batch_max::{AnyScore, BatchMax, By};
 pub use budget::Budget;
 pub use composed::Composed;
 pub use evicting::{Cut, Evicting, Instant, Scoring};
+pub use fastkv::FastKv;
 pub use full::Full;
 pub use h2o::H2o;
 pub use keydiff::KeyDiff;
 pub use kivi::Kivi;
 pub use knorm::Knorm;
+pub use kvsharer::KvSharer;
 pub use preset::Preset;
-pub use pyramidkv::PyramidKv;
+pub use pyramidkv::{Falling, PyramidKv};
 use serde::de::DeserializeOwned;
 pub use snapkv::{Snap, SnapKv};
 pub use streaming_llm::StreamingLlm;
@@ -42,7 +46,7 @@ pub use think::ThinK;
 
 use crate::form::Form;
 use crate::kv::KvTape;
-use crate::op::Phase;
+use crate::op::{DType, Phase};
 use crate::profile::Model;
 use crate::units::{Layer, Tokens};
 
@@ -76,6 +80,26 @@ pub struct Request<'a> {
     pub token_bytes: u64,
 }
 
+/// Rows of a prompt that upper layers see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forwards {
+    /// The last layer that sees all rows.
+    pub after: Layer,
+    /// Rows that go on.
+    pub rows: Tokens,
+    /// The newest of them, which go on in any case.
+    pub recent: Tokens,
+}
+
+impl<'a> Request<'a> {
+    /// A prompt for a model whose cache has elements of this type.
+    #[must_use]
+    pub fn new(model: &'a Model, prompt: Tokens, cache: DType) -> Self {
+        let elements = model.kv_elements_per_token_layer() * u64::from(model.layers);
+        Self { model, prompt, token_bytes: cache.bytes(elements).0 }
+    }
+}
+
 /// What a policy does to the cache, as far as others must know to work beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -89,6 +113,8 @@ pub enum Role {
     Prunes,
     /// Keeps everything and reads a part.
     Selects,
+    /// Layers read other layers' caches.
+    Shares,
 }
 
 /// What a system does to a KV cache.
@@ -115,8 +141,19 @@ pub trait Policy: Debug + Send + Sync {
     }
 
     /// Layers with the same number are treated alike.
-    fn layer_kind(&self, _layer: Layer) -> u32 {
+    fn layer_kind(&self, _layer: Layer, _model: &Model) -> u32 {
         0
+    }
+
+    /// The layer whose cache a layer reads: itself, or a lower one, and then it has none of its own.
+    fn cache_of(&self, layer: Layer, _model: &Model) -> Layer {
+        layer
+    }
+
+    /// The layer behind which only some rows of a prompt of `prompt` tokens go on, and which. That layer must be of a
+    /// kind of its own.
+    fn forwards(&self, _prompt: Tokens, _model: &Model) -> Option<Forwards> {
+        None
     }
 
     /// How a layer stores what it keeps.
@@ -207,4 +244,6 @@ registry! {
     "adakv" => scored::<adakv::Together>,
     "kivi" => build::<Kivi>,
     "think" => build::<ThinK>,
+    "fastkv" => build::<FastKv>,
+    "kvsharer" => build::<KvSharer>,
 }

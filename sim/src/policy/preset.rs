@@ -50,7 +50,13 @@ impl Preset {
             table.insert(key.trim().to_owned(), override_value(value.trim()));
         }
         let make = builder(&kind).ok_or_else(|| {
-            invalid("kind", explained(&format!("unknown policy kind `{kind}`, expected one of `{}`", KINDS.join("`, `"))))
+            invalid(
+                "kind",
+                explained(&format!(
+                    "unknown policy kind `{kind}`, expected one of `{}`",
+                    KINDS.join("`, `")
+                )),
+            )
         })?;
         let policy = make(table).map_err(|e| {
             let problem = explained(e.message());
@@ -69,8 +75,10 @@ impl Preset {
 
     /// `a:key=value+b`: several policies on one cache.
     fn composed(catalog: &Catalog, text: &str) -> Result<Self, ProfileError> {
-        let parts: Vec<Self> =
-            text.split('+').map(|part| Self::parse(catalog, part.trim())).collect::<Result<_, _>>()?;
+        let parts: Vec<Self> = text
+            .split('+')
+            .map(|part| Self::parse(catalog, part.trim()))
+            .collect::<Result<_, _>>()?;
         let names: Vec<&str> = parts.iter().map(|p| p.name.as_str()).collect();
         let (name, about) = (names.join("+"), format!("{} together", names.join(" and ")));
         let papers: Vec<&str> = parts.iter().filter_map(|p| p.paper.as_deref()).collect();
@@ -138,7 +146,9 @@ mod tests {
         let parse = |text: &str| Preset::parse(&catalog, text);
         let both = parse("snapkv:budget=512+kivi:bits=2").expect("goes together");
         assert_eq!(both.name, "snapkv+kivi");
-        assert!(both.policy.label().contains("budget=512") && both.policy.label().contains("bits=2"));
+        assert!(
+            both.policy.label().contains("budget=512") && both.policy.label().contains("bits=2")
+        );
         for text in ["snapkv+h2o", "kivi+snapkv", "full+snapkv", "kivi+kivi", "think+snapkv"] {
             let error = parse(text).expect_err(text).to_string();
             assert!(error.contains("hint: "), "{error}");

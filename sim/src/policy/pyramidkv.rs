@@ -6,9 +6,9 @@
 
 use serde::Deserialize;
 
+use super::Request;
 use super::evicting::{Cut, Evicting, Scoring};
 use super::snapkv::Snap;
-use super::Request;
 use crate::op::{Protect, Score};
 use crate::units::Tokens;
 

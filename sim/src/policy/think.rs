@@ -62,10 +62,7 @@ impl Policy for ThinK {
             Err(PolicyError { policy: self.label(), problem, remedy: remedy.to_owned() })
         };
         if !(0.0..1.0).contains(&self.drop) {
-            return refuse(
-                format!("drop={} is not a share below 1", self.drop),
-                "0.4 is usual",
-            );
+            return refuse(format!("drop={} is not a share below 1", self.drop), "0.4 is usual");
         }
         if self.window == 0 || self.window > request.prompt {
             return refuse(

@@ -6,7 +6,7 @@ use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::place::runs_policy;
 use batchmax_sim::plan::{Host, Objective, Query, Slo, plan};
-use batchmax_sim::policy::Preset;
+use batchmax_sim::policy::{Preset, Request};
 use batchmax_sim::profile::Model;
 use batchmax_sim::units::{Bytes, Seconds, Tokens, parse_seconds, parse_tokens};
 
@@ -110,9 +110,12 @@ impl<'a> Question<'a> {
             }
             names = can;
         }
+        let cache = self.kvs.first().copied().flatten().unwrap_or(DType::F16);
+        let model = self.model.clone();
+        let request = Request::new(&model, self.isl, cache);
         for name in &names {
             for preset in self.variants(name)? {
-                match preset.policy.check(&self.model, self.isl) {
+                match preset.policy.check(&request) {
                     Err(why) if !named => {
                         self.left_out.push(format!("{}: {}", preset.name, why.problem));
                     }
@@ -132,6 +135,10 @@ impl<'a> Question<'a> {
         let catalog = &self.places.catalog;
         let (base, typed) = name.split_once(':').unwrap_or((name, ""));
         let preset = Preset::parse(catalog, name)?;
+        // What was put together by hand is tried as it is.
+        if name.contains('+') {
+            return Ok(vec![preset]);
+        }
         let label = preset.policy.label();
         let open = |key: &str| label.contains(&format!("{key}=")) && !typed.contains(key);
         let listed = |text: &Option<String>| -> Vec<String> {

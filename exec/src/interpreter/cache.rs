@@ -1,0 +1,191 @@
+//! Ops on the caches.
+
+use batchmax_kernels as k;
+use batchmax_kernels::append::AppendItem;
+use batchmax_kernels::attend::{AttendItem, AttendShape};
+use batchmax_kernels::evict::EvictItem;
+use batchmax_kernels::rank::{RankItem, Scorer, TallyItem};
+use batchmax_sim::op::{Choice, Heads, Lane, Lanes, Phase, Protect, Score};
+use batchmax_sim::units::Layer;
+
+use super::{Interpreter, layer_index};
+use crate::error::ExecError;
+
+impl Interpreter<'_> {
+    pub(super) fn attend_shape(&self, heads: Heads, window: Option<u32>) -> AttendShape {
+        AttendShape {
+            heads: heads.query as usize,
+            kv_heads: heads.kv as usize,
+            head_dim: heads.dim as usize,
+            scale: self.model.attention_scale() as f32,
+            softcap: self.model.attention_softcap.map(|c| c as f32),
+            window,
+        }
+    }
+
+    pub(super) fn append(
+        &mut self,
+        heads: Heads,
+        lanes: &[Lane],
+        layer: Option<Layer>,
+    ) -> Result<(), ExecError> {
+        let width = self.model.qkv_width() as usize;
+        let dim = heads.dim as usize;
+        let key_offset = heads.query as usize * dim;
+        let value_offset = key_offset + heads.kv as usize * dim;
+        let positions = &self.slots.positions;
+        let (pool, picked) = self.kv.select(layer_index(layer), lanes);
+        let mut first_row = 0;
+        let mut items: Vec<AppendItem<'_>> = picked
+            .into_iter()
+            .map(|(_, lane, heads)| {
+                let rows = lane.rows as usize;
+                let positions = &positions[first_row..first_row + rows];
+                let item = AppendItem { heads, first_row, rows, positions };
+                first_row += rows;
+                item
+            })
+            .collect();
+        let qkv = &self.slots.qkv[..first_row * width];
+        k::append::append(
+            self.threads,
+            pool,
+            &mut items,
+            qkv,
+            width,
+            key_offset,
+            value_offset,
+            dim,
+        )?;
+        Ok(())
+    }
+
+    pub(super) fn attend(
+        &mut self,
+        phase: Phase,
+        heads: Heads,
+        window: Option<u32>,
+        lanes: &Lanes,
+        layer: Option<Layer>,
+    ) {
+        let shape = self.attend_shape(heads, window);
+        let rows = lanes.rows() as usize;
+        let width = self.model.qkv_width() as usize;
+        let out_width = shape.heads * shape.head_dim;
+        let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
+        let mut first_row = 0;
+        let items: Vec<AttendItem<'_>> = picked
+            .into_iter()
+            .map(|(_, lane, heads)| {
+                let rows = lane.rows as usize;
+                let item = AttendItem { heads, first_row, rows };
+                first_row += rows;
+                item
+            })
+            .collect();
+        let run = match phase {
+            Phase::Prefill => k::attend::attend_prefill,
+            Phase::Decode => k::attend::attend_decode,
+        };
+        run(
+            self.threads,
+            pool,
+            &items,
+            &shape,
+            &self.slots.qkv[..rows * width],
+            width,
+            &mut self.slots.attention[..rows * out_width],
+            Some(&mut self.slots.log_sum_exp[..rows * shape.heads]),
+        );
+    }
+
+    pub(super) fn tally(&mut self, heads: Heads, lanes: &Lanes, layer: Option<Layer>) {
+        let shape = self.attend_shape(heads, None);
+        let rows = lanes.rows() as usize;
+        let width = self.model.qkv_width() as usize;
+        let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
+        let mut first_row = 0;
+        let mut items: Vec<TallyItem<'_>> = picked
+            .into_iter()
+            .map(|(_, lane, heads)| {
+                let item = TallyItem { heads, first_row, rows: lane.rows as usize };
+                first_row += lane.rows as usize;
+                item
+            })
+            .collect();
+        let qkv = &self.slots.qkv[..rows * width];
+        let lse = &self.slots.log_sum_exp[..rows * shape.heads];
+        k::rank::tally(self.threads, pool, &mut items, &shape, qkv, width, lse);
+    }
+
+    pub(super) fn rank(&mut self, heads: Heads, by: Score, lanes: &Lanes, layer: Option<Layer>) {
+        let scorer = match by {
+            Score::Recency => Scorer::Recency,
+            Score::KeyNorm => Scorer::KeyNorm,
+            Score::KeyDiff => Scorer::KeyDiff,
+            Score::WindowAttention { window, pool, exclude_window } => {
+                Scorer::WindowAttention { window, pool, exclude_window }
+            }
+            Score::TalliedAttention { mean } => Scorer::Tallied { mean },
+        };
+        let step_rows = self.rows_of(lanes.as_slice());
+        let shape = self.attend_shape(heads, None);
+        let index = layer_index(layer);
+        let (pool, picked) = self.kv.select(index, lanes.as_slice());
+        let mut items: Vec<RankItem<'_>> = picked
+            .into_iter()
+            .zip(step_rows)
+            .map(|((sequence, _, heads), (first_row, rows))| RankItem {
+                heads,
+                first_row,
+                rows,
+                seen: self.sequences[sequence as usize].seen_with_step(),
+            })
+            .collect();
+        k::rank::rank(
+            self.threads,
+            pool,
+            &mut items,
+            scorer,
+            &shape,
+            &self.slots.qkv,
+            self.model.qkv_width() as usize,
+            &self.slots.log_sum_exp,
+            &mut self.slots.scores[index],
+        );
+    }
+
+    pub(super) fn evict(
+        &mut self,
+        protect: Protect,
+        choice: Choice,
+        lanes: &Lanes,
+        layer: Option<Layer>,
+    ) {
+        let index = layer_index(layer);
+        let protect = k::evict::Protect { sinks: protect.sinks, recent: protect.recent };
+        let (pool, picked) = self.kv.select(index, lanes.as_slice());
+        let scores = std::mem::take(&mut self.slots.scores[index]);
+        let mut items = Vec::with_capacity(picked.len());
+        for (at, (sequence, lane, heads)) in picked.into_iter().enumerate() {
+            let seen = self.sequences[sequence as usize].seen_with_step();
+            let mean = lane.keep as usize;
+            let keep = match choice {
+                Choice::PerHead => vec![mean; heads.len()],
+                Choice::AcrossHeads { guaranteed } => {
+                    let scores = &scores[at * heads.len()..(at + 1) * heads.len()];
+                    let ranked: Vec<(&[f32], &[u32])> = (scores.iter().zip(heads.iter()))
+                        .map(|(scores, head)| (scores.as_slice(), head.positions.as_slice()))
+                        .collect();
+                    k::evict::share(&ranked, seen, mean, mean * guaranteed as usize / 1000, protect)
+                }
+            };
+            items.push(EvictItem { heads, seen, keep });
+        }
+        k::evict::evict(self.threads, pool, &mut items, &scores, protect);
+        // Only a choice of rows needs them again.
+        if self.forwards.contains(&index) {
+            self.slots.scores[index] = scores;
+        }
+    }
+}
