@@ -10,51 +10,12 @@ use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
     AnyScore, BatchMax, Budget, By, Cut, Full, Policy, SnapKv, StreamingLlm,
 };
-use common::{Golden, engine, run};
-use serde_json::Value;
+use common::{Golden, assert_greedy, engine, from_runs, ids, overlap, run, worst_logit};
 
 /// One-shot eviction by a score, nothing protected, nothing in decode: kvpress' regime.
 fn one_shot(by: By, keep: u32) -> BatchMax {
     let cut = Cut { budget: Budget::Tokens(keep), chunk: Some(8192), ..Cut::default() };
     BatchMax { cut, by: AnyScore { by, ..AnyScore::default() } }
-}
-
-fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().expect("list").iter().map(|v| v.as_f64().expect("number")).collect()
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().expect("list").iter().map(|v| v.as_u64().expect("id") as u32).collect()
-}
-
-/// Tokens must agree up to the first step whose two best logits are closer than `gap`.
-fn assert_greedy(what: &str, ours: &[u32], golden: &Value, gap: f64) {
-    let (theirs, gaps) = (ids(&golden["greedy32"]), numbers(&golden["greedy_gap"]));
-    let sure = gaps.iter().position(|g| *g < gap).unwrap_or(gaps.len());
-    assert_eq!(ours[..sure], theirs[..sure], "{what}: first {sure} tokens");
-}
-
-/// Largest difference of the best fifty logits.
-fn worst_logit(logits: &[f32], golden: &Value) -> f64 {
-    let (best, values) = (ids(&golden["top50_ids"]), numbers(&golden["top50_logits"]));
-    best.iter()
-        .zip(&values)
-        .map(|(id, expected)| (f64::from(logits[*id as usize]) - expected).abs())
-        .fold(0.0, f64::max)
-}
-
-/// How many of the kept positions of layers 0, 15 and 29 agree, and of how many.
-fn overlap(kept: &[Vec<Vec<u32>>], theirs: impl Fn(usize, usize) -> Vec<u32>) -> (usize, usize) {
-    let (mut equal, mut all) = (0, 0);
-    for layer in [0usize, 15, 29] {
-        for (head, ours) in kept[layer].iter().enumerate() {
-            let theirs = theirs(layer, head);
-            assert_eq!(ours.len(), theirs.len(), "layer {layer}, head {head}");
-            all += ours.len();
-            equal += ours.iter().filter(|p| theirs.contains(p)).count();
-        }
-    }
-    (equal, all)
 }
 
 #[test]
@@ -130,8 +91,7 @@ fn kept_positions_logits_and_tokens_of_chunked_policies() {
             let sequence = &result.sequences[0];
             let last = reference["chunks"].as_array().and_then(|c| c.last()).expect("chunks");
             let (equal, all) = overlap(sequence.kept.as_ref().expect("kept"), |l, h| {
-                let runs = ids(&last["layers"][l.to_string()]["kept"][h]);
-                runs.chunks(2).flat_map(|r| r[0]..r[0] + r[1]).collect()
+                from_runs(&last["layers"][l.to_string()]["kept"][h])
             });
             let worst = worst_logit(sequence.prompt_logits.as_ref().expect("kept"), reference);
             println!(

@@ -210,8 +210,7 @@ fn a_hard_budget_refuses_before_it_starts() {
 fn heads_that_share_a_budget_hold_it_together() {
     let engine = small();
     let policy = &uneven(64)[0];
-    let result =
-        run(&engine, policy.as_ref(), &prompts(&[150]), 24, Schedule::Static, DType::F16);
+    let result = run(&engine, policy.as_ref(), &prompts(&[150]), 24, Schedule::Static, DType::F16);
     let mut differ = false;
     for heads in result.sequences[0].kept.as_ref().expect("kept") {
         let counts: Vec<usize> = heads.iter().map(Vec::len).collect();

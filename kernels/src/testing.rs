@@ -100,7 +100,11 @@ impl Layer {
             .iter_mut()
             .zip(keep)
             .zip(&self.seen)
-            .map(|((heads, keep), seen)| EvictItem { keep: vec![*keep; heads.len()], heads, seen: *seen })
+            .map(|((heads, keep), seen)| EvictItem {
+                keep: vec![*keep; heads.len()],
+                heads,
+                seen: *seen,
+            })
             .collect();
         evict(&self.threads, &mut self.pool, &mut items, &scores, Protect::default());
     }

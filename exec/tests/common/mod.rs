@@ -118,3 +118,55 @@ impl Golden {
         self.0["prompts"].as_array().expect("prompts")
     }
 }
+
+/// A list of numbers.
+pub fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().expect("list").iter().map(|v| v.as_f64().expect("number")).collect()
+}
+
+/// A list of token ids or positions.
+pub fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().expect("list").iter().map(|v| v.as_u64().expect("id") as u32).collect()
+}
+
+/// Tokens must agree up to the first step whose two best logits are closer than `gap`.
+pub fn assert_greedy(what: &str, ours: &[u32], golden: &Value, gap: f64) {
+    // The files name them differently.
+    let either =
+        |a: &str, b: &str| if golden[a].is_null() { golden[b].clone() } else { golden[a].clone() };
+    let theirs = ids(&either("greedy32", "greedy"));
+    let gaps = numbers(&either("greedy_gap", "gap"));
+    let sure = gaps.iter().position(|g| *g < gap).unwrap_or(gaps.len());
+    assert_eq!(ours[..sure], theirs[..sure], "{what}: first {sure} tokens");
+}
+
+/// Largest difference of the best fifty logits.
+pub fn worst_logit(logits: &[f32], golden: &Value) -> f64 {
+    let (best, values) = (ids(&golden["top50_ids"]), numbers(&golden["top50_logits"]));
+    best.iter()
+        .zip(&values)
+        .map(|(id, expected)| (f64::from(logits[*id as usize]) - expected).abs())
+        .fold(0.0, f64::max)
+}
+
+/// Positions from runs `[start, length, start, length, ...]`.
+pub fn from_runs(value: &Value) -> Vec<u32> {
+    ids(value).chunks(2).flat_map(|r| r[0]..r[0] + r[1]).collect()
+}
+
+/// How many of the kept positions of layers 0, 15 and 29 agree, and of how many.
+pub fn overlap(
+    kept: &[Vec<Vec<u32>>],
+    theirs: impl Fn(usize, usize) -> Vec<u32>,
+) -> (usize, usize) {
+    let (mut equal, mut all) = (0, 0);
+    for layer in [0usize, 15, 29] {
+        for (head, ours) in kept[layer].iter().enumerate() {
+            let theirs = theirs(layer, head);
+            assert_eq!(ours.len(), theirs.len(), "layer {layer}, head {head}");
+            all += ours.len();
+            equal += ours.iter().filter(|p| theirs.contains(p)).count();
+        }
+    }
+    (equal, all)
+}

@@ -32,7 +32,7 @@ pub use composed::Composed;
 pub use evicting::{Cut, Evicting, Instant, Scoring};
 pub use fastkv::FastKv;
 pub use full::Full;
-pub use h2o::H2o;
+pub use h2o::{H2o, HeavyHitters};
 pub use keydiff::KeyDiff;
 pub use kivi::Kivi;
 pub use knorm::Knorm;

@@ -1,0 +1,131 @@
+//! Policies against reference values (f32 weights and cache): kept positions, counts, greedy tokens. The conventions of
+//! the references are those of `tests/golden/README.md`.
+
+#![allow(clippy::print_stdout, reason = "how close, for whoever looks")]
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use batchmax_exec::RunResult;
+use batchmax_sim::load::Schedule;
+use batchmax_sim::op::DType;
+use batchmax_sim::policy::{
+    AdaKv, Budget, FastKv, H2o, HeavyHitters, KvSharer, Policy, PyramidKv, SnapKv, StreamingLlm,
+};
+use common::{Golden, assert_greedy, engine, from_runs, ids, overlap, run, worst_logit};
+use serde_json::Value;
+
+fn kept_of(result: &RunResult) -> &[Vec<Vec<u32>>] {
+    result.sequences[0].kept.as_ref().expect("kept")
+}
+
+#[test]
+fn evicting_policies_keep_what_the_reference_keeps() {
+    let Some(engine) = engine() else { return };
+    for prompt in Golden::read("evict.json").prompts() {
+        let number = |key: &str| prompt[key].as_u64().expect("number") as u32;
+        let (tokens, long) = (number("budget"), number("len") > 1000);
+        let budget = Budget::Tokens(tokens);
+        let h2o = H2o::new(budget);
+        let h2o_mean = H2o { by: HeavyHitters { mean: true, ..h2o.by }, ..h2o };
+        let policies: [(&str, Box<dyn Policy>); 6] = [
+            ("h2o", Box::new(h2o)),
+            ("h2o_mean", Box::new(h2o_mean)),
+            ("streaming", Box::new(StreamingLlm::new(budget))),
+            ("snapkv", Box::new(SnapKv::new(budget))),
+            ("pyramidkv", Box::new(PyramidKv::new(budget))),
+            ("adakv", Box::new(AdaKv::new(budget))),
+        ];
+        for (name, policy) in policies {
+            let reference = &prompt[name];
+            let prompt_ids = ids(&prompt["ids"]);
+            let result =
+                run(&engine, policy.as_ref(), &[prompt_ids], 32, Schedule::Static, DType::F32);
+            let kept = kept_of(&result);
+            if let Some(counts) = reference["counts"].as_array() {
+                for (heads, expected) in kept.iter().zip(counts) {
+                    let ours: Vec<u32> = heads.iter().map(|h| h.len() as u32).collect();
+                    let theirs =
+                        expected.as_u64().map_or_else(|| ids(expected), |n| vec![n as u32; 3]);
+                    // Heads that share a budget meet near-ties.
+                    let apart: u32 = ours.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).sum();
+                    assert!(apart <= if name == "adakv" { 2 } else { 0 }, "{name}: {ours:?}");
+                }
+            }
+            let runs =
+                |l: usize, h: usize| from_runs(&reference["prefill"][l.to_string()]["kept"][h]);
+            let (equal, all) = overlap(kept, runs);
+            println!("{name}, {} tokens: {equal} of {all} positions", prompt["len"]);
+            assert!(equal as f64 >= 0.99 * all as f64, "{name}: {equal} of {all}");
+            if name == "streaming" {
+                assert_eq!(equal, all);
+            }
+            let gap = if long { 0.05 } else { 0.01 };
+            assert_greedy(name, &result.sequences[0].generated, reference, gap);
+        }
+    }
+}
+
+#[test]
+fn fastkv_keeps_and_forwards_what_the_reference_does() {
+    let Some(engine) = engine() else { return };
+    for (prompt, source) in prompts_with_ids() {
+        for (name, retain) in [("retain0.1", 0.1), ("retain0.25", 0.25)] {
+            let reference = &prompt["fastkv"][name];
+            let policy = FastKv { retain, ..FastKv::default() };
+            let result = run(&engine, &policy, &[source.clone()], 32, Schedule::Static, DType::F32);
+            let kept = kept_of(&result);
+            let counts: Vec<u32> = kept.iter().map(|heads| heads[0].len() as u32).collect();
+            assert_eq!(counts, ids(&reference["kept_count_per_layer"]));
+            let (mut equal, mut all) = (0, 0);
+            for (layer, heads) in reference["kept"].as_object().expect("layers") {
+                let layer: usize = layer.parse().expect("a number");
+                let heads = heads["positions"].as_array().expect("heads");
+                for (ours, theirs) in kept[layer].iter().zip(heads) {
+                    let theirs = ids(theirs);
+                    all += theirs.len();
+                    equal += ours.iter().filter(|p| theirs.contains(p)).count();
+                }
+            }
+            println!("fastkv {name}: {equal} of {all} positions");
+            assert!(equal as f64 >= 0.99 * all as f64, "{name}: {equal} of {all}");
+            let logits = result.sequences[0].prompt_logits.as_ref().expect("kept");
+            let worst = worst_logit(logits, &reference["prefill_logits"]);
+            assert!(worst <= 5e-3, "{name}: logits differ by {worst}");
+            assert_greedy(name, &result.sequences[0].generated, reference, 0.05);
+        }
+    }
+}
+
+#[test]
+fn shared_layers_give_the_reference_tokens() {
+    let Some(engine) = engine() else { return };
+    for (prompt, source) in prompts_with_ids() {
+        for (name, layers) in [("C4", 4), ("C8", 8)] {
+            let reference = &prompt["kvsharer"][name];
+            let map: Vec<(u32, u32)> = (reference["map"].as_array().expect("pairs").iter())
+                .map(|pair| (ids(pair)[0], ids(pair)[1]))
+                .collect();
+            let maps = BTreeMap::from([(engine.model.name.clone(), map)]);
+            let policy = KvSharer { layers, maps };
+            let result = run(&engine, &policy, &[source.clone()], 32, Schedule::Static, DType::F32);
+            let logits = result.sequences[0].prompt_logits.as_ref().expect("kept");
+            let worst = worst_logit(logits, &reference["prefill_logits"]);
+            println!("kvsharer {name}: logits within {worst:.1e}");
+            assert!(worst <= 5e-3, "{name}: logits differ by {worst}");
+            assert_greedy(name, &result.sequences[0].generated, reference, 0.05);
+        }
+    }
+}
+
+/// The prompts of `select.json` with their ids, which `golden.json` has.
+fn prompts_with_ids() -> Vec<(Value, Vec<u32>)> {
+    let golden = Golden::read("golden.json");
+    let of_length = |len: &Value| {
+        let same = golden.prompts().iter().find(|p| p["len"] == *len);
+        ids(&same.expect("a prompt of this length")["ids"])
+    };
+    let select = Golden::read("select.json");
+    select.prompts().iter().map(|p| (p.clone(), of_length(&p["len"]))).collect()
+}
