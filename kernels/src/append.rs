@@ -42,8 +42,10 @@ pub fn append(
         let last = key_offset.max(value_offset) + item.heads.len() * head_dim;
         assert!(last <= qkv_width, "columns outside qkv");
     }
-    let missing =
-        items.iter().map(|i| i.heads.iter().map(|h| h.missing_blocks(i.rows)).sum::<usize>()).sum();
+    let missing = items
+        .iter()
+        .map(|i| i.heads.iter().map(|h| h.missing_bytes(pool, i.rows)).sum::<u64>())
+        .sum();
     pool.check_room(missing)?;
     let mut work = Vec::new();
     for item in items.iter_mut() {
@@ -98,7 +100,7 @@ struct Rows<'a> {
 }
 
 fn write(isa: Isa, pool: &BlockPool, work: &mut Work<'_>, from: &Rows<'_>) {
-    // SAFETY: blocks are reserved and belong to this head alone; rows and columns were checked by `append`.
+    // SAFETY: halves are reserved and belong to this head alone; rows and columns were checked by `append`.
     unsafe {
         with_format!(pool.format(), run::<B>(isa, pool, work, from));
     }
@@ -108,7 +110,7 @@ fn write(isa: Isa, pool: &BlockPool, work: &mut Work<'_>, from: &Rows<'_>) {
 multiversion! { unsafe fn run<B: Source>(pool: &BlockPool, work: &Work<'_>, from: &Rows<'_>) = body }
 
 /// # Safety
-/// The head has blocks for the rows, and nobody else uses them.
+/// The head has halves for the rows, and nobody else uses them.
 #[inline(always)]
 unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from: &Rows<'_>) {
     let dim = pool.head_dim();
@@ -121,7 +123,7 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from
     let converted = converted.as_mut_ptr().cast::<u8>();
     for i in 0..work.rows {
         let token = work.head.tokens() + i;
-        let (block, lane) = (work.head.blocks[token / BLOCK_TOKENS], token % BLOCK_TOKENS);
+        let (block, lane) = (token / BLOCK_TOKENS, token % BLOCK_TOKENS);
         let start = (work.first_row + i) * from.width;
         for (offset, is_key) in [(from.key, true), (from.value, false)] {
             row[..dim].copy_from_slice(&from.qkv[start + offset..start + offset + dim]);
@@ -131,13 +133,13 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from
                     B::store(s, converted.add(at * B::BYTES), s.load(row.as_ptr().add(at)));
                 }
                 if is_key {
-                    let base = pool.key_ptr(block).add(lane * B::BYTES);
+                    let base = pool.ptr(work.head.keys.whole[block]).add(lane * B::BYTES);
                     for d in 0..dim {
                         let to = base.add(d * BLOCK_TOKENS * B::BYTES);
                         std::ptr::copy_nonoverlapping(converted.add(d * B::BYTES), to, B::BYTES);
                     }
                 } else {
-                    let base = pool.value_ptr(block).add(lane * dim * B::BYTES);
+                    let base = pool.ptr(work.head.values.whole[block]).add(lane * dim * B::BYTES);
                     std::ptr::copy_nonoverlapping(converted, base, dim * B::BYTES);
                 }
             }
@@ -207,7 +209,7 @@ mod tests {
             .collect();
         let full = append(&threads, &mut pool, &mut items, &qkv, 16, 0, 8, 8).expect_err("no room");
         assert_eq!((full.requested, full.held), (4096, 0));
-        assert!(caches.iter().all(|c| c.blocks.is_empty() && c.tokens() == 0));
+        assert!(caches.iter().all(|c| c.keys.count() == 0 && c.tokens() == 0));
         assert_eq!(pool.held_bytes(), 0);
     }
 }
