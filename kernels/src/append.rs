@@ -151,6 +151,7 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from
 mod tests {
     use super::*;
     use crate::kv::KvFormat;
+    use crate::simd::{fp8_bits, fp8_value};
     use half::{bf16, f16};
 
     #[test]
@@ -159,7 +160,7 @@ mod tests {
         let (dim, heads, rows) = (8, 2, 70);
         let width = 5 + 2 * heads * dim;
         let qkv: Vec<f32> = (0..rows * width).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
-        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Bf16] {
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Bf16, KvFormat::Fp8] {
             let mut pool = BlockPool::new(dim, format, 1 << 20);
             let mut caches: Vec<HeadCache> = (0..heads).map(|_| HeadCache::default()).collect();
             for (first, count) in [(0, 33), (33, 1), (34, 36)] {
@@ -176,6 +177,7 @@ mod tests {
                 KvFormat::F32 => x,
                 KvFormat::F16 => f16::from_f32(x).to_f32(),
                 KvFormat::Bf16 => bf16::from_f32(x).to_f32(),
+                KvFormat::Fp8 => fp8_value(fp8_bits(x)),
             };
             for (h, cache) in caches.iter().enumerate() {
                 assert_eq!(cache.positions, (0..rows as u32).collect::<Vec<_>>());

@@ -133,6 +133,7 @@ unsafe fn compact(pool: &BlockPool, work: &mut Work<'_>, protect: Protect) {
     unsafe {
         match pool.format().bytes() {
             4 => move_tokens::<u32>(pool, head, &kept, moved..kept.len()),
+            1 => move_tokens::<u8>(pool, head, &kept, moved..kept.len()),
             _ => move_tokens::<u16>(pool, head, &kept, moved..kept.len()),
         }
     }
@@ -259,7 +260,7 @@ mod tests {
             seed in any::<u64>(),
             tokens in prop::collection::vec(0usize..200, 3),
             dim in prop::sample::select(vec![8usize, 64, 80]),
-            format in prop::sample::select(vec![KvFormat::F32, KvFormat::F16, KvFormat::Bf16]),
+            format in prop::sample::select(vec![KvFormat::F32, KvFormat::F16, KvFormat::Bf16, KvFormat::Fp8]),
             keep in 0usize..150,
             sinks in 0u32..6,
             recent in 0u32..40,

@@ -23,6 +23,9 @@ pub enum KvFormat {
     F16,
     /// Brain floats.
     Bf16,
+    /// Bytes with four bits of exponent and three of mantissa (e4m3), no scale: rounded to nearest, ties to even, at most
+    /// 448.
+    Fp8,
 }
 
 impl KvFormat {
@@ -32,6 +35,7 @@ impl KvFormat {
         match self {
             KvFormat::F32 => 4,
             KvFormat::F16 | KvFormat::Bf16 => 2,
+            KvFormat::Fp8 => 1,
         }
     }
 
@@ -49,6 +53,7 @@ macro_rules! with_format {
             $crate::kv::KvFormat::F32 => $call::<$crate::simd::F32>($($arg),*),
             $crate::kv::KvFormat::F16 => $call::<$crate::simd::F16>($($arg),*),
             $crate::kv::KvFormat::Bf16 => $call::<$crate::simd::Bf16>($($arg),*),
+            $crate::kv::KvFormat::Fp8 => $call::<$crate::simd::Fp8>($($arg),*),
         }
     };
 }

@@ -4,7 +4,7 @@ use half::f16;
 
 use super::pool::blocks;
 use super::{BLOCK_TOKENS, BlockPool, Half, KvFormat, PoolFull};
-use crate::simd::bf16_bits;
+use crate::simd::{bf16_bits, fp8_bits, fp8_value};
 
 /// The keys or the values of a head, half-block by half-block.
 #[derive(Debug, Default)]
@@ -167,6 +167,7 @@ pub(super) unsafe fn read(format: KvFormat, base: *const u8, index: usize) -> f3
             KvFormat::F32 => *base.cast::<f32>().add(index),
             KvFormat::F16 => f16::from_bits(*base.cast::<u16>().add(index)).to_f32(),
             KvFormat::Bf16 => f32::from_bits(u32::from(*base.cast::<u16>().add(index)) << 16),
+            KvFormat::Fp8 => fp8_value(*base.add(index)),
         }
     }
 }
@@ -180,6 +181,7 @@ unsafe fn write(format: KvFormat, base: *mut u8, index: usize, x: f32) {
             KvFormat::F32 => base.cast::<f32>().add(index).write(x),
             KvFormat::F16 => base.cast::<u16>().add(index).write(f16::from_f32(x).to_bits()),
             KvFormat::Bf16 => base.cast::<u16>().add(index).write(bf16_bits(x)),
+            KvFormat::Fp8 => base.add(index).write(fp8_bits(x)),
         }
     }
 }
