@@ -43,8 +43,10 @@ pub fn append(
         let last = key_offset.max(value_offset) + item.heads.len() * head_dim;
         assert!(last <= qkv_width, "columns outside qkv");
     }
-    let missing =
-        items.iter().map(|i| i.heads.iter().map(|h| h.missing_blocks(i.rows)).sum::<usize>()).sum();
+    let missing = items
+        .iter()
+        .map(|i| i.heads.iter().map(|h| h.missing_bytes(pool, i.rows)).sum::<u64>())
+        .sum();
     pool.check_room(missing)?;
     let mut work = Vec::new();
     for item in items.iter_mut() {
@@ -99,7 +101,7 @@ struct Rows<'a> {
 }
 
 fn write(isa: Isa, pool: &BlockPool, work: &mut Work<'_>, from: &Rows<'_>) {
-    // SAFETY: blocks are reserved and belong to this head alone; rows and columns were checked by `append`.
+    // SAFETY: halves are reserved and belong to this head alone; rows and columns were checked by `append`.
     unsafe {
         with_format!(pool.format(), run::<B>(isa, pool, work, from));
     }
@@ -109,7 +111,7 @@ fn write(isa: Isa, pool: &BlockPool, work: &mut Work<'_>, from: &Rows<'_>) {
 multiversion! { unsafe fn run<B: Source>(pool: &BlockPool, work: &Work<'_>, from: &Rows<'_>) = body }
 
 /// # Safety
-/// The head has blocks for the rows, and nobody else uses them.
+/// The head has halves for the rows, and nobody else uses them.
 #[inline(always)]
 unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from: &Rows<'_>) {
     let dim = pool.head_dim();
@@ -122,7 +124,7 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from
     let converted = converted.as_mut_ptr().cast::<u8>();
     for i in 0..work.rows {
         let token = work.head.tokens() + i;
-        let (block, lane) = (work.head.blocks[token / BLOCK_TOKENS], token % BLOCK_TOKENS);
+        let (block, lane) = (token / BLOCK_TOKENS, token % BLOCK_TOKENS);
         let start = (work.first_row + i) * from.width;
         for (offset, is_key) in [(from.key, true), (from.value, false)] {
             row[..dim].copy_from_slice(&from.qkv[start + offset..start + offset + dim]);
@@ -132,13 +134,13 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from
                     B::store(s, converted.add(at * B::BYTES), s.load(row.as_ptr().add(at)));
                 }
                 if is_key {
-                    let base = pool.key_ptr(block).add(lane * B::BYTES);
+                    let base = pool.ptr(work.head.keys.whole[block]).add(lane * B::BYTES);
                     for d in 0..dim {
                         let to = base.add(d * BLOCK_TOKENS * B::BYTES);
                         std::ptr::copy_nonoverlapping(converted.add(d * B::BYTES), to, B::BYTES);
                     }
                 } else {
-                    let base = pool.value_ptr(block).add(lane * dim * B::BYTES);
+                    let base = pool.ptr(work.head.values.whole[block]).add(lane * dim * B::BYTES);
                     std::ptr::copy_nonoverlapping(converted, base, dim * B::BYTES);
                 }
             }
@@ -150,6 +152,7 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from
 mod tests {
     use super::*;
     use crate::kv::KvFormat;
+    use crate::simd::{fp8_bits, fp8_value};
     use half::{bf16, f16};
 
     #[test]
@@ -158,7 +161,7 @@ mod tests {
         let (dim, heads, rows) = (8, 2, 70);
         let width = 5 + 2 * heads * dim;
         let qkv: Vec<f32> = (0..rows * width).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
-        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Bf16] {
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Bf16, KvFormat::Fp8] {
             let mut pool = BlockPool::new(dim, format, 1 << 20);
             let mut caches: Vec<HeadCache> = (0..heads).map(|_| HeadCache::default()).collect();
             for (first, count) in [(0, 33), (33, 1), (34, 36)] {
@@ -176,6 +179,7 @@ mod tests {
                 KvFormat::F32 => x,
                 KvFormat::F16 => f16::from_f32(x).to_f32(),
                 KvFormat::Bf16 => bf16::from_f32(x).to_f32(),
+                KvFormat::Fp8 => fp8_value(fp8_bits(x)),
             };
             for (h, cache) in caches.iter().enumerate() {
                 assert_eq!(cache.positions, (0..rows as u32).collect::<Vec<_>>());
@@ -209,7 +213,7 @@ mod tests {
             .collect();
         let full = append(&threads, &mut pool, &mut items, &qkv, 16, 0, 8, 8).expect_err("no room");
         assert_eq!((full.requested, full.held), (4096, 0));
-        assert!(caches.iter().all(|c| c.blocks.is_empty() && c.tokens() == 0));
+        assert!(caches.iter().all(|c| c.keys.count() == 0 && c.tokens() == 0));
         assert_eq!(pool.held_bytes(), 0);
     }
 }

@@ -26,7 +26,7 @@ pub struct EvictItem<'a> {
 
 /// Keeps the `keep` best tokens of each head, where protected ones are best of all. Among equals the lower position stays;
 /// a score that is not a number is the worst. If there are more protected tokens than `keep`, the sinks stay first, then
-/// the most recent. Tokens keep their order, and blocks that they no longer need go back to the pool.
+/// the most recent. Tokens keep their order, and halves that they no longer need go back to the pool.
 ///
 /// `scores[item * kv_heads + head]` has one score per cached token; it may be shorter where nothing has to go.
 ///
@@ -58,7 +58,7 @@ pub fn evict(
     let shared = &*pool;
     let parts = Disjoint::new(&mut work);
     threads.run(count, |i| {
-        // SAFETY: each task has its own head, and a block belongs to one head.
+        // SAFETY: each task has its own head, and a half belongs to one head.
         unsafe { compact(shared, parts.item_mut(i), protect) };
     });
     // The free list has one order for any number of threads.
@@ -155,7 +155,7 @@ pub fn best(
 /// Moves the tokens that stay to the front, keys and values with them.
 ///
 /// # Safety
-/// Nobody else uses the head's blocks.
+/// Nobody else uses the head's halves.
 unsafe fn compact(pool: &BlockPool, work: &mut Work<'_>, protect: Protect) {
     let head = &mut *work.head;
     let kept = best(work.scores, &head.positions, work.seen, work.keep, protect);
@@ -175,6 +175,7 @@ unsafe fn compact(pool: &BlockPool, work: &mut Work<'_>, protect: Protect) {
     unsafe {
         match pool.format().bytes() {
             4 => move_tokens::<u32>(pool, head, &kept, moved..kept.len()),
+            1 => move_tokens::<u8>(pool, head, &kept, moved..kept.len()),
             _ => move_tokens::<u16>(pool, head, &kept, moved..kept.len()),
         }
     }
@@ -191,21 +192,28 @@ unsafe fn move_tokens<T: Copy + Default>(
     range: Range<usize>,
 ) {
     let dim = pool.head_dim();
-    let place = |token: usize| (head.blocks[token / BLOCK_TOKENS], token % BLOCK_TOKENS);
+    let keys_at = |token: usize| pool.ptr(head.keys.whole[token / BLOCK_TOKENS]).cast::<T>();
+    let values_at = |token: usize| {
+        // SAFETY: the half has a row for each of its tokens.
+        unsafe {
+            pool.ptr(head.values.whole[token / BLOCK_TOKENS])
+                .cast::<T>()
+                .add(token % BLOCK_TOKENS * dim)
+        }
+    };
     let mut at = range.start;
     while at < range.end {
         let end = (at / BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS).min(range.end);
-        let (target, first) = place(at);
-        // SAFETY: all places lie in the head's blocks. Sources never lie before their targets, so what a later move reads
+        // SAFETY: all places lie in the head's halves. Sources never lie before their targets, so what a later move reads
         // is still there; a channel's row is collected before it is written.
         unsafe {
             let mut sources = [std::ptr::null::<T>(); BLOCK_TOKENS];
             for (source, from) in sources.iter_mut().zip(&kept[at..end]) {
-                let (block, lane) = place(*from as usize);
-                *source = pool.key_ptr(block).cast::<T>().add(lane);
+                let from = *from as usize;
+                *source = keys_at(from).add(from % BLOCK_TOKENS);
             }
             let count = end - at;
-            let keys = pool.key_ptr(target).cast::<T>().add(first);
+            let keys = keys_at(at).add(at % BLOCK_TOKENS);
             let mut row = [T::default(); BLOCK_TOKENS];
             for d in 0..dim {
                 for (x, source) in row.iter_mut().zip(&sources[..count]) {
@@ -213,12 +221,14 @@ unsafe fn move_tokens<T: Copy + Default>(
                 }
                 std::ptr::copy_nonoverlapping(row.as_ptr(), keys.add(d * BLOCK_TOKENS), count);
             }
-            let values = pool.value_ptr(target).cast::<T>().add(first * dim);
+            let values = values_at(at);
             for (i, from) in kept[at..end].iter().enumerate() {
                 if *from as usize != at + i {
-                    let (block, lane) = place(*from as usize);
-                    let source = pool.value_ptr(block).cast::<T>().add(lane * dim);
-                    std::ptr::copy_nonoverlapping(source, values.add(i * dim), dim);
+                    std::ptr::copy_nonoverlapping(
+                        values_at(*from as usize),
+                        values.add(i * dim),
+                        dim,
+                    );
                 }
             }
         }
@@ -311,7 +321,7 @@ mod tests {
             seed in any::<u64>(),
             tokens in prop::collection::vec(0usize..200, 3),
             dim in prop::sample::select(vec![8usize, 64, 80]),
-            format in prop::sample::select(vec![KvFormat::F32, KvFormat::F16, KvFormat::Bf16]),
+            format in prop::sample::select(vec![KvFormat::F32, KvFormat::F16, KvFormat::Bf16, KvFormat::Fp8]),
             keep in 0usize..150,
             sinks in 0u32..6,
             recent in 0u32..40,
@@ -332,7 +342,7 @@ mod tests {
             for (i, head) in layer.caches.iter().flatten().enumerate() {
                 let (all, seen) = (before[i].len(), layer.seen[i / 2]);
                 prop_assert_eq!(head.tokens(), all.min(keep));
-                prop_assert_eq!(head.blocks.len(), head.tokens().div_ceil(BLOCK_TOKENS));
+                prop_assert_eq!(head.keys.count(), head.tokens().div_ceil(BLOCK_TOKENS));
                 held += head.held_bytes(&layer.pool);
                 let value = |t: usize| {
                     if (t as u32) < sinks {

@@ -8,6 +8,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod fp8;
 pub(crate) mod math;
 mod portable;
 
@@ -19,6 +20,7 @@ use crate::tile::Tile;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+pub(crate) use fp8::{fp8_bits, fp8_value};
 pub(crate) use portable::Portable;
 
 /// Lanes of a vector.
@@ -100,6 +102,9 @@ pub(crate) trait Simd: Copy {
     /// 16 brain floats are readable at `p`.
     unsafe fn load_bf16(self, p: *const u16) -> Self::V;
     /// # Safety
+    /// 16 e4m3 numbers are readable at `p`.
+    unsafe fn load_fp8(self, p: *const u8) -> Self::V;
+    /// # Safety
     /// 16 floats are writable at `p`.
     unsafe fn store(self, p: *mut f32, v: Self::V);
     /// # Safety
@@ -140,6 +145,15 @@ pub(crate) trait Simd: Copy {
             // SAFETY: 16 elements are writable, by this function's contract.
             unsafe { p.add(i).write(bf16_bits(*x)) };
         }
+    }
+
+    /// # Safety
+    /// 16 bytes are writable at `p`.
+    #[inline(always)]
+    unsafe fn store_fp8(self, p: *mut u8, v: Self::V) {
+        let bits = self.to_array(v).map(fp8_bits);
+        // SAFETY: 16 bytes are writable, by this function's contract.
+        unsafe { p.cast::<[u8; LANES]>().write_unaligned(bits) };
     }
 
     #[inline(always)]
@@ -256,6 +270,7 @@ macro_rules! source {
 source!(F32, f32, load, store, "Single precision.");
 source!(F16, u16, load_f16, store_f16, "Half precision.");
 source!(Bf16, u16, load_bf16, store_bf16, "Brain floats.");
+source!(Fp8, u8, load_fp8, store_fp8, "Bytes with four bits of exponent.");
 
 /// Makes `name(isa, args)` out of a body generic over [`Simd`]: one copy per instruction set.
 macro_rules! multiversion {

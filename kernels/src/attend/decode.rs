@@ -182,7 +182,7 @@ impl View<'_> {
             let two = block + 1 < self.blocks().end && fits::<S>(rows, 4);
             // SAFETY: the blocks are part of the cache, their parts of the scratch row.
             unsafe {
-                let keys = self.pool.key_ptr(self.cache.blocks[block]);
+                let keys = self.pool.ptr(self.cache.keys.whole[block]);
                 let at = scores.as_mut_ptr().add(block * BLOCK_TOKENS - self.part);
                 let mut product = Tile::product(
                     rows,
@@ -194,15 +194,15 @@ impl View<'_> {
                 // The values come when the keys are done.
                 let (blocks, next) = (self.blocks(), block + LOOK_AHEAD);
                 let next = if next < blocks.end {
-                    self.pool.key_ptr(self.cache.blocks[next])
+                    self.pool.ptr(self.cache.keys.whole[next])
                 } else {
                     self.pool
-                        .value_ptr(self.cache.blocks[(blocks.start + next - blocks.end).min(block)])
+                        .ptr(self.cache.values.whole[(blocks.start + next - blocks.end).min(block)])
                 };
                 product.ahead = (next as isize).wrapping_sub(keys as isize);
                 if two {
                     // Two streams of memory at a time, and twice the independent sums.
-                    let other = self.pool.key_ptr(self.cache.blocks[block + 1]);
+                    let other = self.pool.ptr(self.cache.keys.whole[block + 1]);
                     let way = (other as isize).wrapping_sub(keys as isize) / B::BYTES as isize;
                     product.b_pair = way as usize;
                     product.vectors = 4;
@@ -271,7 +271,7 @@ impl View<'_> {
             let tokens = self.keys.start.max(base)..self.keys.end.min(base + BLOCK_TOKENS);
             // SAFETY: as above; a buffer can be read a vector beyond its last number.
             unsafe {
-                let values = self.pool.value_ptr(self.cache.blocks[block]);
+                let values = self.pool.ptr(self.cache.values.whole[block]);
                 let mut product = Tile::product(
                     rows,
                     tokens.len(),
@@ -282,7 +282,7 @@ impl View<'_> {
                 product.init = init;
                 product.init_stride = padded;
                 if block + LOOK_AHEAD < self.blocks().end {
-                    let next = self.pool.value_ptr(self.cache.blocks[block + LOOK_AHEAD]);
+                    let next = self.pool.ptr(self.cache.values.whole[block + LOOK_AHEAD]);
                     product.ahead = (next as isize).wrapping_sub(values as isize);
                 }
                 wide::<S, B>(s, product, padded);

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{AttendItem, AttendShape, Job, to_score, visible};
 use crate::buffer::{Scratch, lines, split_lines};
-use crate::kv::{BLOCK_TOKENS, BlockId, BlockPool, with_format};
+use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, with_format};
 use crate::simd::math::exp;
 use crate::simd::{F32, Isa, LANES, Simd, Source, isa, multiversion};
 use crate::threads::Threads;
@@ -142,7 +142,7 @@ unsafe fn body<S: Simd, B: Source>(s: S, job: &Job<'_>, task: &Task) {
         let base = block * BLOCK_TOKENS;
         // SAFETY: the block belongs to the cache, the tiles have the sizes that `new` gives them.
         unsafe {
-            widen::<S, B>(s, job.pool, cache.blocks[block], cache.tokens() - base, &mut tiles);
+            widen::<S, B>(s, job.pool, cache, block, cache.tokens() - base, &mut tiles);
             let parts = pairs.div_ceil(S::TILE_ROWS);
             for part in 0..parts {
                 let pairs = pairs * part / parts..pairs * (part + 1) / parts;
@@ -173,14 +173,16 @@ unsafe fn body<S: Simd, B: Source>(s: S, job: &Job<'_>, task: &Task) {
 unsafe fn widen<S: Simd, B: Source>(
     s: S,
     pool: &BlockPool,
-    block: BlockId,
+    cache: &HeadCache,
+    block: usize,
     tokens: usize,
     tiles: &mut Tiles<'_>,
 ) {
     let dim = pool.head_dim();
-    // SAFETY: both parts of a block have dim x 32 numbers, a multiple of 16.
+    // SAFETY: both halves of a block have dim x 32 numbers, a multiple of 16.
     unsafe {
-        let (keys, values) = (pool.key_ptr(block), pool.value_ptr(block));
+        let (keys, values) =
+            (pool.ptr(cache.keys.whole[block]), pool.ptr(cache.values.whole[block]));
         for at in (0..dim * BLOCK_TOKENS).step_by(LANES) {
             s.store(tiles.keys.as_mut_ptr().add(at), B::load(s, keys.add(at * B::BYTES)));
             s.store(tiles.values.as_mut_ptr().add(at), B::load(s, values.add(at * B::BYTES)));

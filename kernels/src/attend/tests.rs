@@ -183,7 +183,7 @@ proptest! {
         group in 1usize..=8,
         kv_heads in 1usize..=2,
         dim in prop::sample::select(vec![8usize, 64, 72, 80, 96, 128, 256]),
-        format in prop::sample::select(vec![KvFormat::F32, KvFormat::F16, KvFormat::Bf16]),
+        format in prop::sample::select(vec![KvFormat::F32, KvFormat::F16, KvFormat::Bf16, KvFormat::Fp8]),
         softcap in prop::option::of(5.0f32..50.0),
         window in prop::option::of(1u32..90),
         before in prop::collection::vec(0usize..90, 3),

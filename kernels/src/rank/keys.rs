@@ -42,7 +42,7 @@ unsafe fn norms_body<S: Simd, B: Source>(
 /// Address of the first channel of the 16 tokens from `token`, a multiple of 16.
 #[inline(always)]
 fn half_block(pool: &BlockPool, head: &HeadCache, token: usize, bytes: usize) -> *const u8 {
-    let base = pool.key_ptr(head.blocks[token / BLOCK_TOKENS]);
+    let base = pool.ptr(head.keys.whole[token / BLOCK_TOKENS]);
     base.wrapping_add(token % BLOCK_TOKENS * bytes)
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::attend::{AttendShape, to_score, visible};
 use crate::buffer::Scratch;
-use crate::kv::{BLOCK_TOKENS, BlockId, BlockPool, HeadCache, with_format};
+use crate::kv::{BLOCK_TOKENS, BlockPool, Halves, HeadCache, with_format};
 use crate::simd::math::exp;
 use crate::simd::{Isa, LANES, Simd, Source, multiversion};
 use crate::threads::{Disjoint, Threads};
@@ -38,7 +38,7 @@ pub(super) struct Mass<'a> {
 /// A task: some tokens of one head.
 struct Part<'a> {
     positions: &'a [u32],
-    blocks: &'a [BlockId],
+    keys: &'a Halves,
     tally: &'a mut [f32],
     /// First token.
     first: usize,
@@ -68,11 +68,11 @@ pub(super) fn add(
                 head.tally.clear();
             }
             head.tally.resize(head.positions.len(), 0.0);
-            let HeadCache { blocks, positions, tally } = head;
+            let HeadCache { keys, positions, tally, .. } = head;
             for (i, tally) in tally.chunks_mut(PART).enumerate() {
                 parts.push(Part {
                     positions,
-                    blocks,
+                    keys,
                     tally,
                     first: i * PART,
                     kv_head,
@@ -118,7 +118,7 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, step: &Step<'_>, part
             if block * BLOCK_TOKENS < part.first {
                 continue;
             }
-            let keys = pool.key_ptr(part.blocks[block]);
+            let keys = pool.ptr(part.keys.whole[block]);
             let row = part.first_row + rows.start;
             for h in 0..group {
                 let head = part.kv_head * group + h;

@@ -103,7 +103,7 @@ fn averages_by_hand() {
 
 #[test]
 fn key_scores_match_their_definitions() {
-    for format in [KvFormat::F32, KvFormat::F16, KvFormat::Bf16] {
+    for format in [KvFormat::F32, KvFormat::F16, KvFormat::Bf16, KvFormat::Fp8] {
         for (dim, tokens) in [(8, 1), (64, 45), (80, 100)] {
             let mut layer = Layer::new(1, shape(1, 2, dim), format);
             layer.feed(4, &[tokens]);
@@ -210,7 +210,7 @@ proptest! {
         seed in any::<u64>(),
         group in 1usize..=8,
         dim in prop::sample::select(vec![8usize, 64, 80, 128]),
-        format in prop::sample::select(vec![KvFormat::F32, KvFormat::F16, KvFormat::Bf16]),
+        format in prop::sample::select(vec![KvFormat::F32, KvFormat::F16, KvFormat::Bf16, KvFormat::Fp8]),
         softcap in prop::option::of(5.0f32..50.0),
         window in prop::option::of(1u32..90),
         before in prop::collection::vec(0usize..90, 2),

@@ -103,6 +103,26 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_fp8(self, p: *const u8) -> Pair {
+        // As half floats the numbers are 256 times too small, for their exponents are biased by 7 instead of 15.
+        // SAFETY: readable by the contract; `self` proves the features.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
+            let magnitude =
+                _mm256_slli_epi16::<7>(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)));
+            let sign = _mm256_and_si256(_mm256_slli_epi16::<8>(bytes), _mm256_set1_epi16(i16::MIN));
+            let nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
+            let nan = _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00));
+            let half = _mm256_or_si256(_mm256_or_si256(magnitude, sign), nan);
+            let by = _mm256_set1_ps(256.0);
+            (
+                _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), by),
+                _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half)), by),
+            )
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: Pair) {
         // SAFETY: writable by the contract; `self` proves the feature.
         unsafe {

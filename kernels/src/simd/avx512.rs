@@ -74,6 +74,22 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_fp8(self, p: *const u8) -> __m512 {
+        // As half floats the numbers are 256 times too small, for their exponents are biased by 7 instead of 15.
+        // SAFETY: readable by the contract; `self` proves the features.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
+            let magnitude =
+                _mm256_slli_epi16::<7>(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)));
+            let sign = _mm256_and_si256(_mm256_slli_epi16::<8>(bytes), _mm256_set1_epi16(i16::MIN));
+            let nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x3f80));
+            let magnitude = _mm256_mask_mov_epi16(magnitude, nan, _mm256_set1_epi16(0x7e00));
+            let half = _mm256_or_si256(magnitude, sign);
+            _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: __m512) {
         // SAFETY: writable by the contract; `self` proves the feature.
         unsafe { _mm512_storeu_ps(p, v) }

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{LANES, Simd, Source};
+use super::{LANES, Simd, Source, fp8_value};
 use crate::tile::{Tile, body};
 
 /// Needs no proof.
@@ -72,6 +72,12 @@ impl Simd for Portable {
         // SAFETY: 16 numbers are readable by the contract.
         let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
         bits.map(|b| f32::from_bits(u32::from(b) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn load_fp8(self, p: *const u8) -> Lanes {
+        // SAFETY: 16 numbers are readable by the contract.
+        unsafe { p.cast::<[u8; LANES]>().read_unaligned() }.map(fp8_value)
     }
 
     #[inline(always)]

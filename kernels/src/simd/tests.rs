@@ -74,6 +74,38 @@ fn instruction_sets_agree_on_lanes() {
     }
 }
 
+#[inline(always)]
+unsafe fn bytes_body<S: Simd>(s: S, bytes: &[u8; 256], out: &mut [f32], back: &mut [u8]) {
+    for at in (0..256).step_by(LANES) {
+        // SAFETY: all three have 256 elements.
+        unsafe {
+            let v = s.load_fp8(bytes.as_ptr().add(at));
+            s.store(out.as_mut_ptr().add(at), v);
+            s.store_fp8(back.as_mut_ptr().add(at), v);
+        }
+    }
+}
+
+multiversion! { unsafe fn all_bytes(bytes: &[u8; 256], out: &mut [f32], back: &mut [u8]) = bytes_body }
+
+#[test]
+fn every_byte_is_its_number_and_comes_back() {
+    let bytes: [u8; 256] = std::array::from_fn(|i| i as u8);
+    for isa in Isa::available() {
+        let (mut out, mut back) = ([0.0; 256], [0; 256]);
+        // SAFETY: `isa` is one of the available ones.
+        unsafe { all_bytes(isa, &bytes, &mut out, &mut back) };
+        for (byte, x) in bytes.iter().zip(out) {
+            let exact = fp8_value(*byte);
+            assert!(
+                x.to_bits() == exact.to_bits() || x.is_nan() && exact.is_nan(),
+                "{isa}: {byte}"
+            );
+        }
+        assert_eq!(back, bytes, "{isa}");
+    }
+}
+
 #[test]
 fn bf16_rounds_to_nearest_even() {
     for x in [1.0f32, -2.5, 1.003_906_3, 1.011_718_8, f32::INFINITY, 3.3e38, 1e-40, 0.1] {
