@@ -44,7 +44,7 @@ pub struct SelectItem<'a> {
     /// Caches of its KV heads.
     pub heads: &'a [HeadCache],
     /// Page indices of its KV heads.
-    pub pages: &'a [PageIndex],
+    pub pages: Vec<&'a PageIndex>,
     /// Its row.
     pub row: usize,
     /// Tokens to choose per set.
@@ -74,7 +74,7 @@ pub fn select_pages(
         let from = item.row * qkv_width + head * group * dim;
         let queries = &qkv[from..from + group * dim];
         let tokens = item.heads[head].tokens();
-        let pages = &item.pages[head];
+        let pages = item.pages[head];
         assert_eq!(pages.tokens(), tokens, "the index lags behind the cache");
         // SAFETY: each task has its own sets.
         let out = unsafe { out.slice_mut(task * sets..(task + 1) * sets) };
@@ -209,7 +209,11 @@ unsafe fn copy<T: Copy + Default>(
                 for (x, source) in row.iter_mut().zip(&sources[..part.len()]) {
                     *x = *source.add(d * BLOCK_TOKENS);
                 }
-                std::ptr::copy_nonoverlapping(row.as_ptr(), keys.add(d * BLOCK_TOKENS), BLOCK_TOKENS);
+                std::ptr::copy_nonoverlapping(
+                    row.as_ptr(),
+                    keys.add(d * BLOCK_TOKENS),
+                    BLOCK_TOKENS,
+                );
             }
             let values = scratch.ptr(to.values.whole[block]).cast::<T>();
             for (i, token) in part.iter().enumerate() {
@@ -279,11 +283,9 @@ mod tests {
         let mut all: Vec<Vec<PageIndex>> = (layer.caches.iter())
             .map(|heads| heads.iter().map(|_| PageIndex::new(page, 64)).collect())
             .collect();
-        let mut items: Vec<IndexItem<'_>> = layer
-            .caches
-            .iter()
-            .zip(&mut all)
-            .map(|(heads, pages)| IndexItem { heads, pages })
+        let mut items: Vec<IndexItem<'_>> = (layer.caches.iter().flatten())
+            .zip(all.iter_mut().flatten())
+            .map(|(head, pages)| IndexItem { head, pages })
             .collect();
         index(&layer.threads, &layer.pool, &mut items);
         all
@@ -296,7 +298,10 @@ mod tests {
             .iter()
             .zip(&pages)
             .enumerate()
-            .map(|(row, (heads, pages))| SelectItem { heads, pages, row, tokens })
+            .map(|(row, (heads, pages))| {
+                let pages = pages.iter().collect();
+                SelectItem { heads, pages, row, tokens }
+            })
             .collect();
         let shape = layer.shape;
         select_pages(&layer.threads, &items, choice, &shape, &layer.qkv, layer.width)
@@ -332,9 +337,7 @@ mod tests {
             .collect();
         let mut out = vec![0.0; items.len() * 6 * 64];
         let (pool, shape) = (&layer.pool, &layer.shape);
-        attend_decode(
-            &layer.threads, pool, &items, shape, &layer.qkv, layer.width, &mut out, None,
-        );
+        attend_decode(&layer.threads, pool, &items, shape, &layer.qkv, layer.width, &mut out, None);
         out
     }
 

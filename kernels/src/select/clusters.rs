@@ -89,6 +89,12 @@ impl Clusters {
         4 * (self.centres.len() + listed + self.members.len()) as u64
     }
 
+    /// Tokens in front of this one were there when the clusters were made.
+    #[must_use]
+    pub fn end(&self) -> usize {
+        self.end
+    }
+
     /// Number of clusters.
     #[must_use]
     pub fn count(&self) -> usize {

@@ -15,24 +15,22 @@ pub struct PageIndex {
     tokens: usize,
 }
 
-/// The caches of one sequence in one layer, and their indices.
+/// A head's cache and its index.
 pub struct IndexItem<'a> {
-    /// Caches of its KV heads.
-    pub heads: &'a [HeadCache],
-    /// Their indices.
-    pub pages: &'a mut [PageIndex],
+    /// The cache.
+    pub head: &'a HeadCache,
+    /// The index.
+    pub pages: &'a mut PageIndex,
 }
 
 /// Brings indices up to their caches: new tokens are added, and an index of a cache that has lost tokens is built anew.
 pub fn index(threads: &Threads, pool: &BlockPool, items: &mut [IndexItem<'_>]) {
-    let mut work: Vec<(&HeadCache, &mut PageIndex)> =
-        items.iter_mut().flat_map(|i| i.heads.iter().zip(i.pages.iter_mut())).collect();
-    let count = work.len();
-    let work = Disjoint::new(&mut work);
+    let count = items.len();
+    let work = Disjoint::new(items);
     threads.run(count, |i| {
         // SAFETY: each task has its own index.
-        let (head, pages) = unsafe { work.item_mut(i) };
-        pages.update(pool, head);
+        let item = unsafe { work.item_mut(i) };
+        item.pages.update(pool, item.head);
     });
 }
 
@@ -94,7 +92,11 @@ impl PageIndex {
     pub(super) fn add_bounds(&self, query: &[f32], bounds: &mut [f32]) {
         let pages = self.low.chunks_exact(self.dim).zip(self.high.chunks_exact(self.dim));
         for (bound, (low, high)) in bounds.iter_mut().zip(pages) {
-            *bound += query.iter().zip(low.iter().zip(high)).map(|(q, (l, h))| (q * l).max(q * h)).sum::<f32>();
+            *bound += query
+                .iter()
+                .zip(low.iter().zip(high))
+                .map(|(q, (l, h))| (q * l).max(q * h))
+                .sum::<f32>();
         }
     }
 
