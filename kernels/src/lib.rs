@@ -14,6 +14,7 @@ pub mod evict;
 pub mod gemm;
 pub mod kv;
 pub mod norm;
+pub mod pack;
 pub mod rank;
 #[doc(hidden)]
 pub mod reference;
