@@ -208,7 +208,7 @@ impl Interpreter<'_> {
             }
             OpKind::Tally { heads } => self.tally(heads, lanes, layer),
             OpKind::Rank { heads, by } => self.rank(heads, by, lanes, layer),
-            OpKind::Evict { protect, .. } => self.evict(protect, lanes, layer),
+            OpKind::Evict { protect, .. } => self.evict(protect, lanes, layer)?,
             // One process on one machine: there is nobody to add up with.
             OpKind::AllReduce { .. } => {
                 return Err(ExecError::NotExecutable {
@@ -470,7 +470,12 @@ impl Interpreter<'_> {
         );
     }
 
-    fn evict(&mut self, protect: Protect, lanes: &Lanes, layer: Option<Layer>) {
+    fn evict(
+        &mut self,
+        protect: Protect,
+        lanes: &Lanes,
+        layer: Option<Layer>,
+    ) -> Result<(), ExecError> {
         let index = layer_index(layer);
         let (pool, picked) = self.kv.select(index, lanes.as_slice());
         let mut items: Vec<EvictItem<'_>> = picked
@@ -483,7 +488,8 @@ impl Interpreter<'_> {
             .collect();
         let protect = k::evict::Protect { sinks: protect.sinks, recent: protect.recent };
         let scores = std::mem::take(&mut self.slots.scores[index]);
-        k::evict::evict(self.threads, pool, &mut items, &scores, protect);
+        k::evict::evict(self.threads, pool, &mut items, &scores, protect)?;
+        Ok(())
     }
 
     fn sample(&mut self, phase: Phase, lanes: &[Lane], vocab: usize) {

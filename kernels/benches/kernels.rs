@@ -132,7 +132,8 @@ fn cache_upkeep(c: &mut Criterion) {
                     head.positions.extend(0..4096);
                 }
                 let mut items = [EvictItem { heads: &mut heads, seen: 4096, keep: 1024 }];
-                evict(&workers, &mut pool, &mut items, &scores, Protect { sinks: 4, recent: 32 });
+                evict(&workers, &mut pool, &mut items, &scores, Protect { sinks: 4, recent: 32 })
+                    .expect("room");
             },
             BatchSize::PerIteration,
         );

@@ -96,7 +96,8 @@ impl Layer {
             .zip(&self.seen)
             .map(|((heads, keep), seen)| EvictItem { heads, seen: *seen, keep: *keep })
             .collect();
-        evict(&self.threads, &mut self.pool, &mut items, &scores, Protect::default());
+        evict(&self.threads, &mut self.pool, &mut items, &scores, Protect::default())
+            .expect("room");
     }
 
     pub(crate) fn items(&self) -> Vec<AttendItem<'_>> {

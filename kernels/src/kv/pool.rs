@@ -223,6 +223,11 @@ impl BlockPool {
         self.budget
     }
 
+    #[cfg(test)]
+    pub(crate) fn set_budget(&mut self, bytes: u64) {
+        self.budget = bytes;
+    }
+
     /// Bytes of the slabs, used or not: what the pool has asked of the system. Untouched pages of it are not resident.
     #[must_use]
     pub fn mapped_bytes(&self) -> u64 {

@@ -233,6 +233,23 @@ pub(crate) enum Rows {
 /// The block belongs to the keys and nobody writes it; `out` has 32 floats per channel.
 #[inline(always)]
 pub(crate) unsafe fn key_tile<S: Simd, B: Source>(
+    _s: S,
+    pool: &BlockPool,
+    keys: &Halves,
+    block: usize,
+    rows: Rows,
+    out: *mut f32,
+) -> usize {
+    // SAFETY: the same contract.
+    unsafe { key_tile_of::<B>(S::ISA, pool, keys, block, rows, out) }
+}
+
+multiversion! { unsafe fn key_tile_of<B: Source>(pool: &BlockPool, keys: &Halves, block: usize, rows: Rows, out: *mut f32) -> usize = key_tile_body }
+
+/// # Safety
+/// As [`key_tile`].
+#[inline(always)]
+unsafe fn key_tile_body<S: Simd, B: Source>(
     s: S,
     pool: &BlockPool,
     keys: &Halves,
@@ -282,6 +299,24 @@ pub(crate) unsafe fn key_tile<S: Simd, B: Source>(
 /// As [`key_tile`]; the tokens exist, and `out` has room for 32 rows and a vector.
 #[inline(always)]
 pub(crate) unsafe fn value_tile<S: Simd, B: Source>(
+    _s: S,
+    pool: &BlockPool,
+    values: &Halves,
+    block: usize,
+    tokens: Range<usize>,
+    stride: usize,
+    out: *mut f32,
+) {
+    // SAFETY: the same contract.
+    unsafe { value_tile_of::<B>(S::ISA, pool, values, block, tokens, stride, out) }
+}
+
+multiversion! { unsafe fn value_tile_of<B: Source>(pool: &BlockPool, values: &Halves, block: usize, tokens: Range<usize>, stride: usize, out: *mut f32) = value_tile_body }
+
+/// # Safety
+/// As [`value_tile`].
+#[inline(always)]
+unsafe fn value_tile_body<S: Simd, B: Source>(
     s: S,
     pool: &BlockPool,
     values: &Halves,

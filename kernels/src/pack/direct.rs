@@ -7,7 +7,7 @@ use crate::append::AppendItem;
 use crate::buffer::Scratch;
 use crate::kv::pool::blocks;
 use crate::kv::{BLOCK_TOKENS, BlockPool, Codec, HeadCache, KeyAxis, PoolFull};
-use crate::simd::{Simd, isa, multiversion};
+use crate::simd::{Isa, isa};
 use crate::threads::{Disjoint, Threads};
 
 /// Appends as [`crate::append::append`] does, but packs each token at once, from the floats of its row, so that no token is
@@ -106,18 +106,9 @@ struct Columns<'a> {
     value: usize,
 }
 
-multiversion! { unsafe fn write(pool: &BlockPool, codec: Codec, work: &Work<'_>, from: &Columns<'_>) = body }
-
 /// # Safety
 /// The head has packed halves for the rows, which nobody else uses; rows and columns lie in `qkv`.
-#[inline(always)]
-unsafe fn body<S: Simd>(
-    _s: S,
-    pool: &BlockPool,
-    codec: Codec,
-    work: &Work<'_>,
-    from: &Columns<'_>,
-) {
+unsafe fn write(isa: Isa, pool: &BlockPool, codec: Codec, work: &Work<'_>, from: &Columns<'_>) {
     let dim = pool.head_dim();
     let mut scratch = Scratch::take(dim * BLOCK_TOKENS);
     let tile = scratch.floats();
@@ -134,9 +125,9 @@ unsafe fn body<S: Simd>(
             }
             let value = &from.qkv[start + from.value..start + from.value + dim];
             // SAFETY: the half is this head's alone.
-            unsafe { put_value(codec, value, lane, pool.ptr(work.head.values.packed[block])) };
+            unsafe { put_value(isa, codec, value, lane, pool.ptr(work.head.values.packed[block])) };
         }
         // SAFETY: as above.
-        unsafe { put_tokens(codec, lanes, dim, tile, pool.ptr(work.head.keys.packed[block])) };
+        unsafe { put_tokens(isa, codec, lanes, dim, tile, pool.ptr(work.head.keys.packed[block])) };
     }
 }

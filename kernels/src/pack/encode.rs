@@ -56,12 +56,12 @@ unsafe fn body<S: Simd, B: Source>(
                 }
                 match codec.key_axis {
                     KeyAxis::Channel => {
-                        put_channels(pool, head, codec, start..end, channels, tiles, size);
+                        put_channels(S::ISA, pool, head, codec, start..end, channels, tiles, size);
                     }
                     KeyAxis::Token => {
                         let out = pool.ptr(head.keys.packed[start / BLOCK_TOKENS]);
                         let lanes = first.max(start) - start..end - start;
-                        put_tokens(codec, lanes, channels, tiles, out);
+                        put_tokens(S::ISA, codec, lanes, channels, tiles, out);
                     }
                 }
             }
@@ -83,19 +83,26 @@ unsafe fn body<S: Simd, B: Source>(
                 let out = pool.ptr(head.values.packed[block]);
                 for lane in lanes {
                     let row = &rows[lane * padded..lane * padded + dim];
-                    put_value(codec, row, lane, out);
+                    put_value(S::ISA, codec, row, lane, out);
                 }
             }
         }
     }
 }
 
-/// Packs keys of the tokens of a group channel by channel; `tiles` are its blocks, `size` apart.
-///
+multiversion! {
+    /// Packs keys of the tokens of a group channel by channel; `tiles` are its blocks, `size` apart.
+    ///
+    /// # Safety
+    /// The head has packed halves for the tokens, which nobody else uses.
+    pub(crate) unsafe fn put_channels(pool: &BlockPool, head: &HeadCache, codec: Codec, tokens: Range<usize>, channels: usize, tiles: &[f32], size: usize) = put_channels_body
+}
+
 /// # Safety
-/// The head has packed halves for the tokens, which nobody else uses.
+/// As [`put_channels`].
 #[inline(always)]
-pub(crate) unsafe fn put_channels(
+unsafe fn put_channels_body<S: Simd>(
+    _s: S,
     pool: &BlockPool,
     head: &HeadCache,
     codec: Codec,
@@ -135,12 +142,19 @@ pub(crate) unsafe fn put_channels(
     }
 }
 
-/// Packs the keys of some tokens of a block token by token; the codes of the other tokens stay.
-///
+multiversion! {
+    /// Packs the keys of some tokens of a block token by token; the codes of the other tokens stay.
+    ///
+    /// # Safety
+    /// `out` is a packed half of so many channels, which nobody else uses.
+    pub(crate) unsafe fn put_tokens(codec: Codec, lanes: Range<usize>, channels: usize, tile: &[f32], out: *mut u8) = put_tokens_body
+}
+
 /// # Safety
-/// `out` is a packed half of so many channels, which nobody else uses.
+/// As [`put_tokens`].
 #[inline(always)]
-pub(crate) unsafe fn put_tokens(
+unsafe fn put_tokens_body<S: Simd>(
+    _s: S,
     codec: Codec,
     lanes: Range<usize>,
     channels: usize,
@@ -190,12 +204,18 @@ pub(crate) unsafe fn put_tokens(
     }
 }
 
-/// Packs the value of a token.
-///
+multiversion! {
+    /// Packs the value of a token.
+    ///
+    /// # Safety
+    /// `out` is a packed half of values with as many channels as the row, which nobody else uses.
+    pub(crate) unsafe fn put_value(codec: Codec, row: &[f32], lane: usize, out: *mut u8) = put_value_body
+}
+
 /// # Safety
-/// `out` is a packed half of values with as many channels as the row, which nobody else uses.
+/// As [`put_value`].
 #[inline(always)]
-pub(crate) unsafe fn put_value(codec: Codec, row: &[f32], lane: usize, out: *mut u8) {
+unsafe fn put_value_body<S: Simd>(_s: S, codec: Codec, row: &[f32], lane: usize, out: *mut u8) {
     let (dim, groups) = (row.len(), codec.groups(row.len()));
     let mut codes = [0; 256];
     for (index, part) in row.chunks(codec.group as usize).enumerate() {
