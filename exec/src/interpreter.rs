@@ -3,6 +3,7 @@
 
 mod cache;
 mod choice;
+mod settle;
 
 use batchmax_kernels as k;
 use batchmax_kernels::threads::Threads;
@@ -31,6 +32,8 @@ pub struct Slots {
     logits: Vec<f32>,
     /// Chosen tokens of the layer at work, set after set.
     chosen: Vec<Vec<u32>>,
+    /// Key channels that stay, per layer, sequence and KV head; empty until they are chosen.
+    channels: Vec<Vec<Vec<u16>>>,
     /// Scores per layer, from a ranking until its eviction.
     scores: Vec<Vec<Vec<f32>>>,
     ids: Vec<u32>,
@@ -61,6 +64,7 @@ impl Slots {
             sampled: vec![0.0; sampled * model.hidden as usize],
             logits: vec![0.0; sampled * model.vocab as usize],
             chosen: Vec::new(),
+            channels: vec![Vec::new(); model.layers as usize],
             scores: vec![Vec::new(); model.layers as usize],
             ids: Vec::with_capacity(rows),
             positions: Vec::with_capacity(rows),
@@ -215,17 +219,15 @@ impl Interpreter<'_> {
             }
             OpKind::Tally { heads } => self.tally(heads, lanes, layer),
             OpKind::Rank { heads, by } => self.rank(heads, by, lanes, layer),
-            OpKind::Evict { protect, choice, .. } => self.evict(protect, choice, lanes, layer),
+            OpKind::Evict { heads, protect, choice } => {
+                self.evict(heads, protect, choice, lanes, layer)?;
+            }
             OpKind::Index { page, .. } => self.index(page, lanes, layer),
             OpKind::Cluster { sinks, rounds, .. } => self.cluster(sinks, rounds, lanes, layer),
             OpKind::Select { heads, by } => self.select(heads, by, lanes, layer),
             OpKind::AttendChosen { heads, .. } => self.attend_chosen(heads, lanes, layer)?,
-            OpKind::Pack { .. } | OpKind::PruneChannels { .. } => {
-                return Err(ExecError::NotExecutable {
-                    model: model.name.clone(),
-                    part: "packed or pruned caches".to_owned(),
-                });
-            }
+            OpKind::Pack { heads } => self.pack(heads, lanes, layer)?,
+            OpKind::PruneChannels { heads } => self.prune_channels(heads, lanes, layer)?,
             OpKind::Forward { width, recent } => {
                 self.forward(width as usize, recent, lanes, layer_index(layer));
             }

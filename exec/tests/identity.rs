@@ -9,7 +9,7 @@ use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
     AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, Falling, FastKv, Full, H2o,
-    Instant, KvSharer, Policy, PyramidKv, Quest, Snap, SnapKv, StreamingLlm, Together,
+    Instant, Kivi, KvSharer, Policy, PyramidKv, Quest, Snap, SnapKv, StreamingLlm, ThinK, Together,
 };
 use common::{made_up, run, small};
 
@@ -82,11 +82,36 @@ fn selecting(budget: u32) -> Vec<Box<dyn Policy>> {
     ]
 }
 
+/// Policies that store old tokens in fewer bits or channels.
+fn shrinking(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
+    let kivi = |bits, residual| Kivi { bits, group: 32, residual, swapped: false };
+    let think = ThinK { drop: 0.4, window: 16, recent: 32 };
+    let snap = || {
+        let cut = Cut { budget: Budget::Tokens(budget_tokens), ..Cut::default() };
+        Arc::new(SnapKv { cut, by: Snap { window: 16, pool: 5 } })
+    };
+    let composed = |parts: Vec<Arc<dyn Policy>>| -> Box<dyn Policy> {
+        Box::new(Composed::new(parts).expect("goes together"))
+    };
+    let chunked = Arc::new(batch_max(By::Keydiff, budget_tokens, 48));
+    vec![
+        Box::new(kivi(2, 32)),
+        Box::new(kivi(4, 64)),
+        Box::new(kivi(8, 0)),
+        Box::new(think.clone()),
+        composed(vec![snap(), Arc::new(kivi(4, 32))]),
+        composed(vec![snap(), Arc::new(think.clone())]),
+        composed(vec![snap(), Arc::new(think), Arc::new(kivi(2, 32))]),
+        composed(vec![chunked, Arc::new(kivi(4, 32))]),
+    ]
+}
+
 /// The whole matrix.
 fn everything(budget: u32) -> Vec<Box<dyn Policy>> {
     let mut all = policies(budget);
     all.extend(uneven(budget));
     all.extend(selecting(budget));
+    all.extend(shrinking(budget));
     all
 }
 
@@ -269,4 +294,14 @@ fn layers_that_share_hold_nothing() {
     assert_eq!(result.kv_decode_peak.0 * 3, full.kv_decode_peak.0 * 2);
     let none = KvSharer { layers: 0, ..policy };
     assert_eq!(outcome_of(&engine, &none, &[150]), outcome_of(&engine, &Full::default(), &[150]));
+}
+
+#[test]
+fn nothing_is_packed_inside_the_residual() {
+    let engine = small();
+    let full = outcome_of(&engine, &Full::default(), &[150, 97]);
+    let roomy = Kivi { bits: 2, group: 32, residual: 256, swapped: false };
+    assert!(outcome_of(&engine, &roomy, &[150, 97]) == full);
+    let whole = ThinK { drop: 0.0, window: 16, recent: 0 };
+    assert!(outcome_of(&engine, &whole, &[150, 97]) == full);
 }

@@ -1,14 +1,19 @@
 //! Rates of the kernels that matter: products, attention, eviction.
 
 use std::hint::black_box;
+use std::time::{Duration, Instant};
 
 use batchmax_kernels::append::{AppendItem, append};
 use batchmax_kernels::attend::{AttendItem, AttendShape, attend_decode, attend_prefill};
 use batchmax_kernels::evict::{EvictItem, Protect, evict};
 use batchmax_kernels::gemm::{Packed, WeightFormat, gemm};
-use batchmax_kernels::kv::{BlockPool, HeadCache, KvFormat};
+use batchmax_kernels::kv::{BlockPool, Codec, HeadCache, KeyAxis, KvFormat};
+use batchmax_kernels::pack::{PackItem, pack};
 use batchmax_kernels::threads::Threads;
-use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{
+    BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
+};
 
 /// The attention of a model of 135 million parameters.
 const SHAPE: AttendShape =
@@ -87,6 +92,9 @@ fn attention(c: &mut Criterion) {
                 });
             });
         }
+        for (sequences, tokens) in [(1, 2048), (64, 2048)] {
+            packed_decode(&mut group, &workers, sequences, tokens);
+        }
         for rows in [256, 2048] {
             let mut pool = BlockPool::new(64, KvFormat::F16, 1 << 30);
             let caches = caches(&mut pool, 1, rows);
@@ -101,6 +109,40 @@ fn attention(c: &mut Criterion) {
             });
         }
         group.finish();
+    }
+}
+
+/// Decode over caches of the same tokens in every form; a rate would not compare, so times only.
+fn packed_decode(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    workers: &Threads,
+    sequences: usize,
+    tokens: usize,
+) {
+    let (qkv, mut out) = (noise(sequences * WIDTH), vec![0.0; sequences * 9 * 64]);
+    for bits in [16, 8, 4, 2, 1] {
+        for (name, key_axis) in [("channel", KeyAxis::Channel), ("token", KeyAxis::Token)] {
+            let format = if bits == 16 && name == "token" { KvFormat::Fp8 } else { KvFormat::F16 };
+            let mut pool = BlockPool::new(64, format, 1 << 32);
+            let mut caches = caches(&mut pool, sequences, tokens);
+            if bits < 16 {
+                let codec = Codec { bits, group: 32, key_axis };
+                let mut items: Vec<PackItem<'_>> = caches
+                    .iter_mut()
+                    .map(|heads| PackItem { heads, keys: tokens, values: tokens })
+                    .collect();
+                pack(workers, &mut pool, &mut items, codec).expect("room");
+            }
+            let name = if bits == 16 { format!("{format:?}") } else { format!("{bits} {name}") };
+            group.throughput(Throughput::Bytes(pool.held_bytes()));
+            let id = BenchmarkId::new(format!("decode {sequences} {name}"), tokens);
+            group.bench_function(id, |b| {
+                let items = items(&caches, 1);
+                b.iter(|| {
+                    attend_decode(workers, &pool, &items, &SHAPE, &qkv, WIDTH, &mut out, None);
+                });
+            });
+        }
     }
 }
 
@@ -133,11 +175,30 @@ fn cache_upkeep(c: &mut Criterion) {
                     head.positions.extend(0..4096);
                 }
                 let mut items = [EvictItem { keep: vec![1024; 3], heads: &mut heads, seen: 4096 }];
-                evict(&workers, &mut pool, &mut items, &scores, Protect { sinks: 4, recent: 32 });
+                evict(&workers, &mut pool, &mut items, &scores, Protect { sinks: 4, recent: 32 })
+                    .expect("room");
             },
             BatchSize::PerIteration,
         );
     });
+    for (bits, key_axis) in [(4, KeyAxis::Channel), (8, KeyAxis::Token)] {
+        group.bench_function(format!("pack 2048 to {bits} bits {key_axis:?}"), |b| {
+            let mut pool = BlockPool::new(64, KvFormat::F16, 1 << 30);
+            let mut heads = caches(&mut pool, 1, 2048).remove(0);
+            b.iter_custom(|times| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..times {
+                    heads.iter_mut().for_each(|h| h.fill(&mut pool, 2048).expect("room"));
+                    let mut items = [PackItem { heads: &mut heads, keys: 2048, values: 2048 }];
+                    let codec = Codec { bits, group: 32, key_axis };
+                    let start = Instant::now();
+                    pack(&workers, &mut pool, &mut items, codec).expect("room");
+                    spent += start.elapsed();
+                }
+                spent
+            });
+        });
+    }
     group.finish();
 }
 

@@ -122,6 +122,7 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from
     let (row, rest) = split_lines(scratch, padded);
     let (converted, _) = split_lines(rest, padded);
     let converted = converted.as_mut_ptr().cast::<u8>();
+    let (keys, values) = (&work.head.keys, &work.head.values);
     for i in 0..work.rows {
         let token = work.head.tokens() + i;
         let (block, lane) = (token / BLOCK_TOKENS, token % BLOCK_TOKENS);
@@ -134,13 +135,15 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, work: &Work<'_>, from
                     B::store(s, converted.add(at * B::BYTES), s.load(row.as_ptr().add(at)));
                 }
                 if is_key {
-                    let base = pool.ptr(work.head.keys.whole[block]).add(lane * B::BYTES);
+                    let base = pool.ptr(keys.whole[block - keys.whole_base()]).add(lane * B::BYTES);
                     for d in 0..dim {
                         let to = base.add(d * BLOCK_TOKENS * B::BYTES);
                         std::ptr::copy_nonoverlapping(converted.add(d * B::BYTES), to, B::BYTES);
                     }
                 } else {
-                    let base = pool.ptr(work.head.values.whole[block]).add(lane * dim * B::BYTES);
+                    let base = pool
+                        .ptr(values.whole[block - values.whole_base()])
+                        .add(lane * dim * B::BYTES);
                     std::ptr::copy_nonoverlapping(converted, base, dim * B::BYTES);
                 }
             }

@@ -7,7 +7,7 @@
 mod decode;
 mod prefill;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::ops::Range;
 

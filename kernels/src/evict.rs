@@ -1,9 +1,13 @@
 //! Eviction: the best tokens of each head stay, in place and in order.
 
+mod mixed;
+
 use std::ops::Range;
 
-use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache};
+use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, PoolFull};
+use crate::simd::{Isa, isa};
 use crate::threads::{Disjoint, Threads};
+use mixed::Mixed;
 
 /// Tokens that stay whatever their score.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,7 +32,15 @@ pub struct EvictItem<'a> {
 /// a score that is not a number is the worst. If there are more protected tokens than `keep`, the sinks stay first, then
 /// the most recent. Tokens keep their order, and halves that they no longer need go back to the pool.
 ///
+/// Values that are packed move with their scales, and so do keys packed token by token. Keys packed along channels whose
+/// group loses a token, and all those behind, are grouped and packed anew from what their codes stand for, which adds an
+/// error of up to half a step of the new codes each time. What forms the tokens have does not change.
+///
 /// `scores[item * kv_heads + head]` has one score per cached token; it may be shorter where nothing has to go.
+///
+/// # Errors
+/// If the budget has no room: forms end inside a block at other places than before, so that a cache of several forms may
+/// need a half more. Nothing is changed then. A cache of whole tokens never needs more.
 ///
 /// # Panics
 /// If scores are missing.
@@ -38,7 +50,7 @@ pub fn evict(
     items: &mut [EvictItem<'_>],
     scores: &[Vec<f32>],
     protect: Protect,
-) {
+) -> Result<(), PoolFull> {
     let mut work = Vec::new();
     let mut index = 0;
     for item in items.iter_mut() {
@@ -49,22 +61,54 @@ pub fn evict(
                     scores.get(index).is_some_and(|s| s.len() == head.tokens()),
                     "scores are missing"
                 );
-                work.push(Work { head, scores: &scores[index], seen: item.seen, keep });
+                work.push(Work {
+                    head,
+                    scores: &scores[index],
+                    seen: item.seen,
+                    keep,
+                    kept: Vec::new(),
+                    mixed: None,
+                });
             }
             index += 1;
         }
     }
     let count = work.len();
-    let shared = &*pool;
-    let parts = Disjoint::new(&mut work);
-    threads.run(count, |i| {
-        // SAFETY: each task has its own head, and a half belongs to one head.
-        unsafe { compact(shared, parts.item_mut(i), protect) };
-    });
+    let isa = isa();
+    if work.iter().all(|w| w.head.is_plain()) {
+        let shared = &*pool;
+        let parts = Disjoint::new(&mut work);
+        threads.run(count, |i| {
+            // SAFETY: each task has its own head, and a half belongs to one head.
+            unsafe {
+                let work = parts.item_mut(i);
+                work.kept = best(work.scores, &work.head.positions, work.seen, work.keep, protect);
+                compact(isa, shared, work);
+            }
+        });
+    } else {
+        let parts = Disjoint::new(&mut work);
+        threads.run(count, |i| {
+            // SAFETY: each task has its own head.
+            let work = unsafe { parts.item_mut(i) };
+            work.kept = best(work.scores, &work.head.positions, work.seen, work.keep, protect);
+        });
+        mixed::plan(pool, &mut work)?;
+        let shared = &*pool;
+        let parts = Disjoint::new(&mut work);
+        threads.run(count, |i| {
+            // SAFETY: each task has its own head, and a half belongs to one head.
+            unsafe { compact(isa, shared, parts.item_mut(i)) };
+        });
+    }
     // The free list has one order for any number of threads.
     for work in work {
-        work.head.truncate(pool, work.keep);
+        match work.mixed {
+            None => work.head.truncate(pool, work.keep),
+            Some(mixed) => mixed.settle(pool, work.head, work.keep),
+        }
     }
+    Ok(())
 }
 
 struct Work<'a> {
@@ -72,6 +116,10 @@ struct Work<'a> {
     scores: &'a [f32],
     seen: u32,
     keep: usize,
+    /// Indices of the tokens that stay, ascending.
+    kept: Vec<u32>,
+    /// Where they go, if they are not all whole.
+    mixed: Option<Mixed>,
 }
 
 /// A number that sorts like (protection, score, lower position first); no two tokens have the same.
@@ -156,9 +204,9 @@ pub fn best(
 ///
 /// # Safety
 /// Nobody else uses the head's halves.
-unsafe fn compact(pool: &BlockPool, work: &mut Work<'_>, protect: Protect) {
+unsafe fn compact(isa: Isa, pool: &BlockPool, work: &mut Work<'_>) {
+    let kept = &work.kept;
     let head = &mut *work.head;
-    let kept = best(work.scores, &head.positions, work.seen, work.keep, protect);
     if !head.tally.is_empty() {
         // Tokens that came after the last tally have received nothing yet.
         head.tally.resize(head.positions.len(), 0.0);
@@ -170,13 +218,17 @@ unsafe fn compact(pool: &BlockPool, work: &mut Work<'_>, protect: Protect) {
         }
     }
     // Tokens up to the first gap are in place.
-    let moved = (0u32..).zip(&kept).position(|(to, from)| to != *from).unwrap_or(kept.len());
+    let moved = (0u32..).zip(kept).position(|(to, from)| to != *from).unwrap_or(kept.len());
     // SAFETY: the caller's contract.
     unsafe {
+        if let Some(mixed) = &work.mixed {
+            mixed.move_all(isa, pool, head, kept, moved);
+            return;
+        }
         match pool.format().bytes() {
-            4 => move_tokens::<u32>(pool, head, &kept, moved..kept.len()),
-            1 => move_tokens::<u8>(pool, head, &kept, moved..kept.len()),
-            _ => move_tokens::<u16>(pool, head, &kept, moved..kept.len()),
+            4 => move_tokens::<u32>(pool, head, kept, moved..kept.len()),
+            1 => move_tokens::<u8>(pool, head, kept, moved..kept.len()),
+            _ => move_tokens::<u16>(pool, head, kept, moved..kept.len()),
         }
     }
 }
@@ -269,7 +321,7 @@ mod tests {
                 EvictItem { heads, seen: *seen, keep }
             })
             .collect();
-        evict(&layer.threads, &mut layer.pool, &mut items, scores, protect);
+        evict(&layer.threads, &mut layer.pool, &mut items, scores, protect).expect("room");
     }
 
     #[test]

@@ -4,10 +4,18 @@
 //! values, `[32][head_dim]`, are halves with a place of their own. So the keys are a ready right factor for scores and the
 //! values one for outputs, every head can keep tokens of its own, and keys and values can have different forms. All halves
 //! come from one pool with a hard byte budget.
+//!
+//! The oldest tokens may be packed into codes of a few bits ([`Codec`]), those after them may lack pruned channels in their
+//! keys, and the newest are whole. Where the forms meet inside a block, it has a half of each. A side with N tokens, of
+//! which the first p are packed and the first n packed or pruned, holds `ceil(p / 32)` packed halves,
+//! `ceil(n / 32) - floor(p / 32)` pruned ones if n > p, and `ceil(N / 32) - floor(n / 32)` whole ones if N > n.
 
+pub(crate) mod codec;
 mod head;
-mod pool;
+pub(crate) mod pool;
+pub(crate) mod tile;
 
+pub use codec::{Codec, KeyAxis};
 pub use head::{Halves, HeadCache};
 pub use pool::{BlockPool, Half, PoolFull};
 

@@ -1,4 +1,5 @@
-//! CPU kernels of Batch-Max: matrix products, attention over a paged KV cache, ranking of cached tokens, eviction.
+//! CPU kernels of Batch-Max: matrix products, attention over a paged KV cache, ranking of cached tokens, eviction, packing
+//! into codes of a few bits, pruning of key channels.
 //!
 //! The crate knows no model, policy or profile, only slices and shapes. Its results define what every other back end has
 //! to compute. The value of an output row depends on nothing but its own inputs: not on the number of rows of the call,
@@ -14,6 +15,8 @@ pub mod evict;
 pub mod gemm;
 pub mod kv;
 pub mod norm;
+pub mod pack;
+pub mod prune;
 pub mod rank;
 #[doc(hidden)]
 pub mod reference;

@@ -1,6 +1,6 @@
 //! Scores of cached tokens, by which eviction chooses, and the tally of the attention that they receive.
 
-mod keys;
+pub(crate) mod keys;
 mod mass;
 #[cfg(test)]
 mod tests;

@@ -86,6 +86,8 @@ pub fn isa() -> Isa {
 pub(crate) trait Simd: Copy {
     /// A vector.
     type V: Copy;
+    /// The instruction set.
+    const ISA: Isa;
     /// Vectors that a register tile may keep as accumulators.
     const ACCUMULATORS: usize;
     /// Rows of a register tile.
@@ -104,6 +106,11 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// 16 e4m3 numbers are readable at `p`.
     unsafe fn load_fp8(self, p: *const u8) -> Self::V;
+    /// 16 codes of `BITS` bits (1, 2, 4 or 8) as floats, the first one in the lowest bits of the first byte.
+    ///
+    /// # Safety
+    /// `2 * BITS` bytes are readable at `p`.
+    unsafe fn codes<const BITS: usize>(self, p: *const u8) -> Self::V;
     /// # Safety
     /// 16 floats are writable at `p`.
     unsafe fn store(self, p: *mut f32, v: Self::V);

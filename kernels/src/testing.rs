@@ -106,7 +106,8 @@ impl Layer {
                 seen: *seen,
             })
             .collect();
-        evict(&self.threads, &mut self.pool, &mut items, &scores, Protect::default());
+        evict(&self.threads, &mut self.pool, &mut items, &scores, Protect::default())
+            .expect("room");
     }
 
     pub(crate) fn items(&self) -> Vec<AttendItem<'_>> {

@@ -104,6 +104,14 @@ impl Form {
         *self == Self::default()
     }
 
+    /// What an eviction leaves: a settled cache, or, where channels have still to be chosen among the keys that stay, one
+    /// that is not.
+    #[must_use]
+    pub fn after_eviction(&self, tokens: Tokens) -> Length {
+        let settled = if self.pruned.is_some() { 0 } else { tokens };
+        Length { settled, tokens }
+    }
+
     /// Both forms at once, where they don't contradict each other.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
@@ -179,7 +187,9 @@ fn plain(dtype: DType, dim: u32, tokens: u64) -> u64 {
 fn packed_keys(packed: Packed, channels: u32, tokens: u64) -> u64 {
     match packed.keys {
         KeyAxis::Channel => {
-            let groups = tokens.div_ceil(u64::from(packed.group)) * u64::from(channels);
+            // A group of more than a block has its scale in each of its blocks.
+            let group = u64::from(packed.group.min(BLOCK));
+            let groups = tokens.div_ceil(group) * u64::from(channels);
             (tokens * u64::from(channels) * u64::from(packed.bits)).div_ceil(8) + 4 * groups
         }
         KeyAxis::Token => packed_values(packed, channels, tokens),
@@ -223,6 +233,9 @@ impl Heads {
             let pruned = self.form.pruned_of(length.settled);
             let channels = self.form.pruned.map_or(self.dim, |p| p.channels);
             let rest = |tokens: Tokens| {
+                if tokens >= length.tokens {
+                    return 0;
+                }
                 plain(self.dtype, self.dim, whole(length.tokens) - front(tokens, block))
             };
             bytes = bytes.saturating_add(u64::from(heads).saturating_mul(match self.form.packed {

@@ -87,10 +87,14 @@ impl<'a> KvTape<'a> {
     /// As [`Self::keep`], where the ranking was recorded by an earlier hook (eviction after the whole prefill), or heads
     /// share a budget. A form that packs keys in groups of tokens keeps whole groups.
     pub fn keep_by(&mut self, tokens: Tokens, protect: Protect, choice: Choice) {
-        let tokens = self.heads.form.round_down(tokens);
+        let form = self.heads.form;
+        let tokens = form.round_down(tokens);
         if tokens < self.length.tokens {
+            // The newest tokens are the residual that is not packed yet.
+            let residual = form.packed.map_or(0, |p| p.residual);
+            let protect = Protect { recent: protect.recent.max(residual), ..protect };
             self.record("evict", OpKind::Evict { heads: self.heads, protect, choice }, tokens);
-            self.length = Length::settled(tokens);
+            self.length = form.after_eviction(tokens);
         }
     }
 

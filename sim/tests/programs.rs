@@ -312,7 +312,10 @@ proptest! {
                     let now = bytes(lane.settled, lane.kv);
                     match op.kind {
                         OpKind::Append { .. } => held += bytes(lane.settled, lane.kv + lane.rows) - now,
-                        OpKind::Evict { .. } => held += bytes(lane.keep, lane.keep) - now,
+                        OpKind::Evict { .. } => {
+                            let left = heads.form.after_eviction(lane.keep);
+                            held += bytes(left.settled, left.tokens) - now;
+                        }
                         OpKind::Pack { .. } => held += bytes(lane.kv, lane.kv) - now,
                         OpKind::PruneChannels { .. } if heads.form.packed.is_none() => {
                             held += bytes(lane.kv, lane.kv) - now;

@@ -157,11 +157,12 @@ impl Interpreter<'_> {
 
     pub(super) fn evict(
         &mut self,
+        heads: Heads,
         protect: Protect,
         choice: Choice,
         lanes: &Lanes,
         layer: Option<Layer>,
-    ) {
+    ) -> Result<(), ExecError> {
         let index = layer_index(layer);
         let protect = k::evict::Protect { sinks: protect.sinks, recent: protect.recent };
         let (pool, picked) = self.kv.select(index, lanes.as_slice());
@@ -182,10 +183,16 @@ impl Interpreter<'_> {
             };
             items.push(EvictItem { heads, seen, keep });
         }
-        k::evict::evict(self.threads, pool, &mut items, &scores, protect);
+        k::evict::evict(self.threads, pool, &mut items, &scores, protect)?;
+        // What an eviction leaves is settled, but for channels that are chosen among the keys that stay.
+        let caches = items.iter_mut().flat_map(|item| item.heads.iter_mut());
+        if heads.form.pruned.is_none() {
+            super::settle::pack(self.threads, pool, caches, &heads.form)?;
+        }
         // Only a choice of rows needs them again.
         if self.forwards.contains(&index) {
             self.slots.scores[index] = scores;
         }
+        Ok(())
     }
 }

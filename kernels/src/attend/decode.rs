@@ -7,9 +7,10 @@ use std::ops::Range;
 
 use super::{AttendItem, AttendShape, Job, to_score, visible};
 use crate::buffer::{Scratch, lines, split_lines};
-use crate::kv::{BLOCK_TOKENS, BlockPool, with_format};
+use crate::kv::tile::{Rows, key_tile, value_tile};
+use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, with_format};
 use crate::simd::math::exp;
-use crate::simd::{Isa, LANES, Simd, Source, isa, multiversion};
+use crate::simd::{F32, Isa, LANES, Simd, Source, isa, multiversion};
 use crate::threads::{Disjoint, Threads};
 use crate::tile::{Tile, fits, wide};
 
@@ -113,10 +114,17 @@ unsafe fn body<S: Simd, B: Source>(
     let seen = visible(&cache.positions, 1, 0, shape.window);
     let keys = seen.start.max(part * PART)..seen.end.min((part + 1) * PART);
     let step = S::TILE_ROWS;
-    let mut scratch = Scratch::take(lines(step * PART) + lines(step * padded));
+    // Only halves that are not whole need a tile; two of keys or one of values.
+    let tile_size = if cache.is_plain() { 0 } else { 2 * tile_floats(dim) };
+    let kept_size = cache.kept_channels().map_or(0, |k| step * k.len());
+    let mut scratch = Scratch::take(
+        lines(step * PART) + lines(step * padded) + lines(tile_size) + lines(kept_size),
+    );
     let scratch = scratch.floats();
     let (scores, rest) = split_lines(scratch, step * PART);
-    let (sums, _) = split_lines(rest, step * padded);
+    let (sums, rest) = split_lines(rest, step * padded);
+    let (tile, rest) = split_lines(rest, tile_size);
+    let (kept_queries, _) = split_lines(rest, kept_size);
     // A large group goes through in pieces; the block is in a cache the second time.
     for first in (0..group).step_by(step) {
         let rows = step.min(group - first);
@@ -130,11 +138,15 @@ unsafe fn body<S: Simd, B: Source>(
             let view = View { pool: job.pool, cache, keys: keys.clone(), part: part * PART };
             // SAFETY: the keys are cached tokens of this head; scratch rows have the sizes given.
             unsafe {
+                if !cache.is_plain() {
+                    gather(cache, queries, dim, kept_queries);
+                    view.narrow_products::<S, B>(s, queries, kept_queries, rows, tile, scores);
+                }
                 view.products::<S, B>(s, queries, rows, scores);
                 for (i, softmax) in softmax.iter_mut().enumerate().take(rows) {
                     *softmax = view.softmax(s, shape, &mut scores[i * PART..(i + 1) * PART]);
                 }
-                view.values::<S, B>(s, rows, scores, sums);
+                view.values::<S, B>(s, rows, scores, sums, tile);
             }
         }
         for (i, (max, total)) in softmax.into_iter().enumerate().take(rows) {
@@ -152,10 +164,24 @@ unsafe fn body<S: Simd, B: Source>(
     }
 }
 
+/// Floats of a block's keys or values, with a vector more for values whose channels are not whole vectors.
+fn tile_floats(dim: usize) -> usize {
+    lines(BLOCK_TOKENS * dim.next_multiple_of(LANES) + LANES)
+}
+
+/// The kept channels of the queries, if channels were pruned.
+fn gather(cache: &HeadCache, queries: &[f32], dim: usize, out: &mut [f32]) {
+    if let Some(kept) = cache.kept_channels() {
+        for (query, out) in queries.chunks_exact(dim).zip(out.chunks_exact_mut(kept.len().max(1))) {
+            out.iter_mut().zip(kept).for_each(|(out, channel)| *out = query[*channel as usize]);
+        }
+    }
+}
+
 /// The keys of a part that the query sees.
 struct View<'a> {
     pool: &'a BlockPool,
-    cache: &'a crate::kv::HeadCache,
+    cache: &'a HeadCache,
     keys: Range<usize>,
     /// First token of the part.
     part: usize,
@@ -164,6 +190,81 @@ struct View<'a> {
 impl View<'_> {
     fn blocks(&self) -> Range<usize> {
         self.keys.start / BLOCK_TOKENS..self.keys.end.div_ceil(BLOCK_TOKENS)
+    }
+
+    /// A half with values of a block.
+    #[inline(always)]
+    fn value_half(&self, block: usize) -> *const u8 {
+        let values = &self.cache.values;
+        self.pool.ptr(if block < values.first_whole_block() {
+            values.packed[block]
+        } else {
+            values.whole[block - values.whole_base()]
+        })
+    }
+
+    /// Products with the keys of blocks that have packed or pruned ones. A block without whole keys needs the kept channels
+    /// only.
+    ///
+    /// # Safety
+    /// As [`Self::products`]; the tile has room for two blocks, `kept` are the kept channels of the queries.
+    #[inline(always)]
+    unsafe fn narrow_products<S: Simd, B: Source>(
+        &self,
+        s: S,
+        queries: &[f32],
+        kept: &[f32],
+        rows: usize,
+        tile: &mut [f32],
+        scores: &mut [f32],
+    ) {
+        let (keys, dim) = (&self.cache.keys, self.pool.head_dim());
+        let channels = self.cache.narrow_channels(self.pool);
+        let end = self.blocks().end.min(keys.first_whole_block());
+        let no_whole = |block: usize| {
+            keys.narrow_tokens >= ((block + 1) * BLOCK_TOKENS).min(self.cache.tokens())
+        };
+        let kept = if keys.kept.is_some() { kept } else { queries };
+        let mut block = self.blocks().start;
+        while block < end {
+            let two = block + 1 < end && no_whole(block + 1) && fits::<S>(rows, 4);
+            let (form, queries, width) = if no_whole(block) {
+                (Rows::Kept, kept, channels)
+            } else {
+                (Rows::All, queries, dim)
+            };
+            // SAFETY: the blocks are part of the cache, their parts of the scratch row.
+            unsafe {
+                let tile = tile.as_mut_ptr();
+                let at = scores.as_mut_ptr().add(block * BLOCK_TOKENS - self.part);
+                let mut product = Tile::product(
+                    rows,
+                    width,
+                    (queries.as_ptr(), width),
+                    (tile.cast::<u8>(), BLOCK_TOKENS),
+                    (at, PART),
+                );
+                if form == Rows::Kept && keys.packed_tokens <= block * BLOCK_TOKENS {
+                    product.b =
+                        self.pool.ptr(keys.pruned[block - keys.packed_tokens / BLOCK_TOKENS]);
+                    wide::<S, B>(s, product, BLOCK_TOKENS);
+                    block += 1;
+                    continue;
+                }
+                key_tile::<S, B>(s, self.pool, keys, block, form, tile);
+                if two {
+                    let other = tile.add(tile_floats(dim));
+                    key_tile::<S, B>(s, self.pool, keys, block + 1, form, other);
+                    product.b_pair = tile_floats(dim);
+                    product.vectors = 4;
+                    product.columns = 2 * BLOCK_TOKENS;
+                    s.tile::<F32>(&product);
+                } else {
+                    wide::<S, F32>(s, product, BLOCK_TOKENS);
+                }
+            }
+            block += 1 + usize::from(two);
+        }
     }
 
     /// # Safety
@@ -177,12 +278,13 @@ impl View<'_> {
         scores: &mut [f32],
     ) {
         let dim = self.pool.head_dim();
-        let mut block = self.blocks().start;
+        let base = self.cache.keys.whole_base();
+        let mut block = self.blocks().start.max(self.cache.keys.first_whole_block());
         while block < self.blocks().end {
             let two = block + 1 < self.blocks().end && fits::<S>(rows, 4);
             // SAFETY: the blocks are part of the cache, their parts of the scratch row.
             unsafe {
-                let keys = self.pool.ptr(self.cache.keys.whole[block]);
+                let keys = self.pool.ptr(self.cache.keys.whole[block - base]);
                 let at = scores.as_mut_ptr().add(block * BLOCK_TOKENS - self.part);
                 let mut product = Tile::product(
                     rows,
@@ -194,15 +296,14 @@ impl View<'_> {
                 // The values come when the keys are done.
                 let (blocks, next) = (self.blocks(), block + LOOK_AHEAD);
                 let next = if next < blocks.end {
-                    self.pool.ptr(self.cache.keys.whole[next])
+                    self.pool.ptr(self.cache.keys.whole[next - base])
                 } else {
-                    self.pool
-                        .ptr(self.cache.values.whole[(blocks.start + next - blocks.end).min(block)])
+                    self.value_half((blocks.start + next - blocks.end).min(block))
                 };
                 product.ahead = (next as isize).wrapping_sub(keys as isize);
                 if two {
                     // Two streams of memory at a time, and twice the independent sums.
-                    let other = self.pool.ptr(self.cache.keys.whole[block + 1]);
+                    let other = self.pool.ptr(self.cache.keys.whole[block + 1 - base]);
                     let way = (other as isize).wrapping_sub(keys as isize) / B::BYTES as isize;
                     product.b_pair = way as usize;
                     product.vectors = 4;
@@ -262,7 +363,9 @@ impl View<'_> {
         rows: usize,
         weights: &[f32],
         sums: &mut [f32],
+        tile: &mut [f32],
     ) {
+        let whole = self.cache.values.first_whole_block();
         let dim = self.pool.head_dim();
         let padded = dim.next_multiple_of(LANES);
         let mut init: *const f32 = std::ptr::null();
@@ -271,21 +374,38 @@ impl View<'_> {
             let tokens = self.keys.start.max(base)..self.keys.end.min(base + BLOCK_TOKENS);
             // SAFETY: as above; a buffer can be read a vector beyond its last number.
             unsafe {
-                let values = self.pool.ptr(self.cache.values.whole[block]);
+                let values = self.value_half(block);
+                let lane = tokens.start - base;
                 let mut product = Tile::product(
                     rows,
                     tokens.len(),
                     (weights.as_ptr().add(tokens.start - self.part), PART),
-                    (values.add((tokens.start - base) * dim * B::BYTES), dim),
+                    (values.wrapping_add(lane * dim * B::BYTES), dim),
                     (sums.as_mut_ptr(), padded),
                 );
                 product.init = init;
                 product.init_stride = padded;
-                if block + LOOK_AHEAD < self.blocks().end {
-                    let next = self.pool.ptr(self.cache.values.whole[block + LOOK_AHEAD]);
-                    product.ahead = (next as isize).wrapping_sub(values as isize);
+                if block < whole {
+                    let (tile, end) = (tile.as_mut_ptr(), tokens.end - base);
+                    value_tile::<S, B>(
+                        s,
+                        self.pool,
+                        &self.cache.values,
+                        block,
+                        lane..end,
+                        padded,
+                        tile,
+                    );
+                    product.b = tile.add(lane * padded).cast::<u8>();
+                    product.b_stride = padded;
+                    wide::<S, F32>(s, product, padded);
+                } else {
+                    if block + LOOK_AHEAD < self.blocks().end {
+                        let next = self.value_half(block + LOOK_AHEAD);
+                        product.ahead = (next as isize).wrapping_sub(values as isize);
+                    }
+                    wide::<S, B>(s, product, padded);
                 }
-                wide::<S, B>(s, product, padded);
             }
             init = sums.as_ptr();
         }

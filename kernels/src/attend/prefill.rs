@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::{AttendItem, AttendShape, Job, to_score, visible};
 use crate::buffer::{Scratch, lines, split_lines};
+use crate::kv::tile::{Rows, key_tile, value_tile};
 use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, with_format};
 use crate::simd::math::exp;
 use crate::simd::{F32, Isa, LANES, Simd, Source, isa, multiversion};
@@ -181,11 +182,23 @@ unsafe fn widen<S: Simd, B: Source>(
     let dim = pool.head_dim();
     // SAFETY: both halves of a block have dim x 32 numbers, a multiple of 16.
     unsafe {
-        let (keys, values) =
-            (pool.ptr(cache.keys.whole[block]), pool.ptr(cache.values.whole[block]));
-        for at in (0..dim * BLOCK_TOKENS).step_by(LANES) {
-            s.store(tiles.keys.as_mut_ptr().add(at), B::load(s, keys.add(at * B::BYTES)));
-            s.store(tiles.values.as_mut_ptr().add(at), B::load(s, values.add(at * B::BYTES)));
+        let (keys, values) = (tiles.keys.as_mut_ptr(), tiles.values.as_mut_ptr());
+        if block < cache.keys.first_whole_block() {
+            key_tile::<S, B>(s, pool, &cache.keys, block, Rows::All, keys);
+        } else {
+            let half = pool.ptr(cache.keys.whole[block - cache.keys.whole_base()]);
+            for at in (0..dim * BLOCK_TOKENS).step_by(LANES) {
+                s.store(keys.add(at), B::load(s, half.add(at * B::BYTES)));
+            }
+        }
+        if block < cache.values.first_whole_block() {
+            let end = tokens.min(BLOCK_TOKENS);
+            value_tile::<S, B>(s, pool, &cache.values, block, 0..end, dim, values);
+        } else {
+            let half = pool.ptr(cache.values.whole[block - cache.values.whole_base()]);
+            for at in (0..dim * BLOCK_TOKENS).step_by(LANES) {
+                s.store(values.add(at), B::load(s, half.add(at * B::BYTES)));
+            }
         }
     }
     if tokens < BLOCK_TOKENS {

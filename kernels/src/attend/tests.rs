@@ -41,7 +41,7 @@ fn attend_items(
     (out, lse)
 }
 
-fn check(layer: &Layer, decode: bool) {
+pub(crate) fn check(layer: &Layer, decode: bool) {
     check_within(layer, decode, 5e-6);
 }
 

@@ -2,32 +2,99 @@
 
 use half::f16;
 
+use super::codec::{Codec, code_at};
 use super::pool::blocks;
 use super::{BLOCK_TOKENS, BlockPool, Half, KvFormat, PoolFull};
 use crate::simd::{bf16_bits, fp8_bits, fp8_value};
 
-/// The keys or the values of a head, half-block by half-block.
+/// The keys or the values of a head, half-block by half-block. Packed tokens come first, then (keys only) pruned ones, then
+/// whole ones; where two forms meet in a block, it has a half of each.
 #[derive(Debug, Default)]
 pub struct Halves {
-    /// Halves of numbers in the pool's format, in the order of their tokens. Reserved ones beyond the tokens come last.
+    pub(crate) packed: Vec<Half>,
+    pub(crate) pruned: Vec<Half>,
+    /// Reserved ones beyond the tokens come last.
     pub(crate) whole: Vec<Half>,
+    /// The first tokens, which are packed.
+    pub(crate) packed_tokens: usize,
+    /// The first tokens, which are packed or pruned.
+    pub(crate) narrow_tokens: usize,
+    /// How they are packed.
+    pub(crate) codec: Option<Codec>,
+    /// The channels of pruned and packed keys, ascending, if channels were pruned.
+    pub(crate) kept: Option<Box<[u16]>>,
 }
 
 impl Halves {
     /// Number of halves.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.whole.len()
+        self.packed.len() + self.pruned.len() + self.whole.len()
+    }
+
+    /// The first so many tokens are packed.
+    #[must_use]
+    pub fn packed_tokens(&self) -> usize {
+        self.packed_tokens
+    }
+
+    /// The first so many tokens are packed or lack the pruned channels.
+    #[must_use]
+    pub fn narrow_tokens(&self) -> usize {
+        self.narrow_tokens
     }
 
     /// Bytes of the halves.
     #[must_use]
     pub fn held_bytes(&self, pool: &BlockPool) -> u64 {
-        self.whole.len() as u64 * pool.half_bytes()
+        let all = self.packed.iter().chain(&self.pruned).chain(&self.whole);
+        all.map(|h| pool.bytes_of(*h)).sum()
     }
 
+    /// The block of the first whole half.
+    #[inline(always)]
+    pub(crate) fn whole_base(&self) -> usize {
+        self.narrow_tokens / BLOCK_TOKENS
+    }
+
+    /// The first block with nothing but whole numbers.
+    #[inline(always)]
+    pub(crate) fn first_whole_block(&self) -> usize {
+        blocks(self.narrow_tokens)
+    }
+
+    /// Whole halves that are missing for so many tokens.
     fn missing(&self, tokens: usize) -> usize {
-        blocks(tokens).saturating_sub(self.whole.len())
+        if tokens <= self.narrow_tokens {
+            return 0;
+        }
+        (blocks(tokens) - self.whole_base()).saturating_sub(self.whole.len())
+    }
+
+    /// Halves of each form once `tokens` are left of which the first `packed` and `narrow` are that.
+    pub(crate) fn needed(packed: usize, narrow: usize, tokens: usize) -> [usize; 3] {
+        let between = |from: usize, to: usize| {
+            if to > from { blocks(to) - from / BLOCK_TOKENS } else { 0 }
+        };
+        [blocks(packed), between(packed, narrow), between(narrow, tokens)]
+    }
+
+    /// Drops what lies beyond the first `tokens` tokens; last one first, so that the pool hands halves out in their old
+    /// order. Whole ones are left to the caller, who knows how many: the number is returned.
+    fn truncate_narrow(&mut self, pool: &mut BlockPool, tokens: usize) -> usize {
+        self.narrow_tokens = self.narrow_tokens.min(tokens);
+        self.packed_tokens = self.packed_tokens.min(tokens);
+        let [packed, pruned, whole] = Self::needed(self.packed_tokens, self.narrow_tokens, tokens);
+        while self.pruned.len() > pruned {
+            self.pruned.pop().into_iter().for_each(|h| pool.free(h));
+        }
+        while self.packed.len() > packed {
+            self.packed.pop().into_iter().for_each(|h| pool.free(h));
+        }
+        if tokens == 0 {
+            (self.codec, self.kept) = (None, None);
+        }
+        whole
     }
 }
 
@@ -49,6 +116,22 @@ impl HeadCache {
     #[must_use]
     pub fn tokens(&self) -> usize {
         self.positions.len()
+    }
+
+    /// The channels that pruned keys have, ascending, if channels were pruned.
+    #[must_use]
+    pub fn kept_channels(&self) -> Option<&[u16]> {
+        self.keys.kept.as_deref()
+    }
+
+    /// Channels of keys that are packed or pruned.
+    pub(crate) fn narrow_channels(&self, pool: &BlockPool) -> usize {
+        self.keys.kept.as_ref().map_or(pool.head_dim(), |k| k.len())
+    }
+
+    /// Whether all tokens are whole.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.keys.narrow_tokens == 0 && self.values.narrow_tokens == 0
     }
 
     /// Bytes of its halves.
@@ -96,14 +179,15 @@ impl HeadCache {
     pub fn truncate(&mut self, pool: &mut BlockPool, tokens: usize) {
         self.positions.truncate(tokens);
         self.tally.truncate(tokens);
-        let needed = blocks(self.tokens());
-        // Last one first, so that the pool hands them out in their old order.
+        let tokens = self.tokens();
+        let most_keys = self.keys.truncate_narrow(pool, tokens);
+        let most_values = self.values.truncate_narrow(pool, tokens);
         let (keys, values) = (&mut self.keys.whole, &mut self.values.whole);
-        while keys.len().max(values.len()) > needed {
-            let last = if values.len() >= keys.len() { values.pop() } else { keys.pop() };
-            if let Some(half) = last {
-                pool.free(half);
-            }
+        while keys.len() > most_keys || values.len() > most_values {
+            let value_next = values.len() > most_values
+                && (values.len() >= keys.len() || keys.len() <= most_keys);
+            let last = if value_next { values.pop() } else { keys.pop() };
+            last.into_iter().for_each(|h| pool.free(h));
         }
     }
 
@@ -130,17 +214,45 @@ impl HeadCache {
         Ok(())
     }
 
-    /// The key of a token.
+    /// The key of a token, as attention sees it: 0 in channels that its half lacks.
     ///
     /// # Panics
     /// If there is no such token.
     #[must_use]
     pub fn key(&self, pool: &BlockPool, token: usize) -> Vec<f32> {
         assert!(token < self.tokens(), "token {token} of {}", self.tokens());
-        let base = pool.ptr(self.keys.whole[token / BLOCK_TOKENS]);
-        // SAFETY: a half has so many numbers.
-        let at = |d| unsafe { read(pool.format(), base, d * BLOCK_TOKENS + token % BLOCK_TOKENS) };
-        (0..pool.head_dim()).map(at).collect()
+        let (keys, block, lane) = (&self.keys, token / BLOCK_TOKENS, token % BLOCK_TOKENS);
+        let dim = pool.head_dim();
+        let plain = |half: Half, channels: usize| -> Vec<f32> {
+            // SAFETY: a half has 32 numbers per channel.
+            let at = |d| unsafe { read(pool.format(), pool.ptr(half), d * BLOCK_TOKENS + lane) };
+            (0..channels).map(at).collect()
+        };
+        if token >= keys.narrow_tokens {
+            return plain(keys.whole[block - keys.whole_base()], dim);
+        }
+        let channels = self.narrow_channels(pool);
+        let narrow = match keys.codec {
+            Some(codec) if token < keys.packed_tokens => {
+                let base = pool.ptr(keys.packed[block]);
+                (0..channels)
+                    .map(|d| {
+                        let groups = codec.key_groups(channels);
+                        // SAFETY: the half has 32 codes per channel, then scales and zeros.
+                        unsafe {
+                            let code = code_at(base, codec.bits, d * BLOCK_TOKENS + lane);
+                            let levels = base.add(codec.key_code_bytes(channels));
+                            number(code, levels, groups, codec.key_group_of(d, lane))
+                        }
+                    })
+                    .collect()
+            }
+            _ => plain(keys.pruned[block - keys.packed_tokens / BLOCK_TOKENS], channels),
+        };
+        let Some(kept) = self.keys.kept.as_deref() else { return narrow };
+        let mut key = vec![0.0; dim];
+        kept.iter().zip(narrow).for_each(|(d, x)| key[*d as usize] = x);
+        key
     }
 
     /// The value of a token.
@@ -150,12 +262,38 @@ impl HeadCache {
     #[must_use]
     pub fn value(&self, pool: &BlockPool, token: usize) -> Vec<f32> {
         assert!(token < self.tokens(), "token {token} of {}", self.tokens());
-        let base = pool.ptr(self.values.whole[token / BLOCK_TOKENS]);
-        // SAFETY: a half has so many numbers.
-        let at =
-            |d| unsafe { read(pool.format(), base, token % BLOCK_TOKENS * pool.head_dim() + d) };
-        (0..pool.head_dim()).map(at).collect()
+        let (values, block, lane) = (&self.values, token / BLOCK_TOKENS, token % BLOCK_TOKENS);
+        let dim = pool.head_dim();
+        if let (true, Some(codec)) = (token < values.packed_tokens, values.codec) {
+            let base = pool.ptr(values.packed[block]);
+            let groups = codec.groups(dim);
+            // SAFETY: the half has a row of codes per token, then scales and zeros.
+            let at = |d| unsafe {
+                let code = code_at(base.add(lane * codec.row_bytes(dim)), codec.bits, d);
+                let levels = base.add(BLOCK_TOKENS * codec.row_bytes(dim));
+                let group = lane * groups + d / codec.group as usize;
+                number(code, levels, BLOCK_TOKENS * groups, group)
+            };
+            return (0..dim).map(at).collect();
+        }
+        let base = pool.ptr(values.whole[block - values.whole_base()]);
+        // SAFETY: a half has a row per token.
+        let at = |d| unsafe { read(pool.format(), base, lane * dim + d) };
+        (0..dim).map(at).collect()
     }
+}
+
+/// What a code stands for.
+///
+/// # Safety
+/// `levels` starts `groups` scales and as many zeros.
+unsafe fn number(code: u8, levels: *const u8, groups: usize, group: usize) -> f32 {
+    // SAFETY: by the contract.
+    let level = |index: usize| unsafe {
+        f16::from_bits(levels.cast::<u16>().add(index).read_unaligned()).to_f32()
+    };
+    // A product of 8 and 11 bits is exact, so fusing the addition would change nothing.
+    f32::from(code) * level(group) + level(groups + group)
 }
 
 /// # Safety

@@ -223,6 +223,11 @@ impl BlockPool {
         self.budget
     }
 
+    #[cfg(test)]
+    pub(crate) fn set_budget(&mut self, bytes: u64) {
+        self.budget = bytes;
+    }
+
     /// Bytes of the slabs, used or not: what the pool has asked of the system. Untouched pages of it are not resident.
     #[must_use]
     pub fn mapped_bytes(&self) -> u64 {
@@ -269,10 +274,26 @@ impl BlockPool {
         Ok(())
     }
 
+    /// Stops counting `freed` bytes of halves whose contents are still read, if `wanted` more fit then. The halves are given
+    /// back by [`Self::recycle`] after.
+    pub(crate) fn exchange(&mut self, freed: u64, wanted: u64) -> Result<(), PoolFull> {
+        self.held -= freed;
+        let room = self.check_room(wanted);
+        if room.is_err() {
+            self.held += freed;
+        }
+        room
+    }
+
+    /// Gives back a half that no longer counts.
+    pub(crate) fn recycle(&mut self, half: Half) {
+        self.classes[half.class as usize].give_back(half.slot);
+    }
+
     /// Gives a half back.
     pub fn free(&mut self, half: Half) {
         self.held -= self.bytes_of(half);
-        self.classes[half.class as usize].give_back(half.slot);
+        self.recycle(half);
     }
 
     /// Bytes of a half.

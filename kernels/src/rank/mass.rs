@@ -4,10 +4,11 @@
 use std::ops::Range;
 
 use crate::attend::{AttendShape, to_score, visible};
-use crate::buffer::Scratch;
+use crate::buffer::{Scratch, lines, split_lines};
+use crate::kv::tile::{Rows, key_tile};
 use crate::kv::{BLOCK_TOKENS, BlockPool, Halves, HeadCache, with_format};
 use crate::simd::math::exp;
-use crate::simd::{Isa, LANES, Simd, Source, multiversion};
+use crate::simd::{F32, Isa, LANES, Simd, Source, multiversion};
 use crate::threads::{Disjoint, Threads};
 use crate::tile::{Tile, wide};
 
@@ -103,8 +104,11 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, step: &Step<'_>, part
     let shape = step.shape;
     let (dim, group) = (shape.head_dim, shape.group());
     // Tiles of rows, one query head after the other, so that rows and heads can be added in one fixed order.
-    let mut scratch = Scratch::take(group * S::TILE_ROWS * BLOCK_TOKENS);
-    let scores = scratch.floats();
+    let tile_size = if part.keys.narrow_tokens() == 0 { 0 } else { dim * BLOCK_TOKENS };
+    let score_size = group * S::TILE_ROWS * BLOCK_TOKENS;
+    let mut scratch = Scratch::take(lines(score_size) + lines(tile_size));
+    let (scores, rest) = split_lines(scratch.floats(), score_size);
+    let (tile, _) = split_lines(rest, tile_size);
     for first in (part.rows - part.last..part.rows).step_by(S::TILE_ROWS) {
         let rows = first..(first + S::TILE_ROWS).min(part.rows);
         let mut seen = [const { 0..0 }; 16];
@@ -118,7 +122,16 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, step: &Step<'_>, part
             if block * BLOCK_TOKENS < part.first {
                 continue;
             }
-            let keys = pool.ptr(part.keys.whole[block]);
+            let narrow = block < part.keys.first_whole_block();
+            let keys = if narrow {
+                // SAFETY: the block is the caller's contract, the tile has 32 floats per channel.
+                unsafe {
+                    key_tile::<S, B>(s, pool, part.keys, block, Rows::All, tile.as_mut_ptr());
+                }
+                tile.as_ptr().cast()
+            } else {
+                pool.ptr(part.keys.whole[block - part.keys.whole_base()]).cast_const()
+            };
             let row = part.first_row + rows.start;
             for h in 0..group {
                 let head = part.kv_head * group + h;
@@ -133,7 +146,11 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, step: &Step<'_>, part
                         (keys, BLOCK_TOKENS),
                         (out, BLOCK_TOKENS),
                     );
-                    wide::<S, B>(s, product, BLOCK_TOKENS);
+                    if narrow {
+                        wide::<S, F32>(s, product, BLOCK_TOKENS);
+                    } else {
+                        wide::<S, B>(s, product, BLOCK_TOKENS);
+                    }
                 }
             }
             // SAFETY: as above.

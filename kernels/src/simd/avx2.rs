@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Simd, Source};
+use super::{Isa, Simd, Source};
 use crate::tile::{Tile, body};
 
 /// Proof that the processor has AVX2, FMA and F16C.
@@ -52,6 +52,7 @@ macro_rules! lanewise {
 
 impl Simd for Avx2 {
     type V = Pair;
+    const ISA: Isa = Isa::Avx2;
     const ACCUMULATORS: usize = 6;
     const TILE_ROWS: usize = 6;
 
@@ -119,6 +120,37 @@ impl Simd for Avx2 {
                 _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), by),
                 _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half)), by),
             )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn codes<const BITS: usize>(self, p: *const u8) -> Pair {
+        // SAFETY: readable by the contract; `self` proves the features.
+        unsafe {
+            let (low, high) = match BITS {
+                1 => (i32::from(*p), i32::from(*p.add(1))),
+                2 => {
+                    let (low, high) =
+                        (p.cast::<u16>().read_unaligned(), p.add(2).cast::<u16>().read_unaligned());
+                    (i32::from(low), i32::from(high))
+                }
+                4 => (p.cast::<i32>().read_unaligned(), p.add(4).cast::<i32>().read_unaligned()),
+                _ => {
+                    let half = |p: *const u8| {
+                        let bytes = _mm_loadl_epi64(p.cast());
+                        _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))
+                    };
+                    return (half(p), half(p.add(8)));
+                }
+            };
+            let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let shift = _mm256_mullo_epi32(lane, _mm256_set1_epi32(BITS as i32));
+            let mask = _mm256_set1_epi32((1 << BITS) - 1);
+            let half = |word: i32| {
+                let codes = _mm256_srlv_epi32(_mm256_set1_epi32(word), shift);
+                _mm256_cvtepi32_ps(_mm256_and_si256(codes, mask))
+            };
+            (half(low), half(high))
         }
     }
 

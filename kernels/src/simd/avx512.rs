@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Simd, Source};
+use super::{Isa, Simd, Source};
 use crate::tile::{Tile, body};
 
 /// Proof that the processor has AVX-512 F, BW, DQ and VL, and all of [`super::Avx2`].
@@ -32,6 +32,7 @@ macro_rules! lanewise {
 
 impl Simd for Avx512 {
     type V = __m512;
+    const ISA: Isa = Isa::Avx512;
     const ACCUMULATORS: usize = 24;
     const TILE_ROWS: usize = 12;
 
@@ -86,6 +87,39 @@ impl Simd for Avx512 {
             let magnitude = _mm256_mask_mov_epi16(magnitude, nan, _mm256_set1_epi16(0x7e00));
             let half = _mm256_or_si256(magnitude, sign);
             _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn codes<const BITS: usize>(self, p: *const u8) -> __m512 {
+        // SAFETY: readable by the contract; `self` proves the features.
+        unsafe {
+            let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let (words, shift) = match BITS {
+                1 => {
+                    let word = p.cast::<u16>().read_unaligned();
+                    (_mm512_set1_epi32(i32::from(word)), lane)
+                }
+                2 => {
+                    let word = p.cast::<i32>().read_unaligned();
+                    (_mm512_set1_epi32(word), _mm512_slli_epi32::<1>(lane))
+                }
+                4 => {
+                    let low = p.cast::<i32>().read_unaligned();
+                    let high = p.add(4).cast::<i32>().read_unaligned();
+                    let words = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+                    let shift =
+                        _mm512_and_si512(_mm512_slli_epi32::<2>(lane), _mm512_set1_epi32(31));
+                    (words, shift)
+                }
+                _ => {
+                    let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+                    return _mm512_cvtepi32_ps(bytes);
+                }
+            };
+            let codes = _mm512_srlv_epi32(words, shift);
+            let codes = _mm512_and_si512(codes, _mm512_set1_epi32((1 << BITS) - 1));
+            _mm512_cvtepi32_ps(codes)
         }
     }
 

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{LANES, Simd, Source, fp8_value};
+use super::{Isa, LANES, Simd, Source, fp8_value};
 use crate::tile::{Tile, body};
 
 /// Needs no proof.
@@ -33,6 +33,7 @@ macro_rules! lanewise {
 
 impl Simd for Portable {
     type V = Lanes;
+    const ISA: Isa = Isa::Portable;
     const ACCUMULATORS: usize = 4;
     const TILE_ROWS: usize = 4;
 
@@ -78,6 +79,18 @@ impl Simd for Portable {
     unsafe fn load_fp8(self, p: *const u8) -> Lanes {
         // SAFETY: 16 numbers are readable by the contract.
         unsafe { p.cast::<[u8; LANES]>().read_unaligned() }.map(fp8_value)
+    }
+
+    #[inline(always)]
+    unsafe fn codes<const BITS: usize>(self, p: *const u8) -> Lanes {
+        let mut out = [0.0; LANES];
+        for (i, out) in out.iter_mut().enumerate() {
+            let bit = i * BITS;
+            // SAFETY: 16 codes are readable by the contract.
+            let byte = unsafe { *p.add(bit / 8) };
+            *out = f32::from((byte >> (bit % 8)) & ((1u16 << BITS) - 1) as u8);
+        }
+        out
     }
 
     #[inline(always)]

@@ -106,6 +106,40 @@ fn every_byte_is_its_number_and_comes_back() {
     }
 }
 
+#[inline(always)]
+unsafe fn codes_body<S: Simd>(s: S, bits: u8, bytes: &[u8; 16], out: &mut [f32; 16]) {
+    // SAFETY: 16 codes are at most 16 bytes.
+    unsafe {
+        let p = bytes.as_ptr();
+        let v = match bits {
+            1 => s.codes::<1>(p),
+            2 => s.codes::<2>(p),
+            4 => s.codes::<4>(p),
+            _ => s.codes::<8>(p),
+        };
+        s.store(out.as_mut_ptr(), v);
+    }
+}
+
+multiversion! { unsafe fn read_codes(bits: u8, bytes: &[u8; 16], out: &mut [f32; 16]) = codes_body }
+
+#[test]
+fn codes_are_numbers_from_the_lowest_bits_up() {
+    let bytes: [u8; 16] = std::array::from_fn(|i| (i * 91 + 13) as u8);
+    let all = u128::from_le_bytes(bytes);
+    for isa in Isa::available() {
+        for bits in [1u8, 2, 4, 8] {
+            let mut out = [0.0; 16];
+            // SAFETY: `isa` is one of the available ones.
+            unsafe { read_codes(isa, bits, &bytes, &mut out) };
+            let exact = std::array::from_fn(|i| {
+                ((all >> (i * usize::from(bits))) & ((1 << bits) - 1)) as f32
+            });
+            assert_eq!(out, exact, "{isa}: {bits} bits");
+        }
+    }
+}
+
 #[test]
 fn bf16_rounds_to_nearest_even() {
     for x in [1.0f32, -2.5, 1.003_906_3, 1.011_718_8, f32::INFINITY, 3.3e38, 1e-40, 0.1] {

@@ -116,7 +116,35 @@ impl Policy for Composed {
     }
 
     fn check(&self, request: &Request<'_>) -> Result<(), PolicyError> {
-        self.0.iter().try_for_each(|p| p.check(request))
+        self.0.iter().try_for_each(|p| p.check(request))?;
+        let form = self.form(0, request.model);
+        let Some(evicts) = self.0.iter().find_map(|p| p.evicts(request)) else { return Ok(()) };
+        let refuse = |problem: String, remedy: &str| {
+            Err(PolicyError { policy: self.label(), problem, remedy: remedy.to_owned() })
+        };
+        let residual = form.packed.map_or(0, |p| p.residual);
+        if evicts.least < residual {
+            return refuse(
+                format!(
+                    "a budget of {} tokens is less than the {residual} newest that stay whole",
+                    evicts.least
+                ),
+                "raise budget or lower residual",
+            );
+        }
+        if evicts.ragged && form.packed.is_some() {
+            return refuse(
+                "heads that share a budget keep no whole groups of tokens to pack".to_owned(),
+                "leave guaranteed out",
+            );
+        }
+        if evicts.again && form.pruned.is_some() {
+            return refuse(
+                "channels are dropped once, tokens again and again".to_owned(),
+                "evict once: chunk=0,decode=false",
+            );
+        }
+        Ok(())
     }
 
     fn after_attend(&self, step: &Step, kv: &mut KvTape<'_>) {

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{Budget, Policy, PolicyError, Request, Role, Step};
+use super::{Budget, Evicts, Policy, PolicyError, Request, Role, Step};
 use crate::kv::KvTape;
 use crate::op::{Choice, Phase, Protect, Score};
 use crate::profile::Model;
@@ -303,6 +303,25 @@ impl<S: Scoring> Policy for Evicting<S> {
             );
         }
         Ok(())
+    }
+
+    fn evicts(&self, request: &Request<'_>) -> Option<Evicts> {
+        let layers = request.model.layers;
+        let least = (0..layers).map(|layer| {
+            let step = Step {
+                phase: Phase::Prefill,
+                layer,
+                layers,
+                prompt: request.prompt,
+                rows: request.prompt,
+                prompt_read: true,
+                token_bytes: request.token_bytes,
+            };
+            self.budget(&step).0
+        });
+        let again = self.cut.decode || self.cut.chunk.is_some_and(|c| c < request.prompt);
+        let ragged = self.choice().is_ragged();
+        Some(Evicts { least: least.min().unwrap_or(0), again, ragged })
     }
 
     fn after_attend(&self, step: &Step, kv: &mut KvTape<'_>) {

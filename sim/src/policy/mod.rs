@@ -93,6 +93,17 @@ pub struct Reading {
     pub tokens: Tokens,
 }
 
+/// What evictions leave, for those that share a cache with them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Evicts {
+    /// Tokens in the layer that keeps fewest.
+    pub least: Tokens,
+    /// A sequence is cut more than once: chunk by chunk, or in decode.
+    pub again: bool,
+    /// Heads of a layer keep different numbers.
+    pub ragged: bool,
+}
+
 /// Rows of a prompt that upper layers see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forwards {
@@ -176,6 +187,11 @@ pub trait Policy: Debug + Send + Sync {
 
     /// What a decode step of a layer reads of a cache, if not all of it, for a prompt of `prompt` tokens.
     fn reads(&self, _layer: Layer, _prompt: Tokens, _model: &Model) -> Option<Reading> {
+        None
+    }
+
+    /// Tokens that an eviction leaves in the layer that keeps fewest, and whether it happens more than once per sequence.
+    fn evicts(&self, _request: &Request<'_>) -> Option<Evicts> {
         None
     }
 
