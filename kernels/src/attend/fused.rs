@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::kv::BLOCK_TOKENS;
 use crate::kv::codec::{Codec, KeyAxis};
 use crate::kv::tile::Levels;
-use crate::simd::{LANES, Simd, multiversion};
+use crate::simd::{Isa, LANES, Simd, multiversion};
 
 /// Most rows of a tile that waits for its right factor, rather than the other way round.
 const MOST_ROWS: usize = 4;
@@ -21,10 +21,15 @@ pub(super) struct Rows {
     pub(super) out_stride: usize,
 }
 
+/// Whether an instruction set has these kernels: plain Rust gains nothing by them.
+const fn exists<S: Simd>() -> bool {
+    !matches!(S::ISA, Isa::Portable)
+}
+
 /// Whether the registers have room for so many rows of products with keys.
 #[inline(always)]
 pub(super) const fn takes_keys<S: Simd>(rows: usize) -> bool {
-    rows <= MOST_ROWS && rows * 2 <= S::ACCUMULATORS
+    exists::<S>() && rows <= MOST_ROWS && rows * 2 <= S::ACCUMULATORS
 }
 
 /// The same of values of so many channels.
@@ -71,6 +76,9 @@ multiversion! {
 
 #[inline(always)]
 unsafe fn keys_body<S: Simd>(s: S, codec: Codec, keys: *const u8, channels: usize, rows: Rows) {
+    if const { !exists::<S>() } {
+        unreachable!("no such kernels");
+    }
     // SAFETY: the same contract.
     unsafe { dispatch!(keys_of, codec.bits, rows.rows, (s, codec, keys, channels, rows)) }
 }
@@ -156,6 +164,9 @@ unsafe fn values_body<S: Simd>(
     anew: bool,
     rows: Rows,
 ) {
+    if const { !exists::<S>() } {
+        unreachable!("no such kernels");
+    }
     // SAFETY: the same contract.
     unsafe {
         dispatch!(values_of, codec.bits, rows.rows, (s, codec, values, dim, tokens, anew, rows));
