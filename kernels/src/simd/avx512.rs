@@ -28,17 +28,16 @@ impl Avx512 {
             let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
             match BITS {
                 1 => {
-                    let word = i32::from(p.cast::<u16>().read_unaligned());
-                    _mm512_srlv_epi32(_mm512_set1_epi32(word), lane)
+                    let words = _mm512_set1_epi16(p.cast::<i16>().read_unaligned());
+                    _mm512_srlv_epi32(words, lane)
                 }
                 2 => {
                     let word = p.cast::<i32>().read_unaligned();
                     _mm512_srlv_epi32(_mm512_set1_epi32(word), _mm512_slli_epi32::<1>(lane))
                 }
                 _ => {
-                    let low = p.cast::<i32>().read_unaligned();
-                    let high = p.add(4).cast::<i32>().read_unaligned();
-                    let words = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+                    let both = _mm512_castsi128_si512(_mm_loadl_epi64(p.cast()));
+                    let words = _mm512_permutexvar_epi32(_mm512_srli_epi32::<3>(lane), both);
                     let shift = _mm512_slli_epi32::<2>(lane);
                     _mm512_srlv_epi32(words, _mm512_and_si512(shift, _mm512_set1_epi32(31)))
                 }
