@@ -5,6 +5,7 @@
 //! in the whole prompt.
 
 mod decode;
+mod fused;
 mod prefill;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -139,6 +139,22 @@ pub(crate) trait Simd: Copy {
     /// As [`crate::tile::body`].
     unsafe fn tile<B: Source>(self, tile: &Tile);
 
+    /// What the codes of a group stand for, for [`Self::look_up`].
+    #[inline(always)]
+    fn table<const BITS: usize>(self, scale: Self::V, zero: Self::V) -> (Self::V, Self::V) {
+        (scale, zero)
+    }
+
+    /// 16 codes as the numbers that they stand for: `code * scale + zero`.
+    ///
+    /// # Safety
+    /// As [`Self::codes`].
+    #[inline(always)]
+    unsafe fn look_up<const BITS: usize>(self, p: *const u8, table: (Self::V, Self::V)) -> Self::V {
+        // SAFETY: the same contract.
+        self.mul_add(unsafe { self.codes::<BITS>(p) }, table.0, table.1)
+    }
+
     /// Asks for the cache line at `p`.
     #[inline(always)]
     fn prefetch(self, _p: *const u8) {}

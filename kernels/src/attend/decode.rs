@@ -5,10 +5,11 @@
 
 use std::ops::Range;
 
+use super::fused;
 use super::{AttendItem, AttendShape, Job, to_score, visible};
 use crate::buffer::{Scratch, lines, split_lines};
 use crate::kv::tile::{Rows, key_tile, value_tile};
-use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, with_format};
+use crate::kv::{BLOCK_TOKENS, BlockPool, Half, HeadCache, with_format};
 use crate::simd::math::exp;
 use crate::simd::{F32, Isa, LANES, Simd, Source, isa, multiversion};
 use crate::threads::{Disjoint, Threads};
@@ -169,6 +170,17 @@ fn tile_floats(dim: usize) -> usize {
     lines(BLOCK_TOKENS * dim.next_multiple_of(LANES) + LANES)
 }
 
+/// Asks for a half that will be read soon.
+#[inline(always)]
+fn ask<S: Simd>(s: S, pool: &BlockPool, half: Option<&Half>) {
+    if let Some(half) = half {
+        let base = pool.ptr(*half);
+        for at in (0..pool.bytes_of(*half) as usize).step_by(64) {
+            s.prefetch(base.wrapping_add(at));
+        }
+    }
+}
+
 /// The kept channels of the queries, if channels were pruned.
 fn gather(cache: &HeadCache, queries: &[f32], dim: usize, out: &mut [f32]) {
     if let Some(kept) = cache.kept_channels() {
@@ -248,6 +260,26 @@ impl View<'_> {
                     product.b =
                         self.pool.ptr(keys.pruned[block - keys.packed_tokens / BLOCK_TOKENS]);
                     wide::<S, B>(s, product, BLOCK_TOKENS);
+                    block += 1;
+                    continue;
+                }
+                let all_packed = |block: usize| {
+                    keys.packed_tokens >= ((block + 1) * BLOCK_TOKENS).min(self.cache.tokens())
+                };
+                if let Some(codec) = keys.codec
+                    && all_packed(block)
+                    && fused::takes_keys::<S>(rows)
+                {
+                    let half = self.pool.ptr(keys.packed[block]);
+                    ask(s, self.pool, keys.packed.get(block + LOOK_AHEAD));
+                    let rows = fused::Rows {
+                        rows,
+                        left: queries.as_ptr(),
+                        left_stride: width,
+                        out: at,
+                        out_stride: PART,
+                    };
+                    fused::keys(S::ISA, codec, half, channels, rows);
                     block += 1;
                     continue;
                 }
@@ -385,7 +417,22 @@ impl View<'_> {
                 );
                 product.init = init;
                 product.init_stride = padded;
-                if block < whole {
+                let packed = self.cache.values.packed_tokens >= tokens.end;
+                if let Some(codec) = self.cache.values.codec
+                    && packed
+                    && fused::takes_values::<S>(rows, dim)
+                {
+                    ask(s, self.pool, self.cache.values.packed.get(block + LOOK_AHEAD));
+                    let rows = fused::Rows {
+                        rows,
+                        left: product.a,
+                        left_stride: product.a_stride,
+                        out: product.out,
+                        out_stride: padded,
+                    };
+                    let lanes = lane..tokens.end - base;
+                    fused::values(S::ISA, codec, values, dim, lanes, init.is_null(), rows);
+                } else if block < whole {
                     let (tile, end) = (tile.as_mut_ptr(), tokens.end - base);
                     value_tile::<S, B>(
                         s,

@@ -126,8 +126,8 @@ impl Mixed {
                 }
             }
             let base = self.values.narrow / BLOCK_TOKENS;
-            for token in self.values.narrow..end {
-                let source = kept[token] as usize;
+            for (i, source) in kept[self.values.narrow..].iter().enumerate() {
+                let (token, source) = (self.values.narrow + i, *source as usize);
                 let half = values.whole[source / BLOCK_TOKENS - values.whole_base()];
                 let source = pool.ptr(half).cast::<T>().add(source % BLOCK_TOKENS * dim);
                 let half = self.values.whole[token / BLOCK_TOKENS - base];
@@ -280,6 +280,6 @@ unsafe fn regroup_body<S: Simd, B: Source>(
             }
         }
         // SAFETY: the tokens have packed halves.
-        unsafe { put_channels(S::ISA, pool, head, codec, start..end, channels, targets, size) };
+        unsafe { put_channels(S::ISA, pool, head, codec, start..end, targets) };
     }
 }

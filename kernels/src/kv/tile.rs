@@ -11,7 +11,7 @@ use crate::simd::{LANES, Simd, Source, multiversion};
 const MOST_GROUPS: usize = BLOCK_TOKENS * 16;
 
 /// Scales and zeros of a half as floats.
-struct Levels {
+pub(crate) struct Levels {
     scales: MaybeUninit<[f32; MOST_GROUPS]>,
     zeros: MaybeUninit<[f32; MOST_GROUPS]>,
 }
@@ -20,7 +20,7 @@ impl Levels {
     /// # Safety
     /// `groups` scales and then zeros lie at `p`, with a vector readable behind them.
     #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, p: *const u8, groups: usize) -> Self {
+    pub(crate) unsafe fn load<S: Simd>(s: S, p: *const u8, groups: usize) -> Self {
         let mut levels = Self { scales: MaybeUninit::uninit(), zeros: MaybeUninit::uninit() };
         for at in (0..groups).step_by(LANES) {
             // SAFETY: by the contract; groups are at most MOST_GROUPS, a multiple of a vector.
@@ -35,12 +35,12 @@ impl Levels {
     }
 
     #[inline(always)]
-    fn scales(&self) -> *const f32 {
+    pub(crate) fn scales(&self) -> *const f32 {
         self.scales.as_ptr().cast()
     }
 
     #[inline(always)]
-    fn zeros(&self) -> *const f32 {
+    pub(crate) fn zeros(&self) -> *const f32 {
         self.zeros.as_ptr().cast()
     }
 }

@@ -56,7 +56,7 @@ unsafe fn body<S: Simd, B: Source>(
                 }
                 match codec.key_axis {
                     KeyAxis::Channel => {
-                        put_channels(S::ISA, pool, head, codec, start..end, channels, tiles, size);
+                        put_channels(S::ISA, pool, head, codec, start..end, tiles);
                     }
                     KeyAxis::Token => {
                         let out = pool.ptr(head.keys.packed[start / BLOCK_TOKENS]);
@@ -91,11 +91,11 @@ unsafe fn body<S: Simd, B: Source>(
 }
 
 multiversion! {
-    /// Packs keys of the tokens of a group channel by channel; `tiles` are its blocks, `size` apart.
+    /// Packs keys of the tokens of a group channel by channel; `tiles` are its blocks, each on cache lines of its own.
     ///
     /// # Safety
     /// The head has packed halves for the tokens, which nobody else uses.
-    pub(crate) unsafe fn put_channels(pool: &BlockPool, head: &HeadCache, codec: Codec, tokens: Range<usize>, channels: usize, tiles: &[f32], size: usize) = put_channels_body
+    pub(crate) unsafe fn put_channels(pool: &BlockPool, head: &HeadCache, codec: Codec, tokens: Range<usize>, tiles: &[f32]) = put_channels_body
 }
 
 /// # Safety
@@ -107,10 +107,10 @@ unsafe fn put_channels_body<S: Simd>(
     head: &HeadCache,
     codec: Codec,
     tokens: Range<usize>,
-    channels: usize,
     tiles: &[f32],
-    size: usize,
 ) {
+    let channels = head.narrow_channels(pool);
+    let size = lines(channels * BLOCK_TOKENS);
     let parts = || {
         let first = tokens.start / BLOCK_TOKENS;
         tiles.chunks_exact(size).enumerate().filter_map(move |(i, tile)| {

@@ -16,6 +16,34 @@ impl Avx512 {
     pub(crate) unsafe fn new() -> Self {
         Self(())
     }
+
+    /// Lanes with 16 codes of fewer than 8 bits in their lowest bits, and more codes above.
+    ///
+    /// # Safety
+    /// `2 * BITS` bytes are readable at `p`.
+    #[inline(always)]
+    unsafe fn shifted<const BITS: usize>(self, p: *const u8) -> __m512i {
+        // SAFETY: readable by the contract; `self` proves the features.
+        unsafe {
+            let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            match BITS {
+                1 => {
+                    let words = _mm512_set1_epi16(p.cast::<i16>().read_unaligned());
+                    _mm512_srlv_epi32(words, lane)
+                }
+                2 => {
+                    let word = p.cast::<i32>().read_unaligned();
+                    _mm512_srlv_epi32(_mm512_set1_epi32(word), _mm512_slli_epi32::<1>(lane))
+                }
+                _ => {
+                    let both = _mm512_castsi128_si512(_mm_loadl_epi64(p.cast()));
+                    let words = _mm512_permutexvar_epi32(_mm512_srli_epi32::<3>(lane), both);
+                    let shift = _mm512_slli_epi32::<2>(lane);
+                    _mm512_srlv_epi32(words, _mm512_and_si512(shift, _mm512_set1_epi32(31)))
+                }
+            }
+        }
+    }
 }
 
 macro_rules! lanewise {
@@ -94,32 +122,34 @@ impl Simd for Avx512 {
     unsafe fn codes<const BITS: usize>(self, p: *const u8) -> __m512 {
         // SAFETY: readable by the contract; `self` proves the features.
         unsafe {
-            let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            let (words, shift) = match BITS {
-                1 => {
-                    let word = p.cast::<u16>().read_unaligned();
-                    (_mm512_set1_epi32(i32::from(word)), lane)
-                }
-                2 => {
-                    let word = p.cast::<i32>().read_unaligned();
-                    (_mm512_set1_epi32(word), _mm512_slli_epi32::<1>(lane))
-                }
-                4 => {
-                    let low = p.cast::<i32>().read_unaligned();
-                    let high = p.add(4).cast::<i32>().read_unaligned();
-                    let words = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
-                    let shift =
-                        _mm512_and_si512(_mm512_slli_epi32::<2>(lane), _mm512_set1_epi32(31));
-                    (words, shift)
-                }
-                _ => {
-                    let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
-                    return _mm512_cvtepi32_ps(bytes);
-                }
-            };
-            let codes = _mm512_srlv_epi32(words, shift);
-            let codes = _mm512_and_si512(codes, _mm512_set1_epi32((1 << BITS) - 1));
-            _mm512_cvtepi32_ps(codes)
+            if BITS == 8 {
+                return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())));
+            }
+            let mask = _mm512_set1_epi32((1 << BITS) - 1);
+            _mm512_cvtepi32_ps(_mm512_and_si512(self.shifted::<BITS>(p), mask))
+        }
+    }
+
+    #[inline(always)]
+    fn table<const BITS: usize>(self, scale: __m512, zero: __m512) -> (__m512, __m512) {
+        if BITS == 8 {
+            return (scale, zero);
+        }
+        // The table is looked up by four bits, of which a narrow code has the lowest.
+        let entry: [f32; 16] = std::array::from_fn(|i| (i % (1 << BITS)) as f32);
+        // SAFETY: the array has 16 elements.
+        let entry = unsafe { self.load(entry.as_ptr()) };
+        (self.mul_add(entry, scale, zero), zero)
+    }
+
+    #[inline(always)]
+    unsafe fn look_up<const BITS: usize>(self, p: *const u8, table: (__m512, __m512)) -> __m512 {
+        // SAFETY: readable by the contract; `self` proves the features.
+        unsafe {
+            if BITS == 8 {
+                return self.mul_add(self.codes::<BITS>(p), table.0, table.1);
+            }
+            _mm512_permutexvar_ps(self.shifted::<BITS>(p), table.0)
         }
     }
 
