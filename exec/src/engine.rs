@@ -87,7 +87,7 @@ pub fn load_of(prompts: &[Vec<u32>], osl: Tokens, schedule: Schedule) -> Load {
         let isl = prompt.len() as Tokens;
         match groups.last_mut() {
             Some(group) if group.isl == isl => group.sequences += 1,
-            _ => groups.push(Group { sequences: 1, isl, osl }),
+            _ => groups.push(Group { sequences: 1, isl, osl, hit: 0 }),
         }
     }
     Load { groups, schedule }

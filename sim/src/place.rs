@@ -2,7 +2,6 @@
 
 use crate::cost::{CostModel, GpuKernels, Roofline, UnderEngine, roofline::Efficiency};
 use crate::engine::Engine;
-use crate::kv::KvLayout;
 use crate::load::Schedule;
 use crate::lower::Setup;
 use crate::memory::{Buffers, Footprint, footprint};
@@ -86,7 +85,7 @@ impl Placement {
             gpu: gpu.clone(),
             model: whole.shard(choice.tp)?,
             setup: Setup {
-                kv: KvLayout { dtype: kv, block_tokens: engine.kv_block_tokens },
+                kv: engine.layout(kv),
                 weights,
                 activations: DType::Bf16,
                 head: if weights.bits() < 16 { DType::Bf16 } else { weights },
@@ -257,12 +256,14 @@ mod tests {
             policy: &policy,
             setup: placement.setup,
             pp: 1,
+            hit: 0,
         };
         let case = crate::plan::Case {
             placement: &placement,
             policy: &policy,
             isl: 2048,
             osl: 256,
+            hit: Default::default(),
             schedule: Schedule::Static,
         };
         let (largest, _) = case.largest_batch(1 << 16).expect("it lowers");

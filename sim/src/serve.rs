@@ -1,9 +1,9 @@
 //! Whole runs of an engine: a static batch, everything queued at once, or a closed loop at a concurrency.
 
-use crate::cost::{CostModel, GpuKernels, predict};
+use crate::cost::{CostModel, GpuKernels, InSteps, predict};
 use crate::engine::{DeviceFactors, Engine, Generation};
 use crate::form::Length;
-use crate::load::{Group, Load, Schedule};
+use crate::load::{Group, Hit, Load, Schedule};
 use crate::lower::{LowerError, Setup, lower, lower_pass};
 use crate::memory::{kv_peaks, weight_bytes};
 use crate::op::{Family, Phase};
@@ -35,6 +35,8 @@ pub struct Deployment<'a> {
     pub setup: Setup,
     /// Groups of devices that hold a part of the layers each.
     pub pp: u32,
+    /// First tokens of each prompt that the engine holds from earlier requests.
+    pub hit: Tokens,
 }
 
 /// How requests come.
@@ -121,9 +123,9 @@ impl Parts {
         // Reading shares KV heads in every release; only generating took time to learn it.
         let read = self.prefill.under(g.prefill, g.attention, g, device.prefill, device.sums)
             + self.prefill_steps * g.host_s(0.0, self.layers);
-        let first = if g.first_token_decodes && self.prefill_steps > 0.0 && self.decode_steps > 0.0
-        {
-            self.decode(g, device) / self.decode_steps
+        // A prompt that rides on generating steps waits for those in any case.
+        let first = if self.prefill_steps > 0.0 {
+            g.first_token_s(self.decode(g, device), self.decode_steps)
         } else {
             0.0
         };
@@ -228,8 +230,17 @@ impl Deployment<'_> {
         Ok((self.kv_budget()?.0 as f64 / copies.max(1.0)) as u64)
     }
 
+    /// The kernels as the engine launches them.
+    fn in_steps(&self) -> InSteps<'_> {
+        InSteps { kernels: self.kernels, step_tokens: self.engine.step_tokens, pp: self.pp }
+    }
+
+    fn load(&self, batch: u32, isl: Tokens, osl: Tokens) -> Load {
+        Load::uniform(batch, isl, osl, Schedule::Static).with_hit(Hit::Tokens(self.hit))
+    }
+
     fn one(&self, isl: Tokens, osl: Tokens) -> Result<Program, ServeError> {
-        let load = Load::uniform(1, isl, osl, Schedule::Static);
+        let load = self.load(1, isl, osl);
         Ok(lower(self.model, self.policy, &load, self.setup)?)
     }
 
@@ -261,21 +272,16 @@ impl Deployment<'_> {
         let unsure = (f64::from(capacity) * CAPACITY_SLACK) as u32;
         let waves = if batch <= unsure { 1 } else { batch.div_ceil(capacity) };
         let together = batch.div_ceil(waves);
-        let load = Load::uniform(together, isl, osl, Schedule::Static);
+        let load = self.load(together, isl, osl);
         let program = lower(self.model, self.policy, &load, self.setup)?;
-        let timeline = predict(self.kernels, &program);
-        let tokens = f64::from(together) * f64::from(isl);
+        let launched = self.in_steps();
+        let timeline = predict(&launched, &program);
+        let read = load.read_tokens() as f64;
         let decode_steps = f64::from(osl.saturating_sub(1));
-        // Groups of layers work on different parts of a prompt at once.
-        let pieces = (tokens / f64::from(self.engine.step_tokens)).ceil().max(1.0);
-        let groups = f64::from(self.pp.max(1));
-        let overlap = (pieces + groups - 1.0) / (pieces * groups);
-        let (steps, decode_passes) = program.steps();
-        let prefill_passes = steps - decode_passes;
         let parts = Parts {
-            prefill: Buckets::of(&timeline, Phase::Prefill).scaled(overlap),
+            prefill: Buckets::of(&timeline, Phase::Prefill),
             decode: Buckets::of(&timeline, Phase::Decode),
-            prefill_steps: (tokens / f64::from(self.engine.step_tokens)).max(prefill_passes as f64),
+            prefill_steps: launched.prompt_steps(&program),
             decode_steps,
             sequence_steps: decode_steps * f64::from(together),
             layers: f64::from(self.model.layers),
@@ -293,7 +299,7 @@ impl Deployment<'_> {
             tpot_s: decode / decode_steps.max(1.0),
             output_tok_s: output / total,
             total_tok_s: (input + output) / total,
-            prefill_tok_s: tokens / prefill,
+            prefill_tok_s: read / prefill,
             decode_tok_s: f64::from(together) * decode_steps / decode.max(1e-12),
             e2e_s: total,
             batch: f64::from(together),
@@ -389,7 +395,7 @@ impl Deployment<'_> {
     fn step(&self, running: f64, isl: Tokens, osl: Tokens, chunk: Tokens, chunks: u32) -> Parts {
         let sequences = running.round().max(1.0) as u32;
         let group = |sequences| Load {
-            groups: vec![Group { sequences, isl, osl }],
+            groups: vec![Group { sequences, isl, osl, hit: 0 }],
             schedule: Schedule::Static,
         };
         let resident = isl.saturating_add(osl / 2);

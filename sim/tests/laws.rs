@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use batchmax_sim::cost::roofline::Efficiency;
 use batchmax_sim::cost::{CostModel, Roofline};
-use batchmax_sim::load::Schedule;
+use batchmax_sim::load::{Hit, Schedule};
 use batchmax_sim::op::{DType, Heads, Lane, Lanes, Op, OpKind, Phase};
 use batchmax_sim::place::{Choice, Placement};
 use batchmax_sim::plan::{Answer, Case};
@@ -38,6 +38,7 @@ struct Run {
     batch: u32,
     isl: Tokens,
     osl: Tokens,
+    hit: Hit,
     schedule: Schedule,
     tp: u32,
     timed: bool,
@@ -67,6 +68,7 @@ impl Run {
             policy: preset.policy.as_ref(),
             isl: self.isl,
             osl: self.osl,
+            hit: self.hit,
             schedule: self.schedule,
         };
         case.answer(self.batch, self.cost(&placement).as_ref()).expect("it lowers")
@@ -95,6 +97,7 @@ fn runs() -> impl Strategy<Value = Run> {
             batch,
             isl,
             osl,
+            hit: Hit::default(),
             schedule,
             tp,
             timed,
@@ -171,7 +174,7 @@ proptest! {
         let preset = Preset::parse(&Catalog::built_in(), &run.policy).expect("a policy");
         let (isl, osl, schedule) = (run.isl, run.osl, run.schedule);
         let policy = preset.policy.as_ref();
-        let case = Case { placement: &placement, policy, isl, osl, schedule };
+        let case = Case { placement: &placement, policy, isl, osl, hit: run.hit, schedule };
         let (largest, over) = case.largest_batch(1 << 16).expect("it lowers");
         let cost = run.cost(&placement);
         if largest > 0 {
@@ -205,6 +208,7 @@ fn the_interval_widens_outside_what_was_timed() {
         batch: 1,
         isl: 1024,
         osl: 8,
+        hit: Hit::default(),
         schedule: Schedule::Static,
         tp: 1,
         timed: true,

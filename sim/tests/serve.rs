@@ -17,6 +17,8 @@ struct Place {
     kernels: GpuKernels,
     preset: Preset,
     setup: Setup,
+    pp: u32,
+    hit: u32,
 }
 
 fn place(model: &str, gpu: &str, tp: u32, policy: &str) -> Place {
@@ -25,7 +27,7 @@ fn place(model: &str, gpu: &str, tp: u32, policy: &str) -> Place {
     let whole = catalog.model(model).expect("shipped");
     let gpu = catalog.gpu(gpu).expect("shipped");
     let setup = Setup {
-        kv: KvLayout { dtype: DType::Bf16, block_tokens: 16 },
+        kv: KvLayout { dtype: DType::Bf16, block_tokens: 16, shares_prefix: true },
         weights: DType::Bf16,
         activations: DType::Bf16,
         head: DType::Bf16,
@@ -38,6 +40,8 @@ fn place(model: &str, gpu: &str, tp: u32, policy: &str) -> Place {
         preset: Preset::parse(&catalog, policy).expect("shipped"),
         gpu,
         setup,
+        pp: 1,
+        hit: 0,
     }
 }
 
@@ -51,7 +55,8 @@ impl Place {
             kernels: &self.kernels,
             policy: self.preset.policy.as_ref(),
             setup: self.setup,
-            pp: 1,
+            pp: self.pp,
+            hit: self.hit,
         }
     }
 

@@ -14,8 +14,8 @@ pub use front::{Marks, marks};
 pub use search::{Candidate, Host, Objective, Query, plan};
 
 use crate::cost::{CostModel, predict};
-use crate::load::{Load, Schedule};
-use crate::lower::{LowerError, lower};
+use crate::load::{Hit, Load, Schedule};
+use crate::lower::{LowerError, lower, lower_prefix};
 use crate::memory::Footprint;
 use crate::metrics::Metrics;
 use crate::place::Placement;
@@ -69,6 +69,8 @@ pub struct Case<'a> {
     pub isl: Tokens,
     /// Generated tokens.
     pub osl: Tokens,
+    /// How much of each prompt is cached.
+    pub hit: Hit,
     /// Who runs when.
     pub schedule: Schedule,
 }
@@ -124,8 +126,17 @@ pub const LARGEST_BATCH: u32 = 1 << 16;
 impl Case<'_> {
     /// The program at a batch.
     pub fn program(&self, batch: u32) -> Result<Program, LowerError> {
-        let load = Load::uniform(batch, self.isl, self.osl, self.schedule);
-        lower(&self.placement.model, self.policy, &load, self.placement.setup)
+        lower(&self.placement.model, self.policy, &self.load(batch), self.placement.setup)
+    }
+
+    /// What reads the cached prefixes at a batch, where there are any.
+    #[must_use]
+    pub fn prefix(&self, batch: u32) -> Option<Program> {
+        lower_prefix(&self.placement.model, self.policy, &self.load(batch), self.placement.setup)
+    }
+
+    fn load(&self, batch: u32) -> Load {
+        Load::uniform(batch, self.isl, self.osl, self.schedule).with_hit(self.hit)
     }
 
     /// Whether a footprint stays within the limits.
