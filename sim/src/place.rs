@@ -4,7 +4,7 @@ use crate::cost::{CostModel, GpuKernels, Roofline, UnderEngine, roofline::Effici
 use crate::engine::Engine;
 use crate::load::Schedule;
 use crate::lower::Setup;
-use crate::memory::{Buffers, Footprint, footprint};
+use crate::memory::{Buffers, Footprint, footprint, weight_bytes};
 use crate::op::{DType, Lane, Lanes, Op, OpKind, Phase};
 use crate::plan::Limits;
 use crate::profile::{Gpu, Model};
@@ -144,21 +144,10 @@ impl Placement {
         let mut buffers = Buffers::of(program);
         buffers.rows = buffers.rows.min(u64::from(engine.step_tokens));
         let activations = buffers.bytes(&self.model, self.setup.activations.bits() / 8);
-        // The device with the most layers, and with the wider end of the model where the ends are on two.
-        let most = self.model.layers.div_ceil(self.pp);
-        let part = f64::from(most) / f64::from(self.model.layers.max(1));
-        let share = |bytes: Bytes, factor: f64| Bytes((bytes.0 as f64 * factor) as u64);
-        let weights = if self.pp > 1 {
-            let linear = u64::from(self.model.layers) * self.model.layer_linear_parameters();
-            let ends = self.model.parameters() - linear;
-            let end = if self.model.tied_embeddings { ends } else { ends / 2 };
-            share(self.setup.weights.bytes(linear), part) + self.setup.head.bytes(end)
-        } else {
-            whole.weights
-        };
-        let caches = |bytes: Bytes| share(bytes, part * engine.kv_copies);
+        let stage = Stage::fullest(&self.model, self.setup, self.pp);
+        let caches = |bytes: Bytes| Bytes((bytes.0 as f64 * stage.part * engine.kv_copies) as u64);
         Footprint {
-            weights,
+            weights: stage.weights,
             kv_prefill_peak: caches(whole.kv_prefill_peak),
             kv_decode_peak: caches(whole.kv_decode_peak),
             kv_spread: caches(whole.kv_spread),
@@ -192,6 +181,35 @@ impl Placement {
     }
 }
 
+/// What the fullest of the groups of devices holds that have a part of the layers each.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Stage {
+    /// Its share of the layers, and so of the caches.
+    pub part: f64,
+    /// Its weights on one device.
+    pub weights: Bytes,
+}
+
+impl Stage {
+    /// Of `pp` groups. The embedding lies on the first group and the head on the last, on both where one table serves as
+    /// both; where the layers don't divide, one of the two is taken to have a layer more.
+    #[must_use]
+    pub fn fullest(model: &Model, setup: Setup, pp: u32) -> Self {
+        if pp <= 1 {
+            let weights = weight_bytes(model, setup.weights, setup.head);
+            return Self { part: 1.0, weights };
+        }
+        let most = u64::from(model.layers.div_ceil(pp));
+        let ends = model.parameters() - u64::from(model.layers) * model.layer_linear_parameters();
+        let end = if model.tied_embeddings { ends } else { ends / 2 };
+        let layers = setup.weights.bytes(most * model.layer_linear_parameters());
+        Self {
+            part: most as f64 / f64::from(model.layers.max(1)),
+            weights: layers + setup.head.bytes(end),
+        }
+    }
+}
+
 /// Whether an engine can run a policy, by the name of its preset.
 #[must_use]
 pub fn runs_policy(engine: &Engine, preset: &str) -> bool {
@@ -217,6 +235,7 @@ mod tests {
     use super::*;
     use crate::load::Load;
     use crate::lower::lower;
+    use crate::plan::Bound;
     use crate::policy::{Full, Preset};
     use crate::profile::Catalog;
     use crate::serve::Deployment;
@@ -271,6 +290,26 @@ mod tests {
         // Nine tenths less 16.06 GB of weights and 2 GB of reserve, by 144 blocks of 16 tokens of 128 KiB.
         let free = gpu.memory_bytes.0 / 10 * 9 - model.parameters() * 2 - 2_000_000_000;
         assert_eq!(u64::from(largest), free / (144 * 16 * 131_072));
+    }
+
+    #[test]
+    fn no_batch_is_larger_than_what_an_engine_runs_together() {
+        let (_, model, gpu, engine) = parts();
+        let placement =
+            Placement::new(&model, &gpu, &engine, Choice::default()).expect("it can be placed");
+        let policy = Full::default();
+        let case = crate::plan::Case {
+            placement: &placement,
+            policy: &policy,
+            isl: 64,
+            osl: 16,
+            hit: Default::default(),
+            schedule: Schedule::Static,
+        };
+        let (largest, over) = case.largest_batch(1 << 16).expect("it lowers");
+        assert_eq!((largest, over.bound), (engine.most_sequences, Bound::Sequences));
+        let asked = case.largest_batch(7).expect("it lowers");
+        assert_eq!((asked.0, asked.1.bound), (7, Bound::Batch));
     }
 
     #[test]

@@ -5,8 +5,9 @@ use crate::engine::{DeviceFactors, Engine, Generation};
 use crate::form::Length;
 use crate::load::{Group, Hit, Load, Schedule};
 use crate::lower::{LowerError, Setup, lower, lower_pass};
-use crate::memory::{kv_peaks, weight_bytes};
+use crate::memory::kv_peaks;
 use crate::op::{Family, Phase};
+use crate::place::Stage;
 use crate::policy::Policy;
 use crate::profile::{Gpu, Model};
 use crate::program::Program;
@@ -153,7 +154,7 @@ pub struct Run {
     pub output_tok_s: f64,
     /// Prompt and generated tokens per second.
     pub total_tok_s: f64,
-    /// Prompt tokens per second of reading.
+    /// Prompt tokens that are read (no cache holds them) per second of reading.
     pub prefill_tok_s: f64,
     /// Generated tokens per second of generating.
     pub decode_tok_s: f64,
@@ -186,7 +187,7 @@ pub enum ServeError {
         "{weights} of weights do not fit {memory} of each device; hint: more devices or fewer bits"
     )]
     Weights {
-        /// One device's weights.
+        /// Weights on one device of the fullest group.
         weights: Bytes,
         /// One device's memory.
         memory: Bytes,
@@ -201,12 +202,33 @@ pub enum ServeError {
     },
 }
 
+/// How a prompt is read in a closed loop.
+#[derive(Clone, Copy)]
+struct Reading {
+    /// Tokens that no cache holds.
+    rows: Tokens,
+    /// Tokens resident before the first of them.
+    behind: Tokens,
+    /// Tokens of a step, at most.
+    chunk: Tokens,
+}
+
+impl Reading {
+    fn chunks(self) -> u32 {
+        self.rows.div_ceil(self.chunk).max(1)
+    }
+}
+
 impl Deployment<'_> {
     /// One device's weights.
     #[must_use]
     pub fn weights(&self) -> Bytes {
-        let all = weight_bytes(self.model, self.setup.weights, self.setup.head);
-        Bytes(all.0 / u64::from(self.pp.max(1)))
+        self.stage().weights
+    }
+
+    /// The fullest group of layers: the others have room left when it has none.
+    fn stage(&self) -> Stage {
+        Stage::fullest(self.model, self.setup, self.pp)
     }
 
     /// Bytes for caches on one device; an error where the weights leave nothing.
@@ -226,7 +248,7 @@ impl Deployment<'_> {
             .kv
             .dtype
             .bytes(self.model.kv_elements_per_token_layer() * u64::from(self.model.layers));
-        let copies = self.engine.kv_copies * per_token.0 as f64 / f64::from(self.pp.max(1));
+        let copies = self.engine.kv_copies * per_token.0 as f64 * self.stage().part;
         Ok((self.kv_budget()?.0 as f64 / copies.max(1.0)) as u64)
     }
 
@@ -247,14 +269,25 @@ impl Deployment<'_> {
     /// Sequences that memory holds at their peak.
     pub fn capacity(&self, isl: Tokens, osl: Tokens) -> Result<u32, ServeError> {
         let free = self.kv_budget()?;
-        let peaks = kv_peaks(&self.one(isl, osl)?);
-        let needed = peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies
-            / f64::from(self.pp.max(1));
-        let sequences = (free.0 as f64 / needed.max(1.0)) as u32;
+        let needed = self.caches(&self.one(isl, osl)?);
+        // What a second sequence adds; less than the first took where they hold a prefix together.
+        let own = if self.hit > 0 && self.setup.kv.shares_prefix {
+            let load = self.load(2, isl, osl);
+            self.caches(&lower(self.model, self.policy, &load, self.setup)?) - needed
+        } else {
+            needed
+        };
+        let sequences = ((free.0 as f64 - (needed - own)) / own.max(1.0)) as u32;
         if sequences == 0 {
             return Err(ServeError::NothingFits { needed: Bytes(needed as u64), free });
         }
         Ok(sequences)
+    }
+
+    /// Bytes of a program's caches on one device of the fullest group, at their peak.
+    fn caches(&self, program: &Program) -> f64 {
+        let peaks = kv_peaks(program);
+        peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies * self.stage().part
     }
 
     /// Predicts a run.
@@ -270,7 +303,9 @@ impl Deployment<'_> {
         // More than fits runs in waves, each as large as fits. A batch that was really run and is over by less than what
         // the reserve is unsure of did fit.
         let unsure = (f64::from(capacity) * CAPACITY_SLACK) as u32;
-        let waves = if batch <= unsure { 1 } else { batch.div_ceil(capacity) };
+        let limit = self.engine.most_sequences.max(1);
+        let waves =
+            if batch <= unsure.min(limit) { 1 } else { batch.div_ceil(capacity.min(limit)) };
         let together = batch.div_ceil(waves);
         let load = self.load(together, isl, osl);
         let program = lower(self.model, self.policy, &load, self.setup)?;
@@ -313,10 +348,7 @@ impl Deployment<'_> {
     }
 
     fn peak(&self, program: &Program) -> Bytes {
-        let peaks = kv_peaks(program);
-        let caches = peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies
-            / f64::from(self.pp.max(1));
-        self.weights() + self.engine.reserve_bytes + Bytes(caches as u64)
+        self.weights() + self.engine.reserve_bytes + Bytes(self.caches(program) as u64)
     }
 
     fn half_width(&self, timeline: &Timeline) -> f64 {
@@ -339,10 +371,14 @@ impl Deployment<'_> {
         let most = wanted.min(capacity).min(self.engine.most_sequences.max(1)).max(1);
         let g = self.generation;
         let device = g.device(&self.gpu.name);
-        let chunk = self.engine.step_tokens.min(isl);
-        let chunks = isl.div_ceil(chunk.max(1)).max(1);
+        let program = self.one(isl, osl)?;
+        // What is read, over what the prefix left.
+        let rows = isl.saturating_sub(self.hit).max(1);
+        let behind = program.header.held.iter().map(|h| h.tokens).max().unwrap_or(0);
+        let reading = Reading { rows, behind, chunk: self.engine.step_tokens.min(rows).max(1) };
+        let chunks = reading.chunks();
         let mut running = f64::from(most);
-        let mut state = self.step(running, isl, osl, chunk, chunks);
+        let mut state = self.step(running, isl, osl, reading);
         for _ in 0..4 {
             let (step, read) = (state.decode(g, &device), state.prefill(g, &device));
             let tpot = step + g.interference * running / f64::from(osl) * read;
@@ -353,7 +389,7 @@ impl Deployment<'_> {
                 break;
             }
             running = generating.max(1.0);
-            state = self.step(running, isl, osl, chunk, chunks);
+            state = self.step(running, isl, osl, reading);
         }
         let (step, read) = (state.decode(g, &device), state.prefill(g, &device));
         let tpot = step + g.interference * running / f64::from(osl) * read;
@@ -366,14 +402,13 @@ impl Deployment<'_> {
         let queued = concurrency.is_some() && waiting > 0.0;
         let request = ttft + f64::from(osl.saturating_sub(1)) * tpot;
         let queue = if queued { waiting / f64::from(most) * request } else { 0.0 };
-        let program = self.one(isl, osl)?;
         let timeline = predict(self.kernels, &program);
         Ok(Run {
             ttft_s: ttft + queue,
             tpot_s: tpot,
             output_tok_s: output,
             total_tok_s: output * (f64::from(isl) + f64::from(osl)) / f64::from(osl),
-            prefill_tok_s: f64::from(isl) / read,
+            prefill_tok_s: f64::from(rows) / read,
             decode_tok_s: running / step,
             e2e_s: request + queue,
             batch: running,
@@ -392,7 +427,7 @@ impl Deployment<'_> {
     }
 
     /// One generating step of `running` sequences, and what reading one prompt adds to the steps it rides on.
-    fn step(&self, running: f64, isl: Tokens, osl: Tokens, chunk: Tokens, chunks: u32) -> Parts {
+    fn step(&self, running: f64, isl: Tokens, osl: Tokens, prompt: Reading) -> Parts {
         let sequences = running.round().max(1.0) as u32;
         let group = |sequences| Load {
             groups: vec![Group { sequences, isl, osl, hit: 0 }],
@@ -411,9 +446,9 @@ impl Deployment<'_> {
         let decode = Buckets::of(&predict(self.kernels, &generating), Phase::Decode);
         // The chunks of a prompt, each over what was read before.
         let mut reading = Buckets::default();
-        for i in 0..chunks {
-            let before = i * chunk;
-            let rows = chunk.min(isl - before);
+        for i in 0..prompt.chunks() {
+            let before = i * prompt.chunk;
+            let rows = prompt.chunk.min(prompt.rows - before);
             let pass = lower_pass(
                 self.model,
                 self.policy,
@@ -421,7 +456,7 @@ impl Deployment<'_> {
                 self.setup,
                 Phase::Prefill,
                 rows,
-                before,
+                prompt.behind.saturating_add(before),
             );
             let alone = Buckets::of(&predict(self.kernels, &pass), Phase::Prefill);
             // Weights are read once for the chunk and the generating rows together: the product of both costs as many

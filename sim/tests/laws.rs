@@ -122,6 +122,34 @@ proptest! {
         prop_assert!(after.tpot.0 <= before.tpot.0 * (1.0 + 1e-9), "{before:?} {after:?}");
     }
 
+    /// On data sheets, where a larger launch never takes less; timed kernels have steps in their shapes.
+    #[test]
+    fn a_longer_hit_never_raises_ttft_and_leaves_tpot(
+        run in runs(),
+        shares in (0.0f64..1.0, 0.0f64..1.0),
+        name in prop::sample::select(GPUS.to_vec()),
+    ) {
+        let run = Run { timed: false, ..run };
+        // Policies with a window want as many tokens in a prefix.
+        let hit = |share: f64| 128 + (f64::from(run.isl - 129) * share) as Tokens;
+        let gpu = gpu(name);
+        let at = |hit| Run { hit: Hit::Tokens(hit), ..run.clone() }.answer(&gpu).metrics;
+        let (less, more) = (hit(shares.0.min(shares.1)), hit(shares.0.max(shares.1)));
+        let (none, less, more) = (at(0), at(less), at(more));
+        prop_assert!(more.ttft.0 <= less.ttft.0 * (1.0 + 1e-9), "{less:?} {more:?}");
+        prop_assert!(less.ttft.0 <= none.ttft.0 * (1.0 + 1e-9), "{none:?} {less:?}");
+        prop_assert!((more.tpot.0 / none.tpot.0 - 1.0).abs() < 1e-9, "{none:?} {more:?}");
+    }
+
+    #[test]
+    fn under_an_engine_a_hit_leaves_tpot(run in runs(), share in 0.0f64..1.0) {
+        let run = Run { timed: true, ..run };
+        let gpu = gpu("h100-sxm");
+        let hit = Hit::Tokens(128 + (f64::from(run.isl - 129) * share) as Tokens);
+        let (without, with) = (run.answer(&gpu).metrics, Run { hit, ..run }.answer(&gpu).metrics);
+        prop_assert!((with.tpot.0 / without.tpot.0 - 1.0).abs() < 1e-9, "{without:?} {with:?}");
+    }
+
     #[test]
     fn a_larger_batch_never_lowers_memory(run in runs(), more in 1u32..100) {
         let small = run.answer(&gpu("h100-sxm")).footprint;

@@ -170,10 +170,7 @@ fn cells(line: &Line) -> Vec<String> {
     ];
     match &line.answer {
         Ok(a) => {
-            let verdict = a.over.map_or_else(
-                || "fits".to_owned(),
-                |over| format!("over by {} ({})", over.by, over.bound.name()),
-            );
+            let verdict = a.over.map_or_else(|| "fits".to_owned(), |over| over.to_string());
             row.extend([
                 a.batch.to_string(),
                 a.program.header.load.schedule.to_string(),
@@ -293,10 +290,7 @@ fn detail(a: &Answer, title: &str) -> String {
             ]);
         }
     }
-    let verdict = a.over.map_or_else(
-        || "fits".to_owned(),
-        |over| format!("does not fit: over by {} ({})", over.by, over.bound.name()),
-    );
+    let verdict = a.over.map_or_else(|| "fits".to_owned(), |over| format!("does not fit: {over}"));
     format!(
         "{title} · batch {} · {} schedule\n\n{}\n\nmemory\n{}\n{verdict}\n\n  output      {} tokens/s {}\n  TTFT        {} {}\n  TPOT        {} {}\n  total       {} {}\n{}",
         a.batch,

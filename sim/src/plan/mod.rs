@@ -89,6 +89,8 @@ pub enum Bound {
     Ttft,
     /// TPOT limit.
     Tpot,
+    /// The sequences that the engine runs together.
+    Sequences,
     /// The batch that was asked for, or the largest that was searched.
     Batch,
     /// Not even one sequence.
@@ -105,6 +107,7 @@ impl Bound {
             Self::KvDecode => "kv, decode",
             Self::Ttft => "ttft limit",
             Self::Tpot => "tpot limit",
+            Self::Sequences => "engine's sequences",
             Self::Batch => "batch",
             Self::NothingFits => "does not fit",
         }
@@ -118,6 +121,15 @@ pub struct Over {
     pub bound: Bound,
     /// By how much.
     pub by: Bytes,
+}
+
+impl std::fmt::Display for Over {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.bound {
+            Bound::Sequences => f.write_str("more sequences than the engine runs together"),
+            bound => write!(f, "over by {} ({})", self.by, bound.name()),
+        }
+    }
 }
 
 /// No batch above this is searched: an index must count the sequences, and nobody serves more from one device.
@@ -159,6 +171,11 @@ impl Case<'_> {
             .then(|| Over { bound: Bound::Memory, by: total.saturating_sub(limits.memory) })
     }
 
+    /// Sequences that the engine runs together, unless told otherwise; this project's own executor takes any number.
+    fn most_sequences(&self) -> u32 {
+        self.placement.engine.as_ref().map_or(LARGEST_BATCH, |e| e.most_sequences)
+    }
+
     fn fits(&self, batch: u32) -> Result<Option<Over>, LowerError> {
         let program = self.program(batch)?;
         Ok(self.over(&self.placement.footprint(&program)))
@@ -169,6 +186,10 @@ impl Case<'_> {
         if let Some(over) = self.fits(1)? {
             return Ok((0, over));
         }
+        let (most, last) = match self.most_sequences() {
+            limit if limit < most => (limit, Bound::Sequences),
+            _ => (most, Bound::Batch),
+        };
         // Doubling, then bisection: `good` fits, `bad` does not.
         let (mut good, mut bad) = (1u32, None);
         while good < most {
@@ -182,7 +203,7 @@ impl Case<'_> {
             }
         }
         let Some((mut bad, mut over)) = bad else {
-            return Ok((good, Over { bound: Bound::Batch, by: Bytes(0) }));
+            return Ok((good, Over { bound: last, by: Bytes(0) }));
         };
         while bad - good > 1 {
             let middle = good + (bad - good) / 2;
@@ -235,7 +256,12 @@ impl Case<'_> {
         let timeline = predict(cost, &program);
         let footprint = self.placement.footprint(&program);
         let metrics = Metrics::of(&program, &timeline);
-        Ok(Answer { batch, over: self.over(&footprint), footprint, metrics, timeline, program })
+        let over = if batch > self.most_sequences() {
+            Some(Over { bound: Bound::Sequences, by: Bytes(0) })
+        } else {
+            self.over(&footprint)
+        };
+        Ok(Answer { batch, over, footprint, metrics, timeline, program })
     }
 }
 

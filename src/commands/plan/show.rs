@@ -295,7 +295,7 @@ fn verdict(question: &Question<'_>, plan: &Plan, advice: &Advice) -> String {
         ""
     };
     let most = placement.engine.as_ref().map_or(u32::MAX, |e| e.most_sequences);
-    let limit = if answer.batch > most {
+    let limit = if best.bound == Bound::Sequences {
         format!(
             "{} runs {most} sequences together unless told otherwise\n",
             placement.engine_name()
