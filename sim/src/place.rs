@@ -4,7 +4,7 @@ use crate::cost::{CostModel, GpuKernels, Roofline, UnderEngine, roofline::Effici
 use crate::engine::Engine;
 use crate::load::Schedule;
 use crate::lower::Setup;
-use crate::memory::{Buffers, Footprint, footprint, weight_bytes};
+use crate::memory::{Buffers, Footprint, footprint};
 use crate::op::{DType, Lane, Lanes, Op, OpKind, Phase};
 use crate::plan::Limits;
 use crate::profile::{Gpu, Model};
@@ -144,7 +144,8 @@ impl Placement {
         let mut buffers = Buffers::of(program);
         buffers.rows = buffers.rows.min(u64::from(engine.step_tokens));
         let activations = buffers.bytes(&self.model, self.setup.activations.bits() / 8);
-        let stage = Stage::fullest(&self.model, self.setup, self.pp);
+        let held = Bytes((whole.kv_peak().0 as f64 * engine.kv_copies) as u64);
+        let stage = Stage::fullest(&self.model, self.setup, self.pp, held);
         let caches = |bytes: Bytes| Bytes((bytes.0 as f64 * stage.part * engine.kv_copies) as u64);
         Footprint {
             weights: stage.weights,
@@ -181,7 +182,7 @@ impl Placement {
     }
 }
 
-/// What the fullest of the groups of devices holds that have a part of the layers each.
+/// What one of the groups of devices holds that have a part of the layers each.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Stage {
     /// Its share of the layers, and so of the caches.
@@ -191,22 +192,31 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Of `pp` groups. The embedding lies on the first group and the head on the last, on both where one table serves as
-    /// both; where the layers don't divide, one of the two is taken to have a layer more.
+    /// The two groups of `pp` that can be the fullest: one with an end of the model, and one between with more layers. The
+    /// embedding lies on the first group and the head on the last, on both where one table serves as both; layers that
+    /// don't divide go to groups between before they go to an end, as vLLM and splits by free memory have it.
     #[must_use]
-    pub fn fullest(model: &Model, setup: Setup, pp: u32) -> Self {
-        if pp <= 1 {
-            let weights = weight_bytes(model, setup.weights, setup.head);
-            return Self { part: 1.0, weights };
-        }
-        let most = u64::from(model.layers.div_ceil(pp));
+    pub fn of(model: &Model, setup: Setup, pp: u32) -> [Self; 2] {
+        let pp = pp.max(1);
+        let (each, rest) = (model.layers / pp, model.layers % pp);
         let ends = model.parameters() - u64::from(model.layers) * model.layer_linear_parameters();
-        let end = if model.tied_embeddings { ends } else { ends / 2 };
-        let layers = setup.weights.bytes(most * model.layer_linear_parameters());
-        Self {
-            part: most as f64 / f64::from(model.layers.max(1)),
-            weights: layers + setup.head.bytes(end),
-        }
+        let end = if pp == 1 || model.tied_embeddings { ends } else { ends / 2 };
+        let stage = |layers: u32, end: u64| Self {
+            part: f64::from(layers) / f64::from(model.layers.max(1)),
+            weights: setup.weights.bytes(u64::from(layers) * model.layer_linear_parameters())
+                + setup.head.bytes(end),
+        };
+        let at_an_end = each + u32::from(rest > pp.saturating_sub(2));
+        let between = if pp > 2 { each + u32::from(rest > 0) } else { 0 };
+        [stage(at_an_end, end), stage(between, 0)]
+    }
+
+    /// The fuller of [`Self::of`] where the caches of all layers take `kv`.
+    #[must_use]
+    pub fn fullest(model: &Model, setup: Setup, pp: u32, kv: Bytes) -> Self {
+        let [end, between] = Self::of(model, setup, pp);
+        let total = |s: &Self| s.weights.0 as f64 + s.part * kv.0 as f64;
+        if total(&between) > total(&end) { between } else { end }
     }
 }
 

@@ -187,7 +187,7 @@ pub enum ServeError {
         "{weights} of weights do not fit {memory} of each device; hint: more devices or fewer bits"
     )]
     Weights {
-        /// Weights on one device of the fullest group.
+        /// One device's weights.
         weights: Bytes,
         /// One device's memory.
         memory: Bytes,
@@ -220,18 +220,19 @@ impl Reading {
 }
 
 impl Deployment<'_> {
-    /// One device's weights.
+    /// Weights on one device of the group that has most of them.
     #[must_use]
     pub fn weights(&self) -> Bytes {
-        self.stage().weights
+        let [end, between] = self.stages();
+        end.weights.max(between.weights)
     }
 
-    /// The fullest group of layers: the others have room left when it has none.
-    fn stage(&self) -> Stage {
-        Stage::fullest(self.model, self.setup, self.pp)
+    /// The groups of layers of which one is the fullest: the others have room left when it has none.
+    fn stages(&self) -> [Stage; 2] {
+        Stage::of(self.model, self.setup, self.pp)
     }
 
-    /// Bytes for caches on one device; an error where the weights leave nothing.
+    /// Bytes for caches on one device of the group with most weights; an error where the weights leave nothing.
     pub fn kv_budget(&self) -> Result<Bytes, ServeError> {
         let weights = self.weights();
         let free = self.engine.kv_bytes(self.gpu, weights);
@@ -241,6 +242,13 @@ impl Deployment<'_> {
         Ok(free)
     }
 
+    /// Bytes of all layers' caches for which every group has room.
+    fn kv_room(&self) -> Result<f64, ServeError> {
+        self.kv_budget()?;
+        let room = |s: Stage| self.engine.kv_bytes(self.gpu, s.weights).0 as f64 / s.part;
+        Ok(self.stages().map(room).into_iter().fold(f64::INFINITY, f64::min))
+    }
+
     /// Tokens of an uncompressed cache that memory holds.
     pub fn kv_tokens(&self) -> Result<u64, ServeError> {
         let per_token = self
@@ -248,8 +256,8 @@ impl Deployment<'_> {
             .kv
             .dtype
             .bytes(self.model.kv_elements_per_token_layer() * u64::from(self.model.layers));
-        let copies = self.engine.kv_copies * per_token.0 as f64 * self.stage().part;
-        Ok((self.kv_budget()?.0 as f64 / copies.max(1.0)) as u64)
+        let copies = self.engine.kv_copies * per_token.0 as f64;
+        Ok((self.kv_room()? / copies.max(1.0)) as u64)
     }
 
     /// The kernels as the engine launches them.
@@ -268,7 +276,7 @@ impl Deployment<'_> {
 
     /// Sequences that memory holds at their peak.
     pub fn capacity(&self, isl: Tokens, osl: Tokens) -> Result<u32, ServeError> {
-        let free = self.kv_budget()?;
+        let free = self.kv_room()?;
         let needed = self.caches(&self.one(isl, osl)?);
         // What a second sequence adds; less than the first took where they hold a prefix together.
         let own = if self.hit > 0 && self.setup.kv.shares_prefix {
@@ -277,17 +285,18 @@ impl Deployment<'_> {
         } else {
             needed
         };
-        let sequences = ((free.0 as f64 - (needed - own)) / own.max(1.0)) as u32;
+        let sequences = ((free - (needed - own)) / own.max(1.0)) as u32;
         if sequences == 0 {
-            return Err(ServeError::NothingFits { needed: Bytes(needed as u64), free });
+            let (needed, free) = (Bytes(needed as u64), Bytes(free as u64));
+            return Err(ServeError::NothingFits { needed, free });
         }
         Ok(sequences)
     }
 
-    /// Bytes of a program's caches on one device of the fullest group, at their peak.
+    /// Bytes of a program's caches in all groups of layers, at their peak.
     fn caches(&self, program: &Program) -> f64 {
         let peaks = kv_peaks(program);
-        peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies * self.stage().part
+        peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies
     }
 
     /// Predicts a run.
@@ -348,7 +357,10 @@ impl Deployment<'_> {
     }
 
     fn peak(&self, program: &Program) -> Bytes {
-        self.weights() + self.engine.reserve_bytes + Bytes(self.caches(program) as u64)
+        let caches = self.caches(program);
+        let stage = Stage::fullest(self.model, self.setup, self.pp, Bytes(caches as u64));
+        let held = Bytes((caches * stage.part) as u64);
+        stage.weights + self.engine.reserve_bytes + held
     }
 
     fn half_width(&self, timeline: &Timeline) -> f64 {

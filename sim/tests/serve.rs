@@ -6,7 +6,7 @@ use batchmax_sim::kv::KvLayout;
 use batchmax_sim::load::{Hit, Schedule};
 use batchmax_sim::lower::Setup;
 use batchmax_sim::op::DType;
-use batchmax_sim::place::{Choice, Placement};
+use batchmax_sim::place::{Choice, Placement, Stage};
 use batchmax_sim::plan::Case;
 use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::{Catalog, Gpu, Model};
@@ -173,11 +173,19 @@ fn the_fullest_group_has_its_layers_and_one_end_of_the_model() {
     let by_hand = 2 * (16 * staged.model.layer_linear_parameters() + 128_256 * 4096);
     let weights = staged.deployment().weights().0;
     assert!((weights as f64 / by_hand as f64 - 1.0).abs() < 1e-4, "{weights} against {by_hand}");
+    // Three groups have 10, 11 and 11 layers; one of the two ends is left with 11.
     let thirds = Place { pp: 3, ..place("llama-3.1-8b", "h100-sxm", 1, "full") };
     let free = thirds.deployment().kv_budget().expect("it fits").0 as f64;
+    let by_hand = 2 * (11 * thirds.model.layer_linear_parameters() + 128_256 * 4096);
+    let weights = thirds.deployment().weights().0;
+    assert!((weights as f64 / by_hand as f64 - 1.0).abs() < 1e-4, "{weights} against {by_hand}");
     // Eleven layers of 4,096 bytes a token.
     let tokens = thirds.deployment().kv_tokens().expect("it fits") as f64;
     assert!((tokens / (free / (11.0 * 4096.0)) - 1.0).abs() < 1e-6);
+    // Five groups: six layers at the ends, seven in the two between that take the rest.
+    let [end, between] = Stage::of(&staged.model, staged.setup, 5);
+    assert_eq!((end.part, between.part), (6.0 / 32.0, 7.0 / 32.0));
+    assert!(end.weights > between.weights);
 }
 
 #[test]
