@@ -176,9 +176,15 @@ impl Case<'_> {
         self.placement.engine.as_ref().map_or(LARGEST_BATCH, |e| e.most_sequences)
     }
 
+    fn beyond_engine(&self, batch: u32) -> Option<Over> {
+        let over = Over { bound: Bound::Sequences, by: Bytes(0) };
+        (batch > self.most_sequences()).then_some(over)
+    }
+
     fn fits(&self, batch: u32) -> Result<Option<Over>, LowerError> {
         let program = self.program(batch)?;
-        Ok(self.over(&self.placement.footprint(&program)))
+        let over = self.over(&self.placement.footprint(&program));
+        Ok(over.or_else(|| self.beyond_engine(batch)))
     }
 
     /// The largest batch that fits and what stops the next one; 0 where not even one sequence fits.
@@ -186,10 +192,6 @@ impl Case<'_> {
         if let Some(over) = self.fits(1)? {
             return Ok((0, over));
         }
-        let (most, last) = match self.most_sequences() {
-            limit if limit < most => (limit, Bound::Sequences),
-            _ => (most, Bound::Batch),
-        };
         // Doubling, then bisection: `good` fits, `bad` does not.
         let (mut good, mut bad) = (1u32, None);
         while good < most {
@@ -203,7 +205,7 @@ impl Case<'_> {
             }
         }
         let Some((mut bad, mut over)) = bad else {
-            return Ok((good, Over { bound: last, by: Bytes(0) }));
+            return Ok((good, Over { bound: Bound::Batch, by: Bytes(0) }));
         };
         while bad - good > 1 {
             let middle = good + (bad - good) / 2;
@@ -256,11 +258,7 @@ impl Case<'_> {
         let timeline = predict(cost, &program);
         let footprint = self.placement.footprint(&program);
         let metrics = Metrics::of(&program, &timeline);
-        let over = if batch > self.most_sequences() {
-            Some(Over { bound: Bound::Sequences, by: Bytes(0) })
-        } else {
-            self.over(&footprint)
-        };
+        let over = self.over(&footprint).or_else(|| self.beyond_engine(batch));
         Ok(Answer { batch, over, footprint, metrics, timeline, program })
     }
 }
