@@ -2,6 +2,7 @@
 //! decided here by their scores.
 
 mod cache;
+mod choice;
 
 use batchmax_kernels as k;
 use batchmax_kernels::threads::Threads;
@@ -28,6 +29,8 @@ pub struct Slots {
     gated: Vec<f32>,
     sampled: Vec<f32>,
     logits: Vec<f32>,
+    /// Chosen tokens of the layer at work, set after set.
+    chosen: Vec<Vec<u32>>,
     /// Scores per layer, from a ranking until its eviction.
     scores: Vec<Vec<Vec<f32>>>,
     ids: Vec<u32>,
@@ -57,6 +60,7 @@ impl Slots {
             gated: make("gated"),
             sampled: vec![0.0; sampled * model.hidden as usize],
             logits: vec![0.0; sampled * model.vocab as usize],
+            chosen: Vec::new(),
             scores: vec![Vec::new(); model.layers as usize],
             ids: Vec::with_capacity(rows),
             positions: Vec::with_capacity(rows),
@@ -212,6 +216,10 @@ impl Interpreter<'_> {
             OpKind::Tally { heads } => self.tally(heads, lanes, layer),
             OpKind::Rank { heads, by } => self.rank(heads, by, lanes, layer),
             OpKind::Evict { protect, choice, .. } => self.evict(protect, choice, lanes, layer),
+            OpKind::Index { page, .. } => self.index(page, lanes, layer),
+            OpKind::Cluster { sinks, rounds, .. } => self.cluster(sinks, rounds, lanes, layer),
+            OpKind::Select { heads, by } => self.select(heads, by, lanes, layer),
+            OpKind::AttendChosen { heads, .. } => self.attend_chosen(heads, lanes, layer)?,
             OpKind::Pack { .. } | OpKind::PruneChannels { .. } => {
                 return Err(ExecError::NotExecutable {
                     model: model.name.clone(),

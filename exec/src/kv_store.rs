@@ -2,6 +2,7 @@
 //! byte budget.
 
 use batchmax_kernels::kv::{BlockPool, HeadCache, KvFormat};
+use batchmax_kernels::select::{Clusters, PageIndex};
 use batchmax_sim::op::{DType, Lane};
 use batchmax_sim::units::{Bytes, Tokens};
 
@@ -11,6 +12,17 @@ pub struct KvStore {
     pub pool: BlockPool,
     layers: Vec<Vec<HeadCache>>,
     kv_heads: usize,
+    /// Extremes of pages and clusters of keys, as the caches; empty until a program makes some.
+    indices: Vec<Vec<Indices>>,
+}
+
+/// What tokens are chosen by, of one head.
+#[derive(Clone, Default)]
+pub struct Indices {
+    /// Extremes of its pages.
+    pub pages: Option<PageIndex>,
+    /// Clusters of its keys.
+    pub clusters: Clusters,
 }
 
 /// The cache format of a type, if the kernels have it.
@@ -20,6 +32,7 @@ pub fn kv_format(dtype: DType) -> Option<KvFormat> {
         DType::F32 => Some(KvFormat::F32),
         DType::F16 => Some(KvFormat::F16),
         DType::Bf16 => Some(KvFormat::Bf16),
+        DType::Fp8 => Some(KvFormat::Fp8),
         _ => None,
     }
 }
@@ -44,6 +57,7 @@ impl KvStore {
             pool: BlockPool::new(head_dim, format, budget.0),
             layers: std::iter::repeat_with(layer).take(layers).collect(),
             kv_heads,
+            indices: vec![Vec::new(); layers],
         }
     }
 
@@ -68,6 +82,23 @@ impl KvStore {
             }
         }
         (&mut self.pool, picked)
+    }
+
+    /// The pool, and for the sequences of `lanes` in one layer: their caches and what tokens are chosen by.
+    pub fn indexed<'a>(
+        &'a mut self,
+        layer: usize,
+        lanes: &[Lane],
+    ) -> (&'a BlockPool, Vec<(&'a [HeadCache], &'a mut [Indices])>) {
+        let caches = &self.layers[layer];
+        let indices = &mut self.indices[layer];
+        indices.resize_with(caches.len(), Indices::default);
+        let wanted =
+            |s: usize| lanes.iter().any(|l| (l.first..l.first + l.sequences).contains(&(s as u32)));
+        let heads = self.kv_heads;
+        let all = caches.chunks(heads).zip(indices.chunks_mut(heads)).enumerate();
+        let picked = all.filter(|(s, _)| wanted(*s)).map(|(_, both)| both).collect();
+        (&self.pool, picked)
     }
 
     /// The heads of one sequence in one layer.

@@ -11,7 +11,8 @@ use batchmax_exec::RunResult;
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
-    AdaKv, Budget, FastKv, H2o, HeavyHitters, KvSharer, Policy, PyramidKv, SnapKv, StreamingLlm,
+    AdaKv, Budget, ClusterKv, FastKv, H2o, HeavyHitters, KvSharer, Policy, PyramidKv, Quest,
+    SnapKv, StreamingLlm,
 };
 use common::{Golden, assert_greedy, engine, from_runs, ids, overlap, run, worst_logit};
 use serde_json::Value;
@@ -74,7 +75,14 @@ fn fastkv_keeps_and_forwards_what_the_reference_does() {
         for (name, retain) in [("retain0.1", 0.1), ("retain0.25", 0.25)] {
             let reference = &prompt["fastkv"][name];
             let policy = FastKv { retain, ..FastKv::default() };
-            let result = run(&engine, &policy, &[source.clone()], 32, Schedule::Static, DType::F32);
+            let result = run(
+                &engine,
+                &policy,
+                &std::slice::from_ref(&source),
+                32,
+                Schedule::Static,
+                DType::F32,
+            );
             let kept = kept_of(&result);
             let counts: Vec<u32> = kept.iter().map(|heads| heads[0].len() as u32).collect();
             assert_eq!(counts, ids(&reference["kept_count_per_layer"]));
@@ -109,7 +117,14 @@ fn shared_layers_give_the_reference_tokens() {
                 .collect();
             let maps = BTreeMap::from([(engine.model.name.clone(), map)]);
             let policy = KvSharer { layers, maps };
-            let result = run(&engine, &policy, &[source.clone()], 32, Schedule::Static, DType::F32);
+            let result = run(
+                &engine,
+                &policy,
+                &std::slice::from_ref(&source),
+                32,
+                Schedule::Static,
+                DType::F32,
+            );
             let logits = result.sequences[0].prompt_logits.as_ref().expect("kept");
             let worst = worst_logit(logits, &reference["prefill_logits"]);
             println!("kvsharer {name}: logits within {worst:.1e}");
@@ -128,4 +143,34 @@ fn prompts_with_ids() -> Vec<(Value, Vec<u32>)> {
     };
     let select = Golden::read("select.json");
     select.prompts().iter().map(|p| (p.clone(), of_length(&p["len"]))).collect()
+}
+
+#[test]
+fn choosing_policies_give_the_reference_tokens() {
+    let Some(engine) = engine() else { return };
+    for (prompt, source) in prompts_with_ids() {
+        let budget = Budget::Tokens(128);
+        let quest = |per_head, newest| Quest { budget, page: 16, per_head, newest };
+        let policies: [(&Value, Box<dyn Policy>); 4] = [
+            (&prompt["quest"]["query_forced"], Box::new(quest(true, true))),
+            (&prompt["quest"]["query_free"], Box::new(quest(true, false))),
+            (&prompt["quest"]["kv_forced"], Box::new(quest(false, true))),
+            (&prompt["clusterkv"], Box::new(ClusterKv { budget, sinks: 16, per_cluster: 80 })),
+        ];
+        for (reference, policy) in policies {
+            let result = run(
+                &engine,
+                policy.as_ref(),
+                std::slice::from_ref(&source),
+                32,
+                Schedule::Static,
+                DType::F32,
+            );
+            let generated = &result.sequences[0].generated;
+            let same =
+                generated.iter().zip(ids(&reference["greedy"])).take_while(|(a, b)| **a == *b);
+            println!("{}: {} of 32 tokens", policy.label(), same.count());
+            assert_greedy(&policy.label(), generated, reference, 0.05);
+        }
+    }
 }

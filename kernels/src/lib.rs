@@ -19,6 +19,7 @@ pub mod rank;
 pub mod reference;
 pub mod rope;
 pub mod sample;
+pub mod select;
 mod simd;
 pub mod softcap;
 #[cfg(test)]

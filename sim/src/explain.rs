@@ -173,6 +173,19 @@ pub fn shape(op: &Op, growing: bool) -> String {
         OpKind::Gated { ffn } => format!("{rows} x {ffn}"),
         OpKind::Sample { vocab } => format!("{rows} x {vocab}"),
         OpKind::Release { .. } => tokens(&op.lanes, growing, false),
+        OpKind::Index { page, .. } => format!("{rows} tokens in pages of {page}"),
+        OpKind::Cluster { sinks, .. } => {
+            format!("{} clusters behind {sinks} sinks", tokens(&op.lanes, growing, true))
+        }
+        OpKind::Select { by, .. } => {
+            format!("{} of {}", by.name(), tokens(&op.lanes, growing, true))
+        }
+        OpKind::AttendChosen { heads, by } => format!(
+            "{rows} q x {}h/{} sets over chosen {}",
+            heads.query,
+            by.sets(heads),
+            tokens(&op.lanes, growing, true)
+        ),
         OpKind::Pack { heads } => {
             let bits = heads.form.packed.map_or(0, |p| p.bits);
             format!("{} to {bits} bits", tokens(&op.lanes, growing, false))

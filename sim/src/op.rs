@@ -94,6 +94,65 @@ impl Choice {
     }
 }
 
+/// How a step chooses the cached tokens that it reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pick {
+    /// Whole pages, by an upper bound of the products with their keys.
+    Bounds {
+        /// Tokens of a page.
+        page: Tokens,
+        /// Every query head chooses for itself; otherwise the bounds of a group are added up.
+        per_query_head: bool,
+        /// The newest page is always chosen.
+        newest: bool,
+    },
+    /// Tokens, by their page's extremes in the queries' largest channels.
+    Shares {
+        /// Tokens of a page.
+        page: Tokens,
+        /// Channels that count.
+        channels: u32,
+    },
+    /// Per query head the tokens of the clusters whose centres it likes best, beside the sinks and all tokens that came
+    /// after the clusters.
+    Clusters {
+        /// First tokens, always read.
+        sinks: Tokens,
+        /// Tokens of a cluster, on the average.
+        per_cluster: Tokens,
+    },
+}
+
+impl Pick {
+    /// Sets of chosen tokens per layer and sequence.
+    #[must_use]
+    pub fn sets(self, heads: Heads) -> u32 {
+        match self {
+            Self::Bounds { per_query_head: true, .. } | Self::Clusters { .. } => heads.query,
+            Self::Bounds { .. } | Self::Shares { .. } => heads.kv,
+        }
+    }
+
+    /// Tokens read after `grown` more steps, where `keep` were read at first.
+    #[must_use]
+    pub fn chosen(self, keep: Tokens, grown: Tokens) -> Tokens {
+        match self {
+            Self::Clusters { .. } => keep.saturating_add(grown),
+            Self::Bounds { .. } | Self::Shares { .. } => keep,
+        }
+    }
+
+    /// The name in tables.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bounds { .. } => "pages by bounds",
+            Self::Shares { .. } => "tokens by shares",
+            Self::Clusters { .. } => "clusters",
+        }
+    }
+}
+
 /// What a kernel does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpKind {
@@ -163,6 +222,36 @@ pub enum OpKind {
         protect: Protect,
         /// How the budget is shared.
         choice: Choice,
+    },
+    /// Brings the extremes of each page of keys up to the cache.
+    Index {
+        /// Heads.
+        heads: Heads,
+        /// Tokens of a page.
+        page: Tokens,
+    },
+    /// Puts keys behind the sinks into `Lane::keep` clusters per KV head.
+    Cluster {
+        /// Heads.
+        heads: Heads,
+        /// First tokens, which belong to no cluster.
+        sinks: Tokens,
+        /// Rounds of k-means.
+        rounds: u32,
+    },
+    /// Chooses the `Lane::keep` tokens that this step reads.
+    Select {
+        /// Heads.
+        heads: Heads,
+        /// How.
+        by: Pick,
+    },
+    /// Attention of one row per sequence over the `Lane::keep` tokens chosen before, copied next to each other.
+    AttendChosen {
+        /// Heads.
+        heads: Heads,
+        /// How they were chosen.
+        by: Pick,
     },
     /// Packs what the step has pushed out of the residual.
     Pack {
@@ -243,6 +332,10 @@ impl Op {
                 Score::TalliedAttention { .. } => Family::RankTally,
             },
             OpKind::Evict { .. } => Family::Evict,
+            OpKind::Index { .. } => Family::Index,
+            OpKind::Cluster { .. } => Family::Cluster,
+            OpKind::Select { .. } => Family::Select,
+            OpKind::AttendChosen { .. } => Family::AttendChosen,
             OpKind::Pack { .. } => Family::Pack,
             OpKind::PruneChannels { .. } => Family::PruneChannels,
             OpKind::Forward { .. } => Family::Forward,
@@ -263,6 +356,10 @@ impl Op {
             | OpKind::Tally { heads }
             | OpKind::Rank { heads, .. }
             | OpKind::Evict { heads, .. }
+            | OpKind::Index { heads, .. }
+            | OpKind::Cluster { heads, .. }
+            | OpKind::Select { heads, .. }
+            | OpKind::AttendChosen { heads, .. }
             | OpKind::Pack { heads }
             | OpKind::PruneChannels { heads }
             | OpKind::Release { heads } => Some(heads),
@@ -277,7 +374,13 @@ impl Op {
         let move_on = |lane: &Lane| {
             let length = lane.length(if grows { step } else { 0 });
             let Length { settled, tokens: kv } = length;
-            Lane { first: lane.first + shift, kv, settled, ..*lane }
+            let keep = match self.kind {
+                OpKind::Select { by, .. } | OpKind::AttendChosen { by, .. } => {
+                    by.chosen(lane.keep, kv - lane.kv)
+                }
+                _ => lane.keep,
+            };
+            Lane { first: lane.first + shift, kv, settled, keep, ..*lane }
         };
         match &self.lanes {
             Lanes::One(lane) => Lanes::One(move_on(lane)),

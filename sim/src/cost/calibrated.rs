@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Cost, CostModel};
-use crate::op::{Family, Lane, Op, OpKind, Phase, Score, Work};
+use crate::op::{Family, Lane, Op, OpKind, Phase, Pick, Score, Work};
 use crate::timeline::Source;
 use crate::units::{Bytes, Seconds};
 
@@ -120,6 +120,15 @@ fn log2(x: f64) -> f64 {
     x.max(1.0).log2()
 }
 
+/// What tells one way of choosing from another.
+fn pick(by: Pick) -> u32 {
+    match by {
+        Pick::Bounds { page, per_query_head, .. } => page * 4 + u32::from(per_query_head),
+        Pick::Shares { page, channels } => page * 4 + 2 + channels * 1024,
+        Pick::Clusters { per_cluster, .. } => per_cluster * 4 + 3,
+    }
+}
+
 /// The features of `op`, `step` steps into its pass.
 #[must_use]
 pub fn features(op: &Op, step: u32) -> Features {
@@ -129,6 +138,9 @@ pub fn features(op: &Op, step: u32) -> Features {
     let sequences = op.lanes.sequences() as f64;
     let cached: f64 = op.lanes.as_slice().iter().map(|l| f64::from(l.sequences) * kv(l)).sum();
     let mean_kv = cached / sequences.max(1.0);
+    let kept: f64 =
+        op.lanes.as_slice().iter().map(|l| f64::from(l.sequences) * f64::from(l.keep)).sum();
+    let kept = kept / sequences.max(1.0);
     let head_key = |extra: u32| {
         op.cache_heads().map_or([0; 5], |h| {
             // Packed and pruned caches are kernels of their own.
@@ -163,6 +175,14 @@ pub fn features(op: &Op, step: u32) -> Features {
         OpKind::Sample { vocab } => one([vocab, 0, 0, 0, 0], [log2(rows), 0.0, 0.0]),
         OpKind::Append { .. } => one(head_key(0), [log2(rows), log2(sequences), 0.0]),
         OpKind::Release { .. } => one(head_key(0), [log2(cached), 0.0, 0.0]),
+        OpKind::Index { page, .. } => one(head_key(page), [log2(rows), log2(sequences), 0.0]),
+        OpKind::Cluster { .. } => one(head_key(0), [log2(mean_kv), log2(sequences), log2(kept)]),
+        OpKind::Select { by, .. } => {
+            one(head_key(pick(by)), [log2(sequences), log2(mean_kv), log2(kept)])
+        }
+        OpKind::AttendChosen { heads, by } => {
+            one(head_key(by.sets(heads)), [log2(sequences), log2(kept), log2(mean_kv)])
+        }
         OpKind::Pack { .. } | OpKind::PruneChannels { .. } => {
             one(head_key(0), [log2(rows), log2(sequences), log2(mean_kv)])
         }

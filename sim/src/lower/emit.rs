@@ -1,11 +1,15 @@
 //! One pass: the ops of every class of layers, with what the policy says in them.
 
+use super::classes::Class;
 use super::{Active, Lowering, Sequences, lane};
 use crate::form::Length;
 use crate::kv::Verb;
-use crate::op::{Lanes, Op, OpKind, Phase};
+use crate::op::{Lane, Lanes, Op, OpKind, Phase, Pick};
 use crate::program::{Block, Node, Pass};
 use crate::units::Tokens;
+
+/// Rounds of k-means, as in `ClusterKV`'s code.
+const CLUSTER_ROUNDS: u32 = 20;
 
 /// One class of layers in a pass.
 struct Emitted {
@@ -116,9 +120,88 @@ impl Lowering<'_> {
         }
         self.verbs = verbs;
         let at = Some(self.classes[class].layers);
-        let mut ops = self.layer(&rows, class, appended, seen, spoken);
+        let attend = self.attend(all, active, phase, class, seen);
+        spoken.extend(self.index(all, active, phase, class, &stay));
+        let mut ops = self.layer(&rows, class, appended, attend, spoken);
         ops.extend(self.forward(all, active, phase, class));
         Emitted { block: Block { layers: at, ops }, late: Block { layers: at, ops: late }, stay }
+    }
+
+    /// The attention of a class: over its caches, or over what a decode step chooses of them.
+    fn attend(
+        &self,
+        all: &[Sequences],
+        active: &[Active],
+        phase: Phase,
+        class: usize,
+        seen: Lanes,
+    ) -> Vec<Op> {
+        let Class { heads, window, layers, .. } = self.classes[class];
+        let reading = |a: &Active| {
+            let s = &all[a.index];
+            self.policy.reads(layers.first, s.isl, self.model).map(|r| (r, s.isl))
+        };
+        let Some((first, _)) = active.first().and_then(reading).filter(|_| phase == Phase::Decode)
+        else {
+            return vec![self.op("attend", OpKind::Attend { heads, window }, seen)];
+        };
+        let by = first.by;
+        let lanes: Vec<Lane> = (seen.as_slice().iter().zip(active))
+            .map(|(lane, a)| {
+                let (tokens, isl) = reading(a).map_or((lane.kv, 0), |(r, isl)| (r.tokens, isl));
+                // Clusters are made of the prompt.
+                let keep = by.chosen(tokens, lane.kv.saturating_sub(isl));
+                // Later steps of the pass may read more than the first one has.
+                Lane { keep, ..*lane }
+            })
+            .collect();
+        let lanes = Lanes::new(&lanes);
+        let mut ops = Vec::with_capacity(3);
+        if let Pick::Bounds { page, .. } | Pick::Shares { page, .. } = by {
+            ops.push(self.op("index", OpKind::Index { heads, page }, lanes.clone()));
+        }
+        ops.push(self.op("select", OpKind::Select { heads, by }, lanes.clone()));
+        ops.push(self.op("attend", OpKind::AttendChosen { heads, by }, lanes));
+        ops
+    }
+
+    /// At the end of a prompt: what later steps choose by.
+    fn index(
+        &self,
+        all: &[Sequences],
+        active: &[Active],
+        phase: Phase,
+        class: usize,
+        stay: &[Tokens],
+    ) -> Option<Op> {
+        let Class { heads, layers, .. } = self.classes[class];
+        if phase == Phase::Decode {
+            return None;
+        }
+        let mut kind = None;
+        let lanes: Vec<Lane> = (active.iter().zip(stay))
+            .filter_map(|(a, stay)| {
+                let s = &all[a.index];
+                let reading = self.policy.reads(layers.first, s.isl, self.model)?;
+                if !a.prompt_read {
+                    return None;
+                }
+                let (made, keep) = match reading.by {
+                    Pick::Bounds { page, .. } | Pick::Shares { page, .. } => {
+                        (OpKind::Index { heads, page }, 0)
+                    }
+                    Pick::Clusters { sinks, per_cluster } => {
+                        let clustered = stay.saturating_sub(sinks);
+                        let kind = OpKind::Cluster { heads, sinks, rounds: CLUSTER_ROUNDS };
+                        (kind, (s.isl / per_cluster.max(1)).clamp(1, clustered.max(1)))
+                    }
+                };
+                kind = Some(made);
+                // An index is built of all that stays.
+                Some(lane(s, *stay, Length::settled(*stay), keep))
+            })
+            .collect();
+        kind.map(|kind| self.op("index", kind, Lanes::new(&lanes)))
     }
 
     /// Behind the layer after which only some rows go on: their choice.

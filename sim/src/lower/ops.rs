@@ -35,11 +35,11 @@ impl Lowering<'_> {
         rows: &Lanes,
         class: usize,
         appended: Lanes,
-        seen: Lanes,
+        mut attend: Vec<Op>,
         mut spoken: Vec<Op>,
     ) -> Vec<Op> {
         let model = self.model;
-        let Class { heads, window, reads, .. } = self.classes[class];
+        let Class { heads, reads, .. } = self.classes[class];
         // A layer that reads another's cache needs no keys and values of its own.
         let rotated = if reads.is_some() { Heads { kv: 0, ..heads } } else { heads };
         let (hidden, ffn) = (u64::from(model.hidden), u64::from(model.ffn));
@@ -63,7 +63,7 @@ impl Lowering<'_> {
         if reads.is_none() {
             ops.push(self.op("append", OpKind::Append { heads }, appended));
         }
-        ops.push(self.op("attend", OpKind::Attend { heads, window }, seen));
+        ops.append(&mut attend);
         ops.append(&mut spoken);
         ops.push(self.gemm("output", hidden, attention_width, residual, rows));
         self.reduce(&mut ops, rows);

@@ -34,6 +34,14 @@ pub enum Family {
     RankTally,
     /// Compaction.
     Evict,
+    /// Extremes of pages of keys.
+    Index,
+    /// Clusters of keys.
+    Cluster,
+    /// Choice of the tokens to read.
+    Select,
+    /// Attention over chosen tokens.
+    AttendChosen,
     /// Packing into fewer bits.
     Pack,
     /// Dropping channels of keys.
@@ -54,7 +62,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 26] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -69,6 +77,10 @@ impl Family {
         Self::RankWindow,
         Self::RankTally,
         Self::Evict,
+        Self::Index,
+        Self::Cluster,
+        Self::Select,
+        Self::AttendChosen,
         Self::Pack,
         Self::PruneChannels,
         Self::Forward,
@@ -97,6 +109,10 @@ impl Family {
             Self::RankWindow => "rank-window",
             Self::RankTally => "rank-tally",
             Self::Evict => "evict",
+            Self::Index => "index",
+            Self::Cluster => "cluster",
+            Self::Select => "select",
+            Self::AttendChosen => "attend-chosen",
             Self::Pack => "pack",
             Self::PruneChannels => "prune-channels",
             Self::Forward => "forward",

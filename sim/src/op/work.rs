@@ -1,7 +1,7 @@
 //! FLOPs and bytes: the only place in the workspace where they are counted.
 
-use super::{Heads, Lane, Op, OpKind, Score};
-use crate::form::Length;
+use super::{Heads, Lane, Op, OpKind, Pick, Score};
+use crate::form::{Form, Length};
 use crate::units::{Bytes, Flops, Tokens};
 
 /// What an op moves and computes.
@@ -170,6 +170,59 @@ impl Op {
                     flops: Flops(f64::from(heads.kv) * f64::from(kv)),
                     read: moved + f32s(kv_heads * tokens),
                     written: moved,
+                }
+            }
+            OpKind::Index { page, .. } => {
+                let new = heads.kv_bytes(rows).0 / 2;
+                let pages = rows.div_ceil(u64::from(page.max(1)));
+                Work {
+                    flops: Flops(2.0 * f64::from(heads.kv) * dim * rows as f64),
+                    read: Bytes(new),
+                    written: f32s(2 * kv_heads * u64::from(heads.dim) * pages),
+                }
+            }
+            OpKind::Cluster { sinks, rounds, .. } => {
+                let clustered = f64::from(kv.saturating_sub(sinks));
+                let products = clustered * f64::from(lane.keep) * f64::from(rounds + 1);
+                Work {
+                    flops: Flops(2.0 * f64::from(heads.kv) * dim * products),
+                    read: all_keys,
+                    written: f32s(
+                        kv_heads * (u64::from(lane.keep) * u64::from(heads.dim) + tokens),
+                    ),
+                }
+            }
+            OpKind::Select { by, .. } => {
+                let queries = self.dtype.bytes(rows * query_width);
+                let written = f32s(u64::from(by.sets(heads)) * u64::from(lane.keep));
+                let pages = |page: Tokens| f64::from(kv.div_ceil(page.max(1)));
+                let (products, numbers) = match by {
+                    Pick::Bounds { page, .. } => (2.0 * pages(page) * dim, 2.0 * pages(page) * dim),
+                    Pick::Shares { page, channels } => {
+                        let read = pages(page) * f64::from(channels);
+                        (read, read)
+                    }
+                    Pick::Clusters { sinks, per_cluster } => {
+                        let centres = f64::from(kv.saturating_sub(sinks)) / f64::from(per_cluster);
+                        (centres * dim, centres * dim)
+                    }
+                };
+                Work {
+                    flops: Flops(2.0 * f64::from(heads.query) * products),
+                    read: queries + f32s((f64::from(heads.kv) * numbers) as u64),
+                    written,
+                }
+            }
+            OpKind::AttendChosen { by, .. } => {
+                let grown = length.tokens.saturating_sub(lane.kv);
+                let chosen = by.chosen(lane.keep, grown).min(kv);
+                // Chosen tokens are read, written next to each other, and read again.
+                let set = Heads { kv: by.sets(heads), form: Form::default(), ..heads };
+                let moved = set.kv_bytes(u64::from(chosen));
+                Work {
+                    flops: dot(f64::from(chosen)) * 2.0,
+                    read: moved * 2 + self.dtype.bytes(rows * query_width),
+                    written: moved + self.dtype.bytes(rows * query_width),
                 }
             }
             OpKind::Pack { .. } => {

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{Forwards, Policy, PolicyError, Request, Role, Step};
+use super::{Forwards, Policy, PolicyError, Reading, Request, Role, Step};
 use crate::form::Form;
 use crate::kv::KvTape;
 use crate::profile::Model;
@@ -109,6 +109,10 @@ impl Policy for Composed {
 
     fn forwards(&self, prompt: Tokens, model: &Model) -> Option<Forwards> {
         self.0.iter().find_map(|p| p.forwards(prompt, model))
+    }
+
+    fn reads(&self, layer: Layer, prompt: Tokens, model: &Model) -> Option<Reading> {
+        self.0.iter().find_map(|p| p.reads(layer, prompt, model))
     }
 
     fn form(&self, layer: Layer, model: &Model) -> Form {

@@ -7,6 +7,7 @@
 mod adakv;
 mod batch_max;
 mod budget;
+mod clusterkv;
 mod composed;
 mod evicting;
 mod fastkv;
@@ -18,6 +19,7 @@ mod knorm;
 mod kvsharer;
 mod preset;
 mod pyramidkv;
+mod quest;
 mod snapkv;
 mod streaming_llm;
 mod think;
@@ -28,6 +30,7 @@ use std::sync::Arc;
 pub use adakv::{AdaKv, Together};
 pub use batch_max::{AnyScore, BatchMax, By};
 pub use budget::Budget;
+pub use clusterkv::ClusterKv;
 pub use composed::Composed;
 pub use evicting::{Cut, Evicting, Instant, Scoring};
 pub use fastkv::FastKv;
@@ -39,6 +42,7 @@ pub use knorm::Knorm;
 pub use kvsharer::KvSharer;
 pub use preset::Preset;
 pub use pyramidkv::{Falling, PyramidKv};
+pub use quest::Quest;
 use serde::de::DeserializeOwned;
 pub use snapkv::{Snap, SnapKv};
 pub use streaming_llm::StreamingLlm;
@@ -46,7 +50,7 @@ pub use think::ThinK;
 
 use crate::form::Form;
 use crate::kv::KvTape;
-use crate::op::{DType, Phase};
+use crate::op::{DType, Phase, Pick};
 use crate::profile::Model;
 use crate::units::{Layer, Tokens};
 
@@ -80,6 +84,15 @@ pub struct Request<'a> {
     pub hit: Tokens,
     /// Bytes of a token in all layers, stored whole.
     pub token_bytes: u64,
+}
+
+/// The tokens that a decode step reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// How they are chosen.
+    pub by: Pick,
+    /// How many, per set; clusters: sinks included, tokens that came after them not.
+    pub tokens: Tokens,
 }
 
 /// Rows of a prompt that upper layers see.
@@ -172,6 +185,11 @@ pub trait Policy: Debug + Send + Sync {
     /// How a layer stores what it keeps.
     fn form(&self, _layer: Layer, _model: &Model) -> Form {
         Form::default()
+    }
+
+    /// What a decode step of a layer reads of a cache, if not all of it, for a prompt of `prompt` tokens.
+    fn reads(&self, _layer: Layer, _prompt: Tokens, _model: &Model) -> Option<Reading> {
+        None
     }
 
     /// Refuses parameters or models that it can't serve, before any work starts.
@@ -273,4 +291,6 @@ registry! {
     "think" => build::<ThinK>,
     "fastkv" => build::<FastKv>,
     "kvsharer" => build::<KvSharer>,
+    "quest" => build::<Quest>,
+    "clusterkv" => build::<ClusterKv>,
 }
