@@ -100,6 +100,10 @@ pub struct ConfigArgs {
     /// Generated tokens of each sequence
     #[arg(long, default_value = "256")]
     pub osl: String,
+    /// First tokens of each prompt that a cache holds from an earlier request (prefix caching): tokens or a share (4k, 75%).
+    /// Only the others are read
+    #[arg(long, value_name = "TOKENS|SHARE", default_value = "0")]
+    pub prefix_hit: String,
     /// Sequences, or max for the largest batch that fits
     #[arg(long, short, default_value = "max")]
     pub batch: String,
@@ -165,6 +169,10 @@ pub struct PlanArgs {
     /// Generated tokens of each sequence
     #[arg(long, default_value = "256")]
     pub osl: String,
+    /// First tokens of each prompt that a cache holds from an earlier request (prefix caching): tokens or a share (4k, 75%).
+    /// Only the others are read
+    #[arg(long, value_name = "TOKENS|SHARE", default_value = "0")]
+    pub prefix_hit: String,
     /// Sequences, or max for the largest batch that fits
     #[arg(long, short, default_value = "max")]
     pub batch: String,
@@ -219,6 +227,10 @@ pub struct WhatIfArgs {
     /// Generated tokens: a value, a list or a range
     #[arg(long, default_value = "256")]
     pub osl: String,
+    /// First tokens of each prompt that a cache holds from an earlier request (prefix caching): tokens or a share (4k, 75%).
+    /// Only the others are read
+    #[arg(long, value_name = "TOKENS|SHARE", default_value = "0")]
+    pub prefix_hit: String,
     /// Batches: values, lists, ranges, or max
     #[arg(long, short, default_value = "max")]
     pub batch: String,
@@ -229,7 +241,7 @@ pub struct WhatIfArgs {
     /// Schedules, separated by spaces
     #[arg(long, num_args = 1.., default_value = "static")]
     pub schedule: Vec<String>,
-    /// A CSV of scenarios instead, answered as CSV or --json: id,gpu,tp,model,weight_dtype,kv_dtype,engine,schedule,batch,input_len,output_len,policy
+    /// A CSV of scenarios instead, answered as CSV or --json: id,gpu,tp,model,weight_dtype,kv_dtype,engine,schedule,batch,input_len,output_len,prefix_hit,policy
     #[arg(long, value_name = "FILE")]
     pub scenarios: Option<PathBuf>,
     /// Print CSV

@@ -180,6 +180,30 @@ fn a_program_explained() {
 }
 
 #[test]
+fn a_cached_prefix_is_not_read() {
+    let args = format!("what-if {LLAMA_ON_H100} --isl 2k --osl 128 --batch 8 --json");
+    let answer = |hit: &str| {
+        let document = document(&run(&format!("{args} --prefix-hit {hit}")).answered(), "what-if");
+        let answer = &document["answers"][0];
+        let figure = |key: &str| answer["answer"]["metrics"][key].as_f64().expect("a number");
+        (answer["prefix_hit"].as_u64(), figure("ttft_s"), figure("tpot_s"))
+    };
+    let (none, share) = (answer("0"), answer("75%"));
+    assert_eq!((none.0, share.0), (Some(0), Some(1536)));
+    assert!(share.1 < 0.5 * none.1 && share.2 == none.2, "{none:?} {share:?}");
+    let text =
+        run("explain --model llama-3.2-1b --gpu h100-sxm --isl 600 --osl 64 --prefix-hit 512");
+    assert!(text.answered().contains("(600 prompt + 64 generated tokens, the first 512 cached)"));
+    let verb = |more: &str| format!("what-if {LLAMA_ON_H100} --isl 2k {more}");
+    refuses(
+        &verb("--prefix-hit 2k"),
+        &["leaves nothing to read of 2048", "hint: --prefix-hit 2047"],
+    );
+    refuses(&verb("--prefix-hit most"), &["--prefix-hit: expected tokens (512, 4k) or a share"]);
+    refuses(&verb("--policy fastkv --prefix-hit 50%"), &["which rows of a prefix"]);
+}
+
+#[test]
 fn unknown_names_suggest_the_nearest() {
     let h100 = "--gpu h100-sxm";
     refuses(
@@ -490,6 +514,25 @@ weight_dtype = "f32"
         let again = document(&run(&place, &size).answered(), "run");
         assert_eq!(again["generated"], json["generated"]);
         assert!(run(&place, &size[..6]).answered().contains("tokens/s"));
+    }
+
+    #[test]
+    fn a_prefix_read_first_changes_no_token() {
+        let place = place();
+        let run = |more: &[&str]| {
+            let size = ["--isl", "64", "--osl", "8", "--batch", "3", "--json"];
+            document(&run(&place, &[&size, more].concat()).answered(), "run")
+        };
+        let (none, cached) = (run(&[]), run(&["--prefix-hit", "40"]));
+        assert_eq!(cached["generated"], none["generated"]);
+        // The executor holds the prefix in every sequence.
+        assert_eq!(cached["kv_decode_peak_bytes"], none["kv_decode_peak_bytes"]);
+        // 40 tokens leave 24, which are read over them; every step holds what was predicted, or the run would end.
+        let policy = ["--policy", "batch-max:budget=24,chunk=8,sinks=2,recent=4,slack=0"];
+        let compressed = run(&[&policy[..], &["--prefix-hit", "40"]].concat());
+        assert!(
+            compressed["kv_decode_peak_bytes"].as_u64() < none["kv_decode_peak_bytes"].as_u64()
+        );
     }
 
     #[test]

@@ -43,6 +43,9 @@ pub struct RunOptions {
     pub keep_details: bool,
     /// Keep every launch's time.
     pub keep_samples: bool,
+    /// What reads the cached prefixes before the clock starts (`batchmax_sim::lower::lower_prefix`); a program whose
+    /// prompts are partly cached needs it.
+    pub prefix: Option<Program>,
 }
 
 /// One sequence's outcome.
@@ -87,7 +90,7 @@ pub fn load_of(prompts: &[Vec<u32>], osl: Tokens, schedule: Schedule) -> Load {
         let isl = prompt.len() as Tokens;
         match groups.last_mut() {
             Some(group) if group.isl == isl => group.sequences += 1,
-            _ => groups.push(Group { sequences: 1, isl, osl }),
+            _ => groups.push(Group { sequences: 1, isl, osl, hit: 0 }),
         }
     }
     Load { groups, schedule }
@@ -109,10 +112,15 @@ impl Engine {
         stop: &AtomicBool,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<RunResult, ExecError> {
-        self.check(program, prompts)?;
+        self.check(program, prompts, options)?;
         let trace = kv_trace(program);
         let spread = kv_spread(program);
         let mut interpreter = self.interpreter(program, prompts, options)?;
+        if let Some(prefix) = &options.prefix {
+            self.read_prefix(&mut interpreter, prefix, options, stop)?;
+            interpreter.slots = Slots::new(&self.model, &Buffers::of(program));
+            interpreter.kv.pool.reset_peak();
+        }
         let mut clock = Clock::new(program, options.keep_samples);
         let (total, _) = program.steps();
         let (mut done, mut phase) = (0usize, Phase::Prefill);
@@ -162,6 +170,31 @@ impl Engine {
         })
     }
 
+    /// Fills the caches with the prefixes and forgets what else came of reading them; nobody times it.
+    fn read_prefix(
+        &self,
+        interpreter: &mut Interpreter<'_>,
+        prefix: &Program,
+        options: &RunOptions,
+        stop: &AtomicBool,
+    ) -> Result<(), ExecError> {
+        interpreter.slots = Slots::new(&self.model, &Buffers::of(prefix));
+        let mut clock = Clock::new(prefix, false);
+        prefix.visit_steps(|view| {
+            if stop.load(Ordering::Relaxed) {
+                return Err(ExecError::Interrupted);
+            }
+            interpreter.step(&view, &mut clock)
+        })?;
+        for (i, sequence) in interpreter.sequences.iter_mut().enumerate() {
+            sequence.generated.clear();
+            sequence.gaps.clear();
+            sequence.prompt_logits = None;
+            sequence.sampler = Sampler::new(options.sampling, i);
+        }
+        Ok(())
+    }
+
     /// Replays a program whose caches already hold `resident` tokens per sequence: one point of a profile.
     pub fn probe(&self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
         let prompts: Vec<Vec<u32>> = program
@@ -184,7 +217,12 @@ impl Engine {
         Ok(clock)
     }
 
-    fn check(&self, program: &Program, prompts: &[Vec<u32>]) -> Result<(), ExecError> {
+    fn check(
+        &self,
+        program: &Program,
+        prompts: &[Vec<u32>],
+        options: &RunOptions,
+    ) -> Result<(), ExecError> {
         let load = &program.header.load;
         let expected: Vec<Tokens> = load
             .groups
@@ -201,6 +239,9 @@ impl Engine {
                 got: describe(&got),
             });
         }
+        if load.groups.iter().any(|g| g.hit > 0) && options.prefix.is_none() {
+            return Err(ExecError::MissingPrefix);
+        }
         let vocab = self.model.vocab;
         match prompts.iter().flatten().find(|id| **id >= vocab) {
             Some(&id) => Err(ExecError::UnknownToken { id, vocab }),
@@ -214,8 +255,11 @@ impl Engine {
         prompts: &[Vec<u32>],
         options: &RunOptions,
     ) -> Result<Interpreter<'_>, ExecError> {
-        let peaks = kv_peaks(program);
-        let needed = peaks.prefill.max(peaks.decode) + kv_spread(program);
+        let needed = |program: &Program| {
+            let peaks = kv_peaks(program);
+            peaks.prefill.max(peaks.decode) + kv_spread(program)
+        };
+        let needed = needed(program).max(options.prefix.as_ref().map_or(Bytes(0), needed));
         let budget = options.kv_budget.unwrap_or(needed);
         if needed > budget {
             return Err(ExecError::OverBudget { needed, budget });

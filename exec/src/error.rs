@@ -55,6 +55,9 @@ pub enum ExecError {
         /// By the caller.
         got: String,
     },
+    /// Prompts are partly cached, and nothing says how those caches come about.
+    #[error("the program starts behind cached prefixes, and no program reads them")]
+    MissingPrefix,
     /// A token that the model does not know.
     #[error("token id {id} is outside the vocabulary of {vocab}")]
     UnknownToken {

@@ -24,7 +24,7 @@ fn sweep(c: &mut Criterion) {
     let engine = catalog.engine("vllm").expect("shipped");
     let library = Library::new(catalog.clone(), Vec::new());
     let setup = Setup {
-        kv: KvLayout { dtype: DType::Bf16, block_tokens: 16 },
+        kv: KvLayout { dtype: DType::Bf16, block_tokens: 16, shares_prefix: false },
         weights: DType::Bf16,
         activations: DType::Bf16,
         head: DType::Bf16,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::kv::KvLayout;
 use crate::op::{DType, Family, Phase};
 use crate::profile::{Gpu, ProfileError};
 use crate::surface::is_nvidia;
@@ -125,6 +126,13 @@ impl Generation {
         self.log_stddev.hypot(unseen).hypot(untimed)
     }
 
+    /// Seconds between the end of the prompt and the first token, where that comes out of a generating step of its own:
+    /// the mean of the `steps` generating steps that take `decode` seconds.
+    #[must_use]
+    pub fn first_token_s(&self, decode: f64, steps: f64) -> f64 {
+        if self.first_token_decodes && steps > 0.0 { decode / steps } else { 0.0 }
+    }
+
     /// Host seconds of a step of `sequences` through `layers` decoder layers that no kernel hides.
     #[must_use]
     pub fn host_s(&self, sequences: f64, layers: f64) -> f64 {
@@ -154,6 +162,10 @@ pub struct Engine {
     pub kv_copies: f64,
     /// Tokens per cache block.
     pub kv_block_tokens: Tokens,
+    /// Sequences that begin alike hold the whole blocks of that prefix once (prefix caching, on unless told otherwise);
+    /// else each holds it. Caches whose policy drops, packs or slides are held by each in any case.
+    #[serde(default)]
+    pub shares_prefix: bool,
     /// Sequences that run together at most.
     pub most_sequences: u32,
     /// Prompt tokens that a step takes at most.
@@ -222,6 +234,13 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// How caches of this type lie in memory.
+    #[must_use]
+    pub fn layout(&self, dtype: DType) -> KvLayout {
+        let (block_tokens, shares_prefix) = (self.kv_block_tokens, self.shares_prefix);
+        KvLayout { dtype, block_tokens, shares_prefix }
     }
 
     /// The generation of a release of `year`; the newest where no year is given.

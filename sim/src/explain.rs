@@ -22,9 +22,13 @@ pub fn explain(model: &Model, program: &Program) -> String {
         load.schedule
     );
     for group in &load.groups {
+        let cached = match group.hit {
+            0 => String::new(),
+            hit => format!(", the first {hit} cached"),
+        };
         let _ = writeln!(
             out,
-            "  {} x ({} prompt + {} generated tokens)",
+            "  {} x ({} prompt + {} generated tokens{cached})",
             group.sequences, group.isl, group.osl
         );
     }

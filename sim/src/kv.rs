@@ -13,6 +13,8 @@ pub struct KvLayout {
     pub dtype: DType,
     /// Tokens per block; memory is taken and returned in whole blocks.
     pub block_tokens: Tokens,
+    /// Sequences that begin alike hold the whole blocks of that prefix once, as long as nothing changes them.
+    pub shares_prefix: bool,
 }
 
 impl KvLayout {
@@ -120,7 +122,7 @@ mod tests {
     #[test]
     fn memory_is_held_in_whole_blocks() {
         let heads = Heads { query: 9, kv: 3, dim: 64, dtype: DType::F16, form: Default::default() };
-        let layout = KvLayout { dtype: DType::F16, block_tokens: 32 };
+        let layout = KvLayout { dtype: DType::F16, block_tokens: 32, shares_prefix: false };
         // 33 tokens take two blocks: 64 tokens x 2 x 3 heads x 64 channels x 2 bytes.
         assert_eq!(layout.held(heads, Length::settled(33)), Bytes(49_152));
         assert_eq!(layout.held(heads, Length::settled(32)), Bytes(24_576));

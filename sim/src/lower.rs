@@ -9,16 +9,18 @@ use crate::form::Length;
 use crate::kv::{KvLayout, KvTape, Verb};
 use crate::load::{Group, Load, Schedule};
 use crate::op::{DType, Lane, OpKind, Phase, Protect, Score};
-use crate::policy::{Policy, PolicyError, Request, Step};
+use crate::policy::{Policy, PolicyError, Request, Step, check_with_prefix};
 use crate::profile::Model;
-use crate::program::{Header, Node, Program};
+use crate::program::{Header, Held, Node, Program};
 use crate::units::{Layer, Tokens};
 
 mod classes;
 mod emit;
 mod ops;
+mod prefix;
 
 use classes::{Class, classes};
+pub use prefix::lower_prefix;
 
 /// Tokens a sliding layer's cache may grow in decode before it is cut to its window again.
 const SLIDE_SLACK: Tokens = 32;
@@ -65,6 +67,17 @@ pub enum LowerError {
     /// The policy refuses.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// All of the prompt is cached.
+    #[error(
+        "a prefix hit of {hit} tokens leaves nothing to read of {isl} prompt tokens; hint: --prefix-hit {} at most",
+        isl - 1
+    )]
+    NothingToRead {
+        /// Prompt.
+        isl: Tokens,
+        /// Its cached part.
+        hit: Tokens,
+    },
 }
 
 /// Equal sequences while they are lowered.
@@ -78,6 +91,8 @@ struct Sequences {
     osl: Tokens,
     /// Resident tokens per class of layers.
     resident: Vec<Tokens>,
+    /// Of those, the first ones that equal sequences hold together.
+    shared: Vec<Tokens>,
 }
 
 /// Sequences that take part in a step.
@@ -113,11 +128,15 @@ pub fn lower(
                 context: model.context,
             });
         }
-        policy.check(&Request::new(model, group.isl, setup.kv.dtype))?;
+        if group.hit >= group.isl {
+            return Err(LowerError::NothingToRead { isl: group.isl, hit: group.hit });
+        }
+        let request = Request::new(model, group.isl, setup.kv.dtype);
+        check_with_prefix(policy, &request.with_hit(group.hit))?;
     }
     let mut lowering = Lowering::new(model, policy, setup);
-    let nodes = lowering.run(load);
-    Ok(Program { header: header(model, policy, load, setup), nodes })
+    let (held, nodes) = lowering.run(load);
+    Ok(Program { header: header(model, policy, load, setup, held), nodes })
 }
 
 /// Lowers one step over caches that already hold `resident` tokens: a probe of a profile. Nothing is checked.
@@ -144,10 +163,16 @@ pub fn lower_pass(
     }
     let mut nodes = Vec::new();
     lowering.emit(&mut all, &active, phase, 1, false, &mut nodes);
-    Program { header: header(model, policy, load, setup), nodes }
+    Program { header: header(model, policy, load, setup, Vec::new()), nodes }
 }
 
-fn header(model: &Model, policy: &dyn Policy, load: &Load, setup: Setup) -> Header {
+fn header(
+    model: &Model,
+    policy: &dyn Policy,
+    load: &Load,
+    setup: Setup,
+    held: Vec<Held>,
+) -> Header {
     Header {
         model: model.name.clone(),
         policy: policy.label(),
@@ -160,6 +185,7 @@ fn header(model: &Model, policy: &dyn Policy, load: &Load, setup: Setup) -> Head
             let map: Vec<Layer> = (0..model.layers).map(|l| policy.cache_of(l, model)).collect();
             if map.iter().zip(0..).all(|(of, layer)| *of == layer) { Vec::new() } else { map }
         },
+        held,
     }
 }
 
@@ -195,16 +221,22 @@ impl<'a> Lowering<'a> {
             generated: 0,
             osl: group.osl,
             resident: vec![0; self.classes.len()],
+            shared: vec![0; self.classes.len()],
         }
     }
 
-    fn run(&mut self, load: &Load) -> Vec<Node> {
+    fn run(&mut self, load: &Load) -> (Vec<Held>, Vec<Node>) {
         let mut all = Vec::with_capacity(load.groups.len());
         let mut first = 0;
         for group in &load.groups {
-            all.push(self.sequences(first, group));
+            let mut sequences = self.sequences(first, group);
+            if group.hit > 0 {
+                self.take_prefix(&mut sequences, group);
+            }
+            all.push(sequences);
             first += group.sequences;
         }
+        let held = self.held(&all);
         let mut nodes = Vec::new();
         match load.schedule {
             Schedule::Static => self.prefill(&mut all, &mut nodes),
@@ -215,7 +247,7 @@ impl<'a> Lowering<'a> {
             }
         }
         self.decode(&mut all, &mut nodes);
-        nodes
+        (held, nodes)
     }
 
     fn prefill_staggered(&mut self, all: &mut Sequences, batch: u32, nodes: &mut Vec<Node>) {

@@ -6,7 +6,7 @@ use crate::form::Length;
 use crate::kv::KvLayout;
 use crate::op::{Op, OpKind, Phase, Score};
 use crate::profile::Model;
-use crate::program::{Block, Node, Pass, Program};
+use crate::program::{Block, Header, Node, Pass, Program};
 use crate::units::Bytes;
 
 /// Bytes by kind. Peaks of different kinds are added as if they met, which they do in every prefill.
@@ -203,7 +203,7 @@ pub struct KvPeaks {
 #[must_use]
 pub fn kv_peaks(program: &Program) -> KvPeaks {
     let mut replay = Replay { layout: program.header.kv, peaks: KvPeaks::default() };
-    replay.nodes(&program.nodes, 0);
+    replay.nodes(&program.nodes, held_before(program));
     replay.peaks
 }
 
@@ -211,7 +211,7 @@ pub fn kv_peaks(program: &Program) -> KvPeaks {
 #[must_use]
 pub fn kv_trace(program: &Program) -> Vec<Bytes> {
     let replay = Replay { layout: program.header.kv, peaks: KvPeaks::default() };
-    let mut held = 0i128;
+    let mut held = held_before(program);
     let mut trace = Vec::new();
     let walked: Result<(), std::convert::Infallible> = program.visit_steps(|view| {
         for (_, block) in view.pass.blocks() {
@@ -224,6 +224,12 @@ pub fn kv_trace(program: &Program) -> Vec<Bytes> {
     match walked {
         Ok(()) => trace,
     }
+}
+
+/// Bytes in the caches before the first step.
+fn held_before(program: &Program) -> i128 {
+    let Header { kv, held, .. } = &program.header;
+    held.iter().map(|h| i128::from(h.bytes(*kv).0)).sum()
 }
 
 fn to_bytes(held: i128) -> Bytes {
@@ -253,7 +259,8 @@ impl Replay {
                 OpKind::PruneChannels { .. } if heads.form.packed.is_none() => {
                     held(Length::settled(now.tokens))
                 }
-                OpKind::Release { .. } => 0,
+                // Others may still hold the first of its tokens.
+                OpKind::Release { .. } => held(Length::settled(lane.keep)),
                 _ => continue,
             };
             sum += (after - held(now)) * i128::from(lane.sequences);

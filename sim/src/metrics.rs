@@ -16,7 +16,7 @@ pub struct Metrics {
     pub tpot: Seconds,
     /// Until the last token.
     pub total: Seconds,
-    /// Prompt tokens per second of prefill.
+    /// Prompt tokens that are read (not found in a cache) per second of prefill.
     pub prefill_tokens_per_s: f64,
     /// Tokens generated in decode per second of decode.
     pub decode_tokens_per_s: f64,
@@ -45,7 +45,7 @@ impl Metrics {
             ttft: prefill,
             tpot: if decode_steps > 0 { decode / decode_steps as f64 } else { Seconds(0.0) },
             total,
-            prefill_tokens_per_s: rate(load.input_tokens() as f64, prefill),
+            prefill_tokens_per_s: rate(load.read_tokens() as f64, prefill),
             decode_tokens_per_s: rate(decoded, decode),
             output_tokens_per_s: rate(outputs, total),
             total_tokens_per_s: rate(outputs + load.input_tokens() as f64, total),

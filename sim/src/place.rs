@@ -2,7 +2,6 @@
 
 use crate::cost::{CostModel, GpuKernels, Roofline, UnderEngine, roofline::Efficiency};
 use crate::engine::Engine;
-use crate::kv::KvLayout;
 use crate::load::Schedule;
 use crate::lower::Setup;
 use crate::memory::{Buffers, Footprint, footprint};
@@ -86,7 +85,7 @@ impl Placement {
             gpu: gpu.clone(),
             model: whole.shard(choice.tp)?,
             setup: Setup {
-                kv: KvLayout { dtype: kv, block_tokens: engine.kv_block_tokens },
+                kv: engine.layout(kv),
                 weights,
                 activations: DType::Bf16,
                 head: if weights.bits() < 16 { DType::Bf16 } else { weights },
@@ -145,21 +144,11 @@ impl Placement {
         let mut buffers = Buffers::of(program);
         buffers.rows = buffers.rows.min(u64::from(engine.step_tokens));
         let activations = buffers.bytes(&self.model, self.setup.activations.bits() / 8);
-        // The device with the most layers, and with the wider end of the model where the ends are on two.
-        let most = self.model.layers.div_ceil(self.pp);
-        let part = f64::from(most) / f64::from(self.model.layers.max(1));
-        let share = |bytes: Bytes, factor: f64| Bytes((bytes.0 as f64 * factor) as u64);
-        let weights = if self.pp > 1 {
-            let linear = u64::from(self.model.layers) * self.model.layer_linear_parameters();
-            let ends = self.model.parameters() - linear;
-            let end = if self.model.tied_embeddings { ends } else { ends / 2 };
-            share(self.setup.weights.bytes(linear), part) + self.setup.head.bytes(end)
-        } else {
-            whole.weights
-        };
-        let caches = |bytes: Bytes| share(bytes, part * engine.kv_copies);
+        let held = Bytes((whole.kv_peak().0 as f64 * engine.kv_copies) as u64);
+        let stage = Stage::fullest(&self.model, self.setup, self.pp, held);
+        let caches = |bytes: Bytes| Bytes((bytes.0 as f64 * stage.part * engine.kv_copies) as u64);
         Footprint {
-            weights,
+            weights: stage.weights,
             kv_prefill_peak: caches(whole.kv_prefill_peak),
             kv_decode_peak: caches(whole.kv_decode_peak),
             kv_spread: caches(whole.kv_spread),
@@ -193,6 +182,44 @@ impl Placement {
     }
 }
 
+/// What one of the groups of devices holds that have a part of the layers each.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Stage {
+    /// Its share of the layers, and so of the caches.
+    pub part: f64,
+    /// Its weights on one device.
+    pub weights: Bytes,
+}
+
+impl Stage {
+    /// The two groups of `pp` that can be the fullest: one with an end of the model, and one between with more layers. The
+    /// embedding lies on the first group and the head on the last, on both where one table serves as both; layers that
+    /// don't divide go to groups between before they go to an end, as vLLM and splits by free memory have it.
+    #[must_use]
+    pub fn of(model: &Model, setup: Setup, pp: u32) -> [Self; 2] {
+        let pp = pp.max(1);
+        let (each, rest) = (model.layers / pp, model.layers % pp);
+        let ends = model.parameters() - u64::from(model.layers) * model.layer_linear_parameters();
+        let end = if pp == 1 || model.tied_embeddings { ends } else { ends / 2 };
+        let stage = |layers: u32, end: u64| Self {
+            part: f64::from(layers) / f64::from(model.layers.max(1)),
+            weights: setup.weights.bytes(u64::from(layers) * model.layer_linear_parameters())
+                + setup.head.bytes(end),
+        };
+        let at_an_end = each + u32::from(rest > pp.saturating_sub(2));
+        let between = if pp > 2 { each + u32::from(rest > 0) } else { 0 };
+        [stage(at_an_end, end), stage(between, 0)]
+    }
+
+    /// The fuller of [`Self::of`] where the caches of all layers take `kv`.
+    #[must_use]
+    pub fn fullest(model: &Model, setup: Setup, pp: u32, kv: Bytes) -> Self {
+        let [end, between] = Self::of(model, setup, pp);
+        let total = |s: &Self| s.weights.0 as f64 + s.part * kv.0 as f64;
+        if total(&between) > total(&end) { between } else { end }
+    }
+}
+
 /// Whether an engine can run a policy, by the name of its preset.
 #[must_use]
 pub fn runs_policy(engine: &Engine, preset: &str) -> bool {
@@ -218,6 +245,7 @@ mod tests {
     use super::*;
     use crate::load::Load;
     use crate::lower::lower;
+    use crate::plan::Bound;
     use crate::policy::{Full, Preset};
     use crate::profile::Catalog;
     use crate::serve::Deployment;
@@ -257,12 +285,14 @@ mod tests {
             policy: &policy,
             setup: placement.setup,
             pp: 1,
+            hit: 0,
         };
         let case = crate::plan::Case {
             placement: &placement,
             policy: &policy,
             isl: 2048,
             osl: 256,
+            hit: Default::default(),
             schedule: Schedule::Static,
         };
         let (largest, _) = case.largest_batch(1 << 16).expect("it lowers");
@@ -270,6 +300,26 @@ mod tests {
         // Nine tenths less 16.06 GB of weights and 2 GB of reserve, by 144 blocks of 16 tokens of 128 KiB.
         let free = gpu.memory_bytes.0 / 10 * 9 - model.parameters() * 2 - 2_000_000_000;
         assert_eq!(u64::from(largest), free / (144 * 16 * 131_072));
+    }
+
+    #[test]
+    fn no_batch_is_larger_than_what_an_engine_runs_together() {
+        let (_, model, gpu, engine) = parts();
+        let placement =
+            Placement::new(&model, &gpu, &engine, Choice::default()).expect("it can be placed");
+        let policy = Full::default();
+        let case = crate::plan::Case {
+            placement: &placement,
+            policy: &policy,
+            isl: 64,
+            osl: 16,
+            hit: Default::default(),
+            schedule: Schedule::Static,
+        };
+        let (largest, over) = case.largest_batch(1 << 16).expect("it lowers");
+        assert_eq!((largest, over.bound), (engine.most_sequences, Bound::Sequences));
+        let asked = case.largest_batch(7).expect("it lowers");
+        assert_eq!((asked.0, asked.1.bound), (7, Bound::Batch));
     }
 
     #[test]

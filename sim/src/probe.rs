@@ -50,7 +50,7 @@ fn probe(
     let mut shallow = model.clone();
     shallow.layers = layers.min(model.layers);
     let load = Load {
-        groups: vec![Group { sequences, isl: resident + rows, osl: 2 }],
+        groups: vec![Group { sequences, isl: resident + rows, osl: 2, hit: 0 }],
         schedule: Schedule::Static,
     };
     let program = lower_pass(&shallow, policy, &load, setup, phase, rows, resident);

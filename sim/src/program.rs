@@ -4,10 +4,11 @@
 //! are one [`Pass`], and periods (equal chunks once a budget is reached, equal groups of a staggered prefill) are a
 //! [`Node::Loop`].
 
+use crate::form::Length;
 use crate::kv::KvLayout;
 use crate::load::Load;
-use crate::op::{DType, Op, OpKind, Phase, Site};
-use crate::units::Layer;
+use crate::op::{DType, Heads, Op, OpKind, Phase, Site};
+use crate::units::{Bytes, Layer, Tokens};
 
 /// Layers `first`, `first + stride`, ...: `count` of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,6 +156,34 @@ pub struct Header {
     pub head: DType,
     /// The layer whose cache each layer reads; empty: its own.
     pub cache_of: Vec<Layer>,
+    /// What caches hold before the first step: prefixes that were read earlier.
+    pub held: Vec<Held>,
+}
+
+/// Caches of some layers and sequences before the first step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The layers, in number.
+    pub layers: u32,
+    /// The sequences, in number.
+    pub sequences: u32,
+    /// One layer's heads.
+    pub heads: Heads,
+    /// Tokens of each sequence.
+    pub tokens: Tokens,
+    /// Of those, the first ones that all of these sequences hold together.
+    pub shared: Tokens,
+}
+
+impl Held {
+    /// Bytes of all layers: the shared part once, the rest by sequence.
+    #[must_use]
+    pub fn bytes(&self, layout: KvLayout) -> Bytes {
+        let held = |tokens| layout.held(self.heads, Length::settled(tokens)).0;
+        let own = held(self.tokens).saturating_sub(held(self.shared));
+        let layer = held(self.shared) + own * u64::from(self.sequences);
+        Bytes(layer * u64::from(self.layers))
+    }
 }
 
 impl Header {

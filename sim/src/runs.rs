@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cost::GpuKernels;
 use crate::engine::{Engine, Generation};
-use crate::kv::KvLayout;
+use crate::load::Hit;
 use crate::lower::Setup;
 use crate::op::DType;
 use crate::policy::{Policy, Preset};
@@ -123,6 +123,9 @@ pub struct Row {
     /// Generated tokens.
     #[serde(default)]
     pub output_len: String,
+    /// First tokens of each prompt that a cache holds: a number or a share.
+    #[serde(default)]
+    pub prefix_hit: String,
     /// Cache policy.
     #[serde(default)]
     pub kv_policy: String,
@@ -159,6 +162,8 @@ pub struct Question {
     pub isl: Tokens,
     /// Generated tokens.
     pub osl: Tokens,
+    /// First tokens of each prompt that a cache holds.
+    pub hit: Tokens,
     /// What was measured.
     pub metric: Metric,
     /// Its value.
@@ -289,12 +294,16 @@ impl Row {
             return Err("neither input_len nor output_len is given".to_owned());
         }
         let (isl, osl) = (isl.unwrap_or(1).max(1), osl.unwrap_or(1).max(1));
+        let hit = match self.prefix_hit.as_str() {
+            "" => Hit::default(),
+            text => text.parse().map_err(|e| format!("prefix_hit: {e}"))?,
+        };
         // Benchmarks run past the trained context; speed does not mind.
         model.context = model.context.max(isl.saturating_add(osl));
         let year = self.date.get(..4).and_then(|y| y.parse().ok());
         Ok(Question {
             setup: Setup {
-                kv: KvLayout { dtype: cache, block_tokens: engine.kv_block_tokens },
+                kv: engine.layout(cache),
                 weights,
                 activations: DType::Bf16,
                 head: if weights.bits() < 16 { DType::Bf16 } else { weights },
@@ -310,6 +319,7 @@ impl Row {
             arrival,
             isl,
             osl,
+            hit: hit.of(isl),
             metric,
             measured,
         })
@@ -378,6 +388,7 @@ impl<'a> Predictor<'a> {
             policy,
             setup: q.setup,
             pp: q.pp,
+            hit: q.hit,
         };
         let arrival = match (q.metric, q.arrival) {
             // The largest batch is a property of memory, whatever ran.

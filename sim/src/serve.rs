@@ -1,12 +1,13 @@
 //! Whole runs of an engine: a static batch, everything queued at once, or a closed loop at a concurrency.
 
-use crate::cost::{CostModel, GpuKernels, predict};
+use crate::cost::{CostModel, GpuKernels, InSteps, predict};
 use crate::engine::{DeviceFactors, Engine, Generation};
 use crate::form::Length;
-use crate::load::{Group, Load, Schedule};
+use crate::load::{Group, Hit, Load, Schedule};
 use crate::lower::{LowerError, Setup, lower, lower_pass};
-use crate::memory::{kv_peaks, weight_bytes};
+use crate::memory::kv_peaks;
 use crate::op::{Family, Phase};
+use crate::place::Stage;
 use crate::policy::Policy;
 use crate::profile::{Gpu, Model};
 use crate::program::Program;
@@ -35,6 +36,8 @@ pub struct Deployment<'a> {
     pub setup: Setup,
     /// Groups of devices that hold a part of the layers each.
     pub pp: u32,
+    /// First tokens of each prompt that the engine holds from earlier requests.
+    pub hit: Tokens,
 }
 
 /// How requests come.
@@ -121,9 +124,9 @@ impl Parts {
         // Reading shares KV heads in every release; only generating took time to learn it.
         let read = self.prefill.under(g.prefill, g.attention, g, device.prefill, device.sums)
             + self.prefill_steps * g.host_s(0.0, self.layers);
-        let first = if g.first_token_decodes && self.prefill_steps > 0.0 && self.decode_steps > 0.0
-        {
-            self.decode(g, device) / self.decode_steps
+        // A prompt that rides on generating steps waits for those in any case.
+        let first = if self.prefill_steps > 0.0 {
+            g.first_token_s(self.decode(g, device), self.decode_steps)
         } else {
             0.0
         };
@@ -151,7 +154,7 @@ pub struct Run {
     pub output_tok_s: f64,
     /// Prompt and generated tokens per second.
     pub total_tok_s: f64,
-    /// Prompt tokens per second of reading.
+    /// Prompt tokens that are read (no cache holds them) per second of reading.
     pub prefill_tok_s: f64,
     /// Generated tokens per second of generating.
     pub decode_tok_s: f64,
@@ -199,15 +202,37 @@ pub enum ServeError {
     },
 }
 
+/// How a prompt is read in a closed loop.
+#[derive(Clone, Copy)]
+struct Reading {
+    /// Tokens that no cache holds.
+    rows: Tokens,
+    /// Tokens resident before the first of them.
+    behind: Tokens,
+    /// Tokens of a step, at most.
+    chunk: Tokens,
+}
+
+impl Reading {
+    fn chunks(self) -> u32 {
+        self.rows.div_ceil(self.chunk).max(1)
+    }
+}
+
 impl Deployment<'_> {
-    /// One device's weights.
+    /// Weights on one device of the group that has most of them.
     #[must_use]
     pub fn weights(&self) -> Bytes {
-        let all = weight_bytes(self.model, self.setup.weights, self.setup.head);
-        Bytes(all.0 / u64::from(self.pp.max(1)))
+        let [end, between] = self.stages();
+        end.weights.max(between.weights)
     }
 
-    /// Bytes for caches on one device; an error where the weights leave nothing.
+    /// The groups of layers of which one is the fullest: the others have room left when it has none.
+    fn stages(&self) -> [Stage; 2] {
+        Stage::of(self.model, self.setup, self.pp)
+    }
+
+    /// Bytes for caches on one device of the group with most weights; an error where the weights leave nothing.
     pub fn kv_budget(&self) -> Result<Bytes, ServeError> {
         let weights = self.weights();
         let free = self.engine.kv_bytes(self.gpu, weights);
@@ -217,6 +242,13 @@ impl Deployment<'_> {
         Ok(free)
     }
 
+    /// Bytes of all layers' caches for which every group has room.
+    fn kv_room(&self) -> Result<f64, ServeError> {
+        self.kv_budget()?;
+        let room = |s: Stage| self.engine.kv_bytes(self.gpu, s.weights).0 as f64 / s.part;
+        Ok(self.stages().map(room).into_iter().fold(f64::INFINITY, f64::min))
+    }
+
     /// Tokens of an uncompressed cache that memory holds.
     pub fn kv_tokens(&self) -> Result<u64, ServeError> {
         let per_token = self
@@ -224,26 +256,47 @@ impl Deployment<'_> {
             .kv
             .dtype
             .bytes(self.model.kv_elements_per_token_layer() * u64::from(self.model.layers));
-        let copies = self.engine.kv_copies * per_token.0 as f64 / f64::from(self.pp.max(1));
-        Ok((self.kv_budget()?.0 as f64 / copies.max(1.0)) as u64)
+        let copies = self.engine.kv_copies * per_token.0 as f64;
+        Ok((self.kv_room()? / copies.max(1.0)) as u64)
+    }
+
+    /// The kernels as the engine launches them.
+    fn in_steps(&self) -> InSteps<'_> {
+        InSteps { kernels: self.kernels, step_tokens: self.engine.step_tokens, pp: self.pp }
+    }
+
+    fn load(&self, batch: u32, isl: Tokens, osl: Tokens) -> Load {
+        Load::uniform(batch, isl, osl, Schedule::Static).with_hit(Hit::Tokens(self.hit))
     }
 
     fn one(&self, isl: Tokens, osl: Tokens) -> Result<Program, ServeError> {
-        let load = Load::uniform(1, isl, osl, Schedule::Static);
+        let load = self.load(1, isl, osl);
         Ok(lower(self.model, self.policy, &load, self.setup)?)
     }
 
     /// Sequences that memory holds at their peak.
     pub fn capacity(&self, isl: Tokens, osl: Tokens) -> Result<u32, ServeError> {
-        let free = self.kv_budget()?;
-        let peaks = kv_peaks(&self.one(isl, osl)?);
-        let needed = peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies
-            / f64::from(self.pp.max(1));
-        let sequences = (free.0 as f64 / needed.max(1.0)) as u32;
+        let free = self.kv_room()?;
+        let needed = self.caches(&self.one(isl, osl)?);
+        // What a second sequence adds; less than the first took where they hold a prefix together.
+        let own = if self.hit > 0 && self.setup.kv.shares_prefix {
+            let load = self.load(2, isl, osl);
+            self.caches(&lower(self.model, self.policy, &load, self.setup)?) - needed
+        } else {
+            needed
+        };
+        let sequences = ((free - (needed - own)) / own.max(1.0)) as u32;
         if sequences == 0 {
-            return Err(ServeError::NothingFits { needed: Bytes(needed as u64), free });
+            let (needed, free) = (Bytes(needed as u64), Bytes(free as u64));
+            return Err(ServeError::NothingFits { needed, free });
         }
         Ok(sequences)
+    }
+
+    /// Bytes of a program's caches in all groups of layers, at their peak.
+    fn caches(&self, program: &Program) -> f64 {
+        let peaks = kv_peaks(program);
+        peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies
     }
 
     /// Predicts a run.
@@ -259,23 +312,20 @@ impl Deployment<'_> {
         // More than fits runs in waves, each as large as fits. A batch that was really run and is over by less than what
         // the reserve is unsure of did fit.
         let unsure = (f64::from(capacity) * CAPACITY_SLACK) as u32;
-        let waves = if batch <= unsure { 1 } else { batch.div_ceil(capacity) };
+        let limit = self.engine.most_sequences.max(1);
+        let waves =
+            if batch <= unsure.min(limit) { 1 } else { batch.div_ceil(capacity.min(limit)) };
         let together = batch.div_ceil(waves);
-        let load = Load::uniform(together, isl, osl, Schedule::Static);
+        let load = self.load(together, isl, osl);
         let program = lower(self.model, self.policy, &load, self.setup)?;
-        let timeline = predict(self.kernels, &program);
-        let tokens = f64::from(together) * f64::from(isl);
+        let launched = self.in_steps();
+        let timeline = predict(&launched, &program);
+        let read = load.read_tokens() as f64;
         let decode_steps = f64::from(osl.saturating_sub(1));
-        // Groups of layers work on different parts of a prompt at once.
-        let pieces = (tokens / f64::from(self.engine.step_tokens)).ceil().max(1.0);
-        let groups = f64::from(self.pp.max(1));
-        let overlap = (pieces + groups - 1.0) / (pieces * groups);
-        let (steps, decode_passes) = program.steps();
-        let prefill_passes = steps - decode_passes;
         let parts = Parts {
-            prefill: Buckets::of(&timeline, Phase::Prefill).scaled(overlap),
+            prefill: Buckets::of(&timeline, Phase::Prefill),
             decode: Buckets::of(&timeline, Phase::Decode),
-            prefill_steps: (tokens / f64::from(self.engine.step_tokens)).max(prefill_passes as f64),
+            prefill_steps: launched.prompt_steps(&program),
             decode_steps,
             sequence_steps: decode_steps * f64::from(together),
             layers: f64::from(self.model.layers),
@@ -293,7 +343,7 @@ impl Deployment<'_> {
             tpot_s: decode / decode_steps.max(1.0),
             output_tok_s: output / total,
             total_tok_s: (input + output) / total,
-            prefill_tok_s: tokens / prefill,
+            prefill_tok_s: read / prefill,
             decode_tok_s: f64::from(together) * decode_steps / decode.max(1e-12),
             e2e_s: total,
             batch: f64::from(together),
@@ -307,10 +357,10 @@ impl Deployment<'_> {
     }
 
     fn peak(&self, program: &Program) -> Bytes {
-        let peaks = kv_peaks(program);
-        let caches = peaks.prefill.max(peaks.decode).0 as f64 * self.engine.kv_copies
-            / f64::from(self.pp.max(1));
-        self.weights() + self.engine.reserve_bytes + Bytes(caches as u64)
+        let caches = self.caches(program);
+        let stage = Stage::fullest(self.model, self.setup, self.pp, Bytes(caches as u64));
+        let held = Bytes((caches * stage.part) as u64);
+        stage.weights + self.engine.reserve_bytes + held
     }
 
     fn half_width(&self, timeline: &Timeline) -> f64 {
@@ -333,10 +383,14 @@ impl Deployment<'_> {
         let most = wanted.min(capacity).min(self.engine.most_sequences.max(1)).max(1);
         let g = self.generation;
         let device = g.device(&self.gpu.name);
-        let chunk = self.engine.step_tokens.min(isl);
-        let chunks = isl.div_ceil(chunk.max(1)).max(1);
+        let program = self.one(isl, osl)?;
+        // What is read, over what the prefix left.
+        let rows = isl.saturating_sub(self.hit).max(1);
+        let behind = program.header.held.iter().map(|h| h.tokens).max().unwrap_or(0);
+        let reading = Reading { rows, behind, chunk: self.engine.step_tokens.min(rows).max(1) };
+        let chunks = reading.chunks();
         let mut running = f64::from(most);
-        let mut state = self.step(running, isl, osl, chunk, chunks);
+        let mut state = self.step(running, isl, osl, reading);
         for _ in 0..4 {
             let (step, read) = (state.decode(g, &device), state.prefill(g, &device));
             let tpot = step + g.interference * running / f64::from(osl) * read;
@@ -347,7 +401,7 @@ impl Deployment<'_> {
                 break;
             }
             running = generating.max(1.0);
-            state = self.step(running, isl, osl, chunk, chunks);
+            state = self.step(running, isl, osl, reading);
         }
         let (step, read) = (state.decode(g, &device), state.prefill(g, &device));
         let tpot = step + g.interference * running / f64::from(osl) * read;
@@ -360,14 +414,13 @@ impl Deployment<'_> {
         let queued = concurrency.is_some() && waiting > 0.0;
         let request = ttft + f64::from(osl.saturating_sub(1)) * tpot;
         let queue = if queued { waiting / f64::from(most) * request } else { 0.0 };
-        let program = self.one(isl, osl)?;
         let timeline = predict(self.kernels, &program);
         Ok(Run {
             ttft_s: ttft + queue,
             tpot_s: tpot,
             output_tok_s: output,
             total_tok_s: output * (f64::from(isl) + f64::from(osl)) / f64::from(osl),
-            prefill_tok_s: f64::from(isl) / read,
+            prefill_tok_s: f64::from(rows) / read,
             decode_tok_s: running / step,
             e2e_s: request + queue,
             batch: running,
@@ -386,10 +439,10 @@ impl Deployment<'_> {
     }
 
     /// One generating step of `running` sequences, and what reading one prompt adds to the steps it rides on.
-    fn step(&self, running: f64, isl: Tokens, osl: Tokens, chunk: Tokens, chunks: u32) -> Parts {
+    fn step(&self, running: f64, isl: Tokens, osl: Tokens, prompt: Reading) -> Parts {
         let sequences = running.round().max(1.0) as u32;
         let group = |sequences| Load {
-            groups: vec![Group { sequences, isl, osl }],
+            groups: vec![Group { sequences, isl, osl, hit: 0 }],
             schedule: Schedule::Static,
         };
         let resident = isl.saturating_add(osl / 2);
@@ -405,9 +458,9 @@ impl Deployment<'_> {
         let decode = Buckets::of(&predict(self.kernels, &generating), Phase::Decode);
         // The chunks of a prompt, each over what was read before.
         let mut reading = Buckets::default();
-        for i in 0..chunks {
-            let before = i * chunk;
-            let rows = chunk.min(isl - before);
+        for i in 0..prompt.chunks() {
+            let before = i * prompt.chunk;
+            let rows = prompt.chunk.min(prompt.rows - before);
             let pass = lower_pass(
                 self.model,
                 self.policy,
@@ -415,7 +468,7 @@ impl Deployment<'_> {
                 self.setup,
                 Phase::Prefill,
                 rows,
-                before,
+                prompt.behind.saturating_add(before),
             );
             let alone = Buckets::of(&predict(self.kernels, &pass), Phase::Prefill);
             // Weights are read once for the chunk and the generating rows together: the product of both costs as many

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use batchmax_sim::cost::roofline::Efficiency;
 use batchmax_sim::cost::{CostModel, Roofline};
-use batchmax_sim::load::Schedule;
+use batchmax_sim::load::{Hit, Schedule};
 use batchmax_sim::op::{DType, Heads, Lane, Lanes, Op, OpKind, Phase};
 use batchmax_sim::place::{Choice, Placement};
 use batchmax_sim::plan::{Answer, Case};
@@ -38,6 +38,7 @@ struct Run {
     batch: u32,
     isl: Tokens,
     osl: Tokens,
+    hit: Hit,
     schedule: Schedule,
     tp: u32,
     timed: bool,
@@ -67,6 +68,7 @@ impl Run {
             policy: preset.policy.as_ref(),
             isl: self.isl,
             osl: self.osl,
+            hit: self.hit,
             schedule: self.schedule,
         };
         case.answer(self.batch, self.cost(&placement).as_ref()).expect("it lowers")
@@ -95,6 +97,7 @@ fn runs() -> impl Strategy<Value = Run> {
             batch,
             isl,
             osl,
+            hit: Hit::default(),
             schedule,
             tp,
             timed,
@@ -117,6 +120,34 @@ proptest! {
         let (before, after) = (run.answer(&slow).metrics, run.answer(&fast).metrics);
         prop_assert!(after.ttft.0 <= before.ttft.0 * (1.0 + 1e-9), "{before:?} {after:?}");
         prop_assert!(after.tpot.0 <= before.tpot.0 * (1.0 + 1e-9), "{before:?} {after:?}");
+    }
+
+    /// On data sheets, where a larger launch never takes less; timed kernels have steps in their shapes.
+    #[test]
+    fn a_longer_hit_never_raises_ttft_and_leaves_tpot(
+        run in runs(),
+        shares in (0.0f64..1.0, 0.0f64..1.0),
+        name in prop::sample::select(GPUS.to_vec()),
+    ) {
+        let run = Run { timed: false, ..run };
+        // Policies with a window want as many tokens in a prefix.
+        let hit = |share: f64| 128 + (f64::from(run.isl - 129) * share) as Tokens;
+        let gpu = gpu(name);
+        let at = |hit| Run { hit: Hit::Tokens(hit), ..run.clone() }.answer(&gpu).metrics;
+        let (less, more) = (hit(shares.0.min(shares.1)), hit(shares.0.max(shares.1)));
+        let (none, less, more) = (at(0), at(less), at(more));
+        prop_assert!(more.ttft.0 <= less.ttft.0 * (1.0 + 1e-9), "{less:?} {more:?}");
+        prop_assert!(less.ttft.0 <= none.ttft.0 * (1.0 + 1e-9), "{none:?} {less:?}");
+        prop_assert!((more.tpot.0 / none.tpot.0 - 1.0).abs() < 1e-9, "{none:?} {more:?}");
+    }
+
+    #[test]
+    fn under_an_engine_a_hit_leaves_tpot(run in runs(), share in 0.0f64..1.0) {
+        let run = Run { timed: true, ..run };
+        let gpu = gpu("h100-sxm");
+        let hit = Hit::Tokens(128 + (f64::from(run.isl - 129) * share) as Tokens);
+        let (without, with) = (run.answer(&gpu).metrics, Run { hit, ..run }.answer(&gpu).metrics);
+        prop_assert!((with.tpot.0 / without.tpot.0 - 1.0).abs() < 1e-9, "{without:?} {with:?}");
     }
 
     #[test]
@@ -171,7 +202,7 @@ proptest! {
         let preset = Preset::parse(&Catalog::built_in(), &run.policy).expect("a policy");
         let (isl, osl, schedule) = (run.isl, run.osl, run.schedule);
         let policy = preset.policy.as_ref();
-        let case = Case { placement: &placement, policy, isl, osl, schedule };
+        let case = Case { placement: &placement, policy, isl, osl, hit: run.hit, schedule };
         let (largest, over) = case.largest_batch(1 << 16).expect("it lowers");
         let cost = run.cost(&placement);
         if largest > 0 {
@@ -205,6 +236,7 @@ fn the_interval_widens_outside_what_was_timed() {
         batch: 1,
         isl: 1024,
         osl: 8,
+        hit: Hit::default(),
         schedule: Schedule::Static,
         tp: 1,
         timed: true,

@@ -46,7 +46,7 @@ fn host(caches: u64, usd_per_hour: Option<f64>) -> Host {
         engine: None,
         model,
         setup: Setup {
-            kv: KvLayout { dtype: DType::F16, block_tokens: 16 },
+            kv: KvLayout { dtype: DType::F16, block_tokens: 16, shares_prefix: false },
             weights: DType::F32,
             activations: DType::F32,
             head: DType::F32,
@@ -70,6 +70,7 @@ fn found(hosts: &[Host], policies: &[&str], change: impl FnOnce(&mut Query<'_>))
         gpus: 1,
         isl: 64,
         osl: 17,
+        hit: Default::default(),
         slo: Slo::default(),
         policies: &policies,
         schedules: &[Schedule::Static],

@@ -53,7 +53,7 @@ fn smollm() -> Model {
 /// Blocks of one token: memory formulas of the literature hold exactly.
 fn setup(block_tokens: Tokens) -> Setup {
     Setup {
-        kv: KvLayout { dtype: DType::F16, block_tokens },
+        kv: KvLayout { dtype: DType::F16, block_tokens, shares_prefix: false },
         weights: DType::F32,
         activations: DType::F32,
         head: DType::F32,
@@ -179,8 +179,10 @@ fn staggered_takes_the_rest_of_the_batch_too() {
 
 #[test]
 fn ragged_batches_release_what_is_done() {
-    let groups =
-        vec![Group { sequences: 2, isl: 100, osl: 5 }, Group { sequences: 1, isl: 40, osl: 20 }];
+    let groups = vec![
+        Group { sequences: 2, isl: 100, osl: 5, hit: 0 },
+        Group { sequences: 1, isl: 40, osl: 20, hit: 0 },
+    ];
     let load = Load { groups, schedule: Schedule::Static };
     let program = program(&Full::default(), &load, 1);
     let trace = kv_trace(&program);

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use batchmax_exec::RunOptions;
 use batchmax_exec::fetch;
 use batchmax_exec::weights::check_executable;
-use batchmax_sim::load::Schedule;
+use batchmax_sim::load::{Hit, Schedule};
 use batchmax_sim::metrics::Metrics;
 use batchmax_sim::plan::LARGEST_BATCH;
 use batchmax_sim::policy::Preset;
@@ -120,6 +120,7 @@ fn choose(places: &Places, args: &CompareArgs, memory: &MemoryArgs) -> Result<Ch
             preset: Preset::parse(&places.catalog, policy)?,
             isl: setting::tokens(&args.isl, "--isl")?,
             osl: setting::tokens(&args.osl, "--osl")?,
+            hit: Hit::default(),
             batch: None,
             schedule: Schedule::Static,
         })

@@ -38,7 +38,8 @@ pub fn run(places: &Places, args: &ConfigArgs, global: &Global) -> Result<Outcom
         setting::tokens(&args.isl, "--isl")?,
         setting::tokens(&args.osl, "--osl")?,
         schedule,
-    );
+    )
+    .with_hit(setting::hit(&args.prefix_hit)?);
     let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
     let memory = match &placement {
         Some(placement) => placement.footprint(&program),
@@ -74,6 +75,7 @@ fn document(program: &Program, memory: &Footprint) -> String {
         "policy": header.policy,
         "schedule": header.load.schedule.to_string(),
         "batch": header.load.sequences(),
+        "prefix_hit": header.load.groups.first().map_or(0, |g| g.hit),
         "passes": passes,
         "memory": json::footprint(memory),
     });

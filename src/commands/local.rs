@@ -13,7 +13,7 @@ use batchmax_exec::{Engine, RunOptions, RunResult, fetch};
 
 use batchmax_sim::cost::predict;
 use batchmax_sim::lower::Setup;
-use batchmax_sim::memory::Footprint;
+use batchmax_sim::memory::{Footprint, kv_peaks, kv_spread};
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
@@ -157,13 +157,25 @@ pub fn check_memory(configuration: &Configuration, program: &Program) -> Result<
     }
     if let Some(over) = configuration.case().over(&needed) {
         bail!(
-            "batch {} does not fit: over by {} ({}); hint: --batch max takes the largest that fits",
-            program.header.load.sequences(),
-            over.by,
-            over.bound.name()
+            "batch {} does not fit: {over}; hint: --batch max takes the largest that fits",
+            program.header.load.sequences()
         );
     }
     Ok(needed)
+}
+
+/// Refuses a prefix whose reading takes more than the caches' own limit: it is read before the clock starts, sequence by
+/// sequence, but in the same memory.
+pub fn check_prefix(prefix: Option<&Program>, limit: Option<Bytes>) -> Result<()> {
+    let (Some(prefix), Some(limit)) = (prefix, limit) else { return Ok(()) };
+    let peaks = kv_peaks(prefix);
+    let needed = peaks.prefill.max(peaks.decode) + kv_spread(prefix);
+    if needed > limit {
+        bail!(
+            "reading the cached prefixes takes {needed} of caches, --kv-memory is {limit}; hint: a shorter --prefix-hit or a smaller --batch"
+        );
+    }
+    Ok(())
 }
 
 /// A program, what was predicted for it and what was measured.

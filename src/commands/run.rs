@@ -7,7 +7,7 @@ use batchmax_exec::load::Checkpoint;
 use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_exec::{Engine, RunOptions, RunResult, Sampling, load_of};
 use batchmax_sim::load::Load;
-use batchmax_sim::lower::lower;
+use batchmax_sim::lower::{lower, lower_prefix};
 use batchmax_sim::memory::kv_peaks;
 use batchmax_sim::program::Program;
 use batchmax_sim::units::Bytes;
@@ -58,9 +58,12 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     let load = match &given {
         Some(prompts) => load_of(prompts, osl, schedule),
         None => Load::uniform(batch, isl, osl, schedule),
-    };
+    }
+    .with_hit(setting::hit(&config.prefix_hit)?);
     let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
+    let prefix = lower_prefix(&model, preset.policy.as_ref(), &load, setup);
     refuse(args, &model, &program, budget)?;
+    local::check_prefix(prefix.as_ref(), budget)?;
     let prompts = match given {
         Some(prompts) => prompts,
         None => local::prompts(checkpoint.as_ref(), &model, batch, isl)?,
@@ -81,6 +84,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         },
         keep_details: args.dump.is_some(),
         keep_samples: false,
+        prefix,
     };
     let result = go(&engine, &program, &prompts, &options, global)?;
     if let Some(path) = &args.dump {

@@ -34,6 +34,8 @@ struct Scenario {
     input_len: String,
     output_len: String,
     #[serde(default)]
+    prefix_hit: String,
+    #[serde(default)]
     policy: String,
 }
 
@@ -161,6 +163,7 @@ fn predict(
         policy: preset.policy.as_ref(),
         isl: setting::tokens(&scenario.input_len, "input_len")?,
         osl: setting::tokens(&scenario.output_len, "output_len")?,
+        hit: setting::hit(&word(&scenario.prefix_hit, &args.prefix_hit))?,
         schedule,
     };
     let (largest, over) = case.largest_batch(LARGEST_BATCH)?;

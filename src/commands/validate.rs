@@ -29,6 +29,8 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     let batch = configuration.batch()?;
     let program = configuration.case().program(batch)?;
     local::check_memory(&configuration, &program)?;
+    let prefix = configuration.case().prefix(batch);
+    local::check_prefix(prefix.as_ref(), configuration.host.placement.limits.kv_memory)?;
     let (weights, checkpoint) = local::weights(
         places,
         &args.config.model,
@@ -45,6 +47,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     let engine = local::engine(configuration.model(), weights, threads);
     let options = RunOptions {
         kv_budget: configuration.host.placement.limits.kv_memory,
+        prefix,
         ..RunOptions::default()
     };
     let trial = local::trial(

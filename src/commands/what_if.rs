@@ -21,6 +21,7 @@ struct Line {
     kv: DType,
     isl: u32,
     osl: u32,
+    hit: u32,
     preset: String,
     /// `None`: not even one sequence fits; the bytes that are missing.
     answer: Result<Answer, (Bound, batchmax_sim::units::Bytes)>,
@@ -43,7 +44,7 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
                 };
                 json!({
                     "model": l.model, "gpu": l.gpu, "engine": l.engine, "tp": l.tp,
-                    "kv_dtype": l.kv, "isl": l.isl, "osl": l.osl,
+                    "kv_dtype": l.kv, "isl": l.isl, "osl": l.osl, "prefix_hit": l.hit,
                     "preset": l.preset, "answer": found, "missing": missing,
                 })
             })
@@ -51,9 +52,11 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
         answer(&json::document("what-if", json!({ "answers": list })));
     } else if args.csv {
         answer(&csv_text(&lines)?);
-    } else if let [Line { answer: Ok(one), model, isl, osl, preset, .. }] = lines.as_slice() {
+    } else if let [Line { answer: Ok(one), model, isl, osl, hit, preset, .. }] = lines.as_slice() {
         let site = site(&lines[0]);
-        answer(&detail(one, &format!("{model} on {site} · {preset} · {isl} in, {osl} out")));
+        let cached = if *hit > 0 { format!(" ({hit} cached)") } else { String::new() };
+        let title = format!("{model} on {site} · {preset} · {isl} in{cached}, {osl} out");
+        answer(&detail(one, &title));
     } else {
         answer(&format!("{}\n{}", sweep_table(&lines), table::LEGEND));
     }
@@ -67,6 +70,7 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
         args.schedule.iter().map(|s| setting::schedule(s)).collect::<Result<_>>()?;
     let isls = setting::token_list(&args.isl, "--isl")?;
     let osls = setting::token_list(&args.osl, "--osl")?;
+    let hit = setting::hit(&args.prefix_hit)?;
     let batches = setting::batch_list(&args.batch)?;
     let (tps, kvs) =
         (setting::tp_list(args.placement.tp.as_ref())?, setting::kv_types(&args.memory)?);
@@ -91,7 +95,7 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
             for &isl in &isls {
                 for &osl in &osls {
                     let policy = preset.policy.as_ref();
-                    let case = Case { placement, policy, isl, osl, schedule };
+                    let case = Case { placement, policy, isl, osl, hit, schedule };
                     for &batch in &batches {
                         lines.push(Line {
                             model: model.name.clone(),
@@ -101,6 +105,7 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
                             kv: placement.setup.kv.dtype,
                             isl,
                             osl,
+                            hit: hit.of(isl),
                             preset: preset.name.clone(),
                             answer: one(&case, batch, host)?,
                         });
@@ -165,10 +170,7 @@ fn cells(line: &Line) -> Vec<String> {
     ];
     match &line.answer {
         Ok(a) => {
-            let verdict = a.over.map_or_else(
-                || "fits".to_owned(),
-                |over| format!("over by {} ({})", over.by, over.bound.name()),
-            );
+            let verdict = a.over.map_or_else(|| "fits".to_owned(), |over| over.to_string());
             row.extend([
                 a.batch.to_string(),
                 a.program.header.load.schedule.to_string(),
@@ -235,6 +237,7 @@ fn csv_text(lines: &[Line]) -> Result<String> {
         "engine",
         "tp",
         "kv_dtype",
+        "prefix_hit",
     ])?;
     for line in lines {
         let mut row = vec![
@@ -260,7 +263,12 @@ fn csv_text(lines: &[Line]) -> Result<String> {
             ]),
             Err(_) => row.resize(16, String::new()),
         }
-        row.extend([line.engine.clone(), line.tp.to_string(), line.kv.name().to_owned()]);
+        row.extend([
+            line.engine.clone(),
+            line.tp.to_string(),
+            line.kv.name().to_owned(),
+            line.hit.to_string(),
+        ]);
         writer.write_record(&row)?;
     }
     Ok(String::from_utf8(writer.into_inner()?)?)
@@ -282,10 +290,7 @@ fn detail(a: &Answer, title: &str) -> String {
             ]);
         }
     }
-    let verdict = a.over.map_or_else(
-        || "fits".to_owned(),
-        |over| format!("does not fit: over by {} ({})", over.by, over.bound.name()),
-    );
+    let verdict = a.over.map_or_else(|| "fits".to_owned(), |over| format!("does not fit: {over}"));
     format!(
         "{title} · batch {} · {} schedule\n\n{}\n\nmemory\n{}\n{verdict}\n\n  output      {} tokens/s {}\n  TTFT        {} {}\n  TPOT        {} {}\n  total       {} {}\n{}",
         a.batch,

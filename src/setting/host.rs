@@ -43,7 +43,7 @@ pub fn local_setup(memory: &MemoryArgs) -> Result<Setup> {
     let weights = dtype(memory.weight_dtype.as_ref(), "--weight-dtype")?.unwrap_or(DType::F32);
     let kv = dtype(memory.kv_dtype.as_ref(), "--kv-dtype")?.unwrap_or(DType::F16);
     Ok(Setup {
-        kv: KvLayout { dtype: kv, block_tokens: CPU_BLOCK_TOKENS },
+        kv: KvLayout { dtype: kv, block_tokens: CPU_BLOCK_TOKENS, shares_prefix: false },
         weights,
         activations: DType::F32,
         head: weights,

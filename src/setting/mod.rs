@@ -6,7 +6,7 @@ mod places;
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
-use batchmax_sim::load::Schedule;
+use batchmax_sim::load::{Hit, Schedule};
 use batchmax_sim::op::DType;
 use batchmax_sim::plan::{Case, Host, LARGEST_BATCH};
 use batchmax_sim::policy::Preset;
@@ -120,6 +120,11 @@ pub fn refuse_devices(placement: &PlacementArgs) -> Result<()> {
     host::check_local(placement.engine.as_deref(), most, placement.pp)
 }
 
+/// How much of each prompt is cached.
+pub fn hit(text: &str) -> Result<Hit> {
+    text.parse().map_err(|e| anyhow!("--prefix-hit: {e}"))
+}
+
 /// A schedule.
 pub fn schedule(text: &str) -> Result<Schedule> {
     text.parse().map_err(|e| anyhow!("--schedule: {e}"))
@@ -135,6 +140,8 @@ pub struct Configuration {
     pub isl: Tokens,
     /// Generated tokens.
     pub osl: Tokens,
+    /// How much of each prompt is cached.
+    pub hit: Hit,
     /// The batch, or the largest that fits.
     pub batch: Option<u32>,
     /// Who runs when.
@@ -152,6 +159,7 @@ impl Configuration {
             host: wanted.host(places)?,
             isl: tokens(&args.isl, "--isl")?,
             osl: tokens(&args.osl, "--osl")?,
+            hit: hit(&args.prefix_hit)?,
             batch: batch(&args.batch)?,
             schedule,
             preset,
@@ -170,6 +178,7 @@ impl Configuration {
             policy: self.preset.policy.as_ref(),
             isl: self.isl,
             osl: self.osl,
+            hit: self.hit,
             schedule: self.schedule,
         }
     }

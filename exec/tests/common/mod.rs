@@ -65,7 +65,7 @@ pub fn small_model() -> Model {
 /// The CPU's types with a cache of `kv`.
 pub fn setup(kv: DType) -> Setup {
     Setup {
-        kv: KvLayout { dtype: kv, block_tokens: 32 },
+        kv: KvLayout { dtype: kv, block_tokens: 32, shares_prefix: false },
         weights: DType::F32,
         activations: DType::F32,
         head: DType::F32,

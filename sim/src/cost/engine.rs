@@ -4,17 +4,81 @@ use super::{Cost, CostModel};
 use crate::engine::{DeviceFactors, Engine, Generation};
 use crate::op::{Family, Lane, Lanes, Op, Phase};
 use crate::profile::Gpu;
-use crate::program::Pass;
+use crate::program::{Pass, Program};
 use crate::units::{Seconds, Tokens};
+
+/// Kernels launched in an engine's steps, before its factors: the one place that says how prompts are cut into steps and
+/// how groups of layers overlap, for single programs ([`UnderEngine`]) and for whole runs ([`crate::serve`]).
+#[derive(Clone, Copy)]
+pub struct InSteps<'a> {
+    /// The kernels.
+    pub kernels: &'a dyn CostModel,
+    /// Prompt tokens that a step takes at most.
+    pub step_tokens: Tokens,
+    /// Groups of devices that hold a part of the layers each.
+    pub pp: u32,
+}
+
+impl InSteps<'_> {
+    /// The part of a prompt-reading launch that fits a step, and how many such parts there are. Sequences are not cut:
+    /// a prompt that is longer than a step is launched whole.
+    fn slice(&self, op: &Op) -> Option<(Op, f64)> {
+        let Lanes::One(lane) = op.lanes else { return None };
+        let together = (self.step_tokens / lane.rows.max(1)).max(1);
+        if lane.sequences <= together {
+            return None;
+        }
+        let part = Op { lanes: Lanes::One(Lane { sequences: together, ..lane }), ..op.clone() };
+        Some((part, f64::from(lane.sequences) / f64::from(together)))
+    }
+
+    /// Steps that an engine needs for a launch of `rows` prompt tokens.
+    fn pieces(&self, rows: u64) -> f64 {
+        (rows as f64 / f64::from(self.step_tokens.max(1))).max(1.0)
+    }
+
+    /// Steps in which the prompts of a program are read.
+    #[must_use]
+    pub fn prompt_steps(&self, program: &Program) -> f64 {
+        let mut steps = 0.0;
+        program.visit_passes(|_, pass, times| {
+            if pass.phase == Phase::Prefill {
+                let rows = pass.before.ops.first().map_or(0, |op| op.lanes.rows());
+                steps += self.pieces(rows) * times * f64::from(pass.steps);
+            }
+        });
+        steps
+    }
+}
+
+impl CostModel for InSteps<'_> {
+    fn launch(&self, op: &Op, phase: Phase, step: u32) -> Cost {
+        let sliced = if phase == Phase::Prefill { self.slice(op) } else { None };
+        let (cost, times) = match sliced {
+            Some((part, times)) => (self.kernels.launch(&part, phase, step), times),
+            None => (self.kernels.launch(op, phase, step), 1.0),
+        };
+        // Groups of layers work on different parts of a prompt at once.
+        let overlap = if phase == Phase::Prefill && self.pp > 1 {
+            let (pieces, groups) = (self.pieces(op.lanes.rows()).ceil(), f64::from(self.pp));
+            (pieces + groups - 1.0) / (pieces * groups)
+        } else {
+            1.0
+        };
+        Cost { seconds: cost.seconds * times * overlap, ..cost }
+    }
+
+    fn step_overhead(&self, phase: Phase) -> Seconds {
+        self.kernels.step_overhead(phase)
+    }
+}
 
 /// A cost model of kernels, as an engine launches them.
 pub struct UnderEngine {
     kernels: Box<dyn CostModel>,
     generation: Generation,
     device: DeviceFactors,
-    /// Prompt tokens that a step takes at most.
     step_tokens: Tokens,
-    /// Groups of devices that hold a part of the layers each.
     pp: u32,
     stddev: f64,
 }
@@ -34,21 +98,8 @@ impl UnderEngine {
         }
     }
 
-    /// The part of a prompt-reading launch that fits a step, and how many such parts there are. Sequences are not cut:
-    /// a prompt that is longer than a step is launched whole.
-    fn slice(&self, op: &Op) -> Option<(Op, f64)> {
-        let Lanes::One(lane) = op.lanes else { return None };
-        let together = (self.step_tokens / lane.rows.max(1)).max(1);
-        if lane.sequences <= together {
-            return None;
-        }
-        let part = Op { lanes: Lanes::One(Lane { sequences: together, ..lane }), ..op.clone() };
-        Some((part, f64::from(lane.sequences) / f64::from(together)))
-    }
-
-    /// Steps that an engine needs for a launch of `rows` prompt tokens.
-    fn pieces(&self, rows: u64) -> f64 {
-        (rows as f64 / f64::from(self.step_tokens)).max(1.0)
+    fn in_steps(&self) -> InSteps<'_> {
+        InSteps { kernels: self.kernels.as_ref(), step_tokens: self.step_tokens, pp: self.pp }
     }
 
     /// The multiple of the timed kernel's time that a launch takes.
@@ -78,19 +129,8 @@ impl UnderEngine {
 
 impl CostModel for UnderEngine {
     fn launch(&self, op: &Op, phase: Phase, step: u32) -> Cost {
-        let sliced = if phase == Phase::Prefill { self.slice(op) } else { None };
-        let (cost, times) = match sliced {
-            Some((part, times)) => (self.kernels.launch(&part, phase, step), times),
-            None => (self.kernels.launch(op, phase, step), 1.0),
-        };
-        // Groups of layers work on different parts of a prompt at once.
-        let overlap = if phase == Phase::Prefill && self.pp > 1 {
-            let (pieces, groups) = (self.pieces(op.lanes.rows()).ceil(), f64::from(self.pp));
-            (pieces + groups - 1.0) / (pieces * groups)
-        } else {
-            1.0
-        };
-        Cost { seconds: cost.seconds * self.factor(op, phase) * times * overlap, ..cost }
+        let cost = self.in_steps().launch(op, phase, step);
+        Cost { seconds: cost.seconds * self.factor(op, phase), ..cost }
     }
 
     fn step_overhead(&self, _phase: Phase) -> Seconds {
@@ -102,7 +142,7 @@ impl CostModel for UnderEngine {
         let embedded = pass.before.ops.first().map(|op| &op.lanes);
         Seconds(match pass.phase {
             Phase::Prefill => {
-                let steps = self.pieces(embedded.map_or(0, Lanes::rows));
+                let steps = self.in_steps().pieces(embedded.map_or(0, Lanes::rows));
                 self.generation.host_s(0.0, layers) * steps
             }
             Phase::Decode => {
@@ -110,6 +150,10 @@ impl CostModel for UnderEngine {
                 self.generation.host_s(sequences as f64, layers)
             }
         })
+    }
+
+    fn first_token(&self, decode: Seconds, steps: f64) -> Seconds {
+        Seconds(self.generation.first_token_s(decode.0, steps))
     }
 
     fn common_stddev(&self) -> f64 {

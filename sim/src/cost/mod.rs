@@ -11,7 +11,7 @@ use crate::timeline::{Source, Span, Timeline};
 use crate::units::Seconds;
 
 pub use calibrated::Calibrated;
-pub use engine::UnderEngine;
+pub use engine::{InSteps, UnderEngine};
 pub use gpu::GpuKernels;
 pub use roofline::Roofline;
 
@@ -39,6 +39,12 @@ pub trait CostModel: Send + Sync {
         self.step_overhead(pass.phase)
     }
 
+    /// Time between the end of the prompts and the first token beside the ops, where `steps` generating steps take
+    /// `decode`.
+    fn first_token(&self, _decode: Seconds, _steps: f64) -> Seconds {
+        Seconds(0.0)
+    }
+
     /// Relative deviation that all times of a run share, beside those of its ops.
     fn common_stddev(&self) -> f64 {
         0.0
@@ -49,7 +55,7 @@ pub trait CostModel: Send + Sync {
 #[must_use]
 pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
     let mut timeline = Timeline { common: model.common_stddev(), ..Timeline::default() };
-    let mut seen = Seen::default();
+    let (mut seen, mut decode_steps) = (Seen::default(), 0.0);
     program.visit_passes(|pass_index, pass, times| {
         let steps = f64::from(pass.steps) * times;
         for (block_index, block) in pass.blocks() {
@@ -68,7 +74,12 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
             }
         }
         timeline.overhead[pass.phase as usize] += model.pass_overhead(pass) * steps;
+        decode_steps += if pass.phase == Phase::Decode { steps } else { 0.0 };
     });
+    if timeline.spans.iter().any(|span| span.site.phase == Phase::Prefill) {
+        let first = model.first_token(timeline.phase(Phase::Decode), decode_steps);
+        timeline.overhead[Phase::Prefill as usize] += first;
+    }
     timeline
 }
 

@@ -114,7 +114,7 @@ impl Lowering<'_> {
             self.merge(&mut late, &verbs[split..], s, step.rows);
             if release && s.generated + 1 == s.osl {
                 let (kind, length) = (OpKind::Release { heads }, Length::settled(left));
-                let verb = Verb { name: "release", kind, length, keep: 0 };
+                let verb = Verb { name: "release", kind, length, keep: s.shared[class] };
                 self.merge(&mut late, &[verb], s, step.rows);
             }
         }

@@ -17,7 +17,7 @@ pub struct Lane {
     pub kv: Tokens,
     /// Of those, the ones that a step before has settled ([`crate::form`]); the others are new.
     pub settled: Tokens,
-    /// Tokens that stay (`Evict`), or rows that go on (`Forward`).
+    /// Tokens that stay (`Evict`; `Release`: those that other sequences hold too), or rows that go on (`Forward`).
     pub keep: Tokens,
 }
 

@@ -14,8 +14,8 @@ pub use front::{Marks, marks};
 pub use search::{Candidate, Host, Objective, Query, plan};
 
 use crate::cost::{CostModel, predict};
-use crate::load::{Load, Schedule};
-use crate::lower::{LowerError, lower};
+use crate::load::{Hit, Load, Schedule};
+use crate::lower::{LowerError, lower, lower_prefix};
 use crate::memory::Footprint;
 use crate::metrics::Metrics;
 use crate::place::Placement;
@@ -69,6 +69,8 @@ pub struct Case<'a> {
     pub isl: Tokens,
     /// Generated tokens.
     pub osl: Tokens,
+    /// How much of each prompt is cached.
+    pub hit: Hit,
     /// Who runs when.
     pub schedule: Schedule,
 }
@@ -87,6 +89,8 @@ pub enum Bound {
     Ttft,
     /// TPOT limit.
     Tpot,
+    /// The sequences that the engine runs together.
+    Sequences,
     /// The batch that was asked for, or the largest that was searched.
     Batch,
     /// Not even one sequence.
@@ -103,6 +107,7 @@ impl Bound {
             Self::KvDecode => "kv, decode",
             Self::Ttft => "ttft limit",
             Self::Tpot => "tpot limit",
+            Self::Sequences => "engine's sequences",
             Self::Batch => "batch",
             Self::NothingFits => "does not fit",
         }
@@ -118,14 +123,32 @@ pub struct Over {
     pub by: Bytes,
 }
 
+impl std::fmt::Display for Over {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.bound {
+            Bound::Sequences => f.write_str("more sequences than the engine runs together"),
+            bound => write!(f, "over by {} ({})", self.by, bound.name()),
+        }
+    }
+}
+
 /// No batch above this is searched: an index must count the sequences, and nobody serves more from one device.
 pub const LARGEST_BATCH: u32 = 1 << 16;
 
 impl Case<'_> {
     /// The program at a batch.
     pub fn program(&self, batch: u32) -> Result<Program, LowerError> {
-        let load = Load::uniform(batch, self.isl, self.osl, self.schedule);
-        lower(&self.placement.model, self.policy, &load, self.placement.setup)
+        lower(&self.placement.model, self.policy, &self.load(batch), self.placement.setup)
+    }
+
+    /// What reads the cached prefixes at a batch, where there are any.
+    #[must_use]
+    pub fn prefix(&self, batch: u32) -> Option<Program> {
+        lower_prefix(&self.placement.model, self.policy, &self.load(batch), self.placement.setup)
+    }
+
+    fn load(&self, batch: u32) -> Load {
+        Load::uniform(batch, self.isl, self.osl, self.schedule).with_hit(self.hit)
     }
 
     /// Whether a footprint stays within the limits.
@@ -148,9 +171,20 @@ impl Case<'_> {
             .then(|| Over { bound: Bound::Memory, by: total.saturating_sub(limits.memory) })
     }
 
+    /// Sequences that the engine runs together, unless told otherwise; this project's own executor takes any number.
+    fn most_sequences(&self) -> u32 {
+        self.placement.engine.as_ref().map_or(LARGEST_BATCH, |e| e.most_sequences)
+    }
+
+    fn beyond_engine(&self, batch: u32) -> Option<Over> {
+        let over = Over { bound: Bound::Sequences, by: Bytes(0) };
+        (batch > self.most_sequences()).then_some(over)
+    }
+
     fn fits(&self, batch: u32) -> Result<Option<Over>, LowerError> {
         let program = self.program(batch)?;
-        Ok(self.over(&self.placement.footprint(&program)))
+        let over = self.over(&self.placement.footprint(&program));
+        Ok(over.or_else(|| self.beyond_engine(batch)))
     }
 
     /// The largest batch that fits and what stops the next one; 0 where not even one sequence fits.
@@ -224,7 +258,8 @@ impl Case<'_> {
         let timeline = predict(cost, &program);
         let footprint = self.placement.footprint(&program);
         let metrics = Metrics::of(&program, &timeline);
-        Ok(Answer { batch, over: self.over(&footprint), footprint, metrics, timeline, program })
+        let over = self.over(&footprint).or_else(|| self.beyond_engine(batch));
+        Ok(Answer { batch, over, footprint, metrics, timeline, program })
     }
 }
 

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::{Answer, Bound, Case, Slo};
 use crate::cost::CostModel;
-use crate::load::Schedule;
+use crate::load::{Hit, Schedule};
 use crate::lower::LowerError;
 use crate::op::Phase;
 use crate::place::Placement;
@@ -56,6 +56,8 @@ pub struct Query<'a> {
     pub isl: Tokens,
     /// Generated tokens.
     pub osl: Tokens,
+    /// How much of each prompt is cached.
+    pub hit: Hit,
     /// Latencies.
     pub slo: Slo,
     /// Policies to try.
@@ -171,6 +173,7 @@ fn search(
         policy: preset.policy.as_ref(),
         isl: query.isl,
         osl: query.osl,
+        hit: query.hit,
         schedule,
     };
     let devices = host.placement.devices();

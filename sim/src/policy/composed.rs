@@ -80,6 +80,10 @@ impl Policy for Composed {
         self.0.iter().map(|p| p.role()).next().unwrap_or(Role::Keeps)
     }
 
+    fn evicts(&self) -> bool {
+        self.0.iter().any(|p| p.evicts())
+    }
+
     fn prefill_chunk(&self) -> Option<Tokens> {
         self.0.iter().filter_map(|p| p.prefill_chunk()).min()
     }

@@ -83,6 +83,12 @@ impl Policy for FastKv {
         let refuse = |problem: String, remedy: &str| {
             Err(PolicyError { policy: self.label(), problem, remedy: remedy.to_owned() })
         };
+        if request.hit > 0 {
+            return refuse(
+                "which rows of a prefix upper layers see, the end of the prompt decides".to_owned(),
+                "leave --prefix-hit out, or use a policy that reads all rows in all layers",
+            );
+        }
         let share = |x: f64| x > 0.0 && x <= 1.0;
         if !share(self.retain) || !share(self.forward) {
             return refuse(

@@ -80,6 +80,8 @@ pub struct Request<'a> {
     pub model: &'a Model,
     /// Prompt length.
     pub prompt: Tokens,
+    /// Of those, the first tokens that a cache already holds.
+    pub hit: Tokens,
     /// Bytes of a token in all layers, stored whole.
     pub token_bytes: u64,
 }
@@ -120,7 +122,13 @@ impl<'a> Request<'a> {
     #[must_use]
     pub fn new(model: &'a Model, prompt: Tokens, cache: DType) -> Self {
         let elements = model.kv_elements_per_token_layer() * u64::from(model.layers);
-        Self { model, prompt, token_bytes: cache.bytes(elements).0 }
+        Self { model, prompt, hit: 0, token_bytes: cache.bytes(elements).0 }
+    }
+
+    /// The same, with the first `hit` tokens cached.
+    #[must_use]
+    pub fn with_hit(self, hit: Tokens) -> Self {
+        Self { hit, ..self }
     }
 }
 
@@ -148,6 +156,11 @@ pub trait Policy: Debug + Send + Sync {
 
     /// What others that share the cache must know.
     fn role(&self) -> Role;
+
+    /// Whether tokens are dropped for good; then no two sequences keep the same.
+    fn evicts(&self) -> bool {
+        self.role() == Role::Evicts
+    }
 
     /// Prompt tokens read between two calls of the hooks; `None` reads the prompt whole.
     fn prefill_chunk(&self) -> Option<Tokens> {
@@ -205,6 +218,20 @@ pub trait Policy: Debug + Send + Sync {
 
     /// Called for each layer after all layers are through.
     fn after_pass(&self, _step: &Step, _kv: &mut KvTape<'_>) {}
+}
+
+/// [`Policy::check`] of a prompt, and of its cached prefix, which was a prompt of its own.
+pub fn check_with_prefix(policy: &dyn Policy, request: &Request<'_>) -> Result<(), PolicyError> {
+    policy.check(request)?;
+    if request.hit == 0 {
+        return Ok(());
+    }
+    let prefix = Request { prompt: request.hit, hit: 0, ..*request };
+    policy.check(&prefix).map_err(|why| PolicyError {
+        problem: format!("a cached prefix of {} tokens: {}", request.hit, why.problem),
+        remedy: format!("a longer --prefix-hit, or none; {}", why.remedy),
+        ..why
+    })
 }
 
 /// A policy with its parameters can't do what is asked.

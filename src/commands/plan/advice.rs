@@ -1,6 +1,7 @@
 //! What follows from a ranking: whether compression pays, what one change would buy, from where on it pays.
 
 use anyhow::Result;
+use batchmax_sim::load::Hit;
 use batchmax_sim::op::DType;
 use batchmax_sim::place::Placement;
 use batchmax_sim::plan::{Candidate, Case, Crossing, Host, crossing};
@@ -180,7 +181,12 @@ fn crossings(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<C
     };
     let placement = &host.placement;
     let longest = question.model.context.saturating_sub(question.osl).max(1);
-    let from = SHORTEST.min(longest);
+    // A prompt is longer than its cached part.
+    let shortest = match question.hit {
+        Hit::Tokens(hit) => SHORTEST.max(hit.saturating_add(1)),
+        Hit::Share(_) => SHORTEST,
+    };
+    let from = shortest.min(longest);
     let context = crossing(from.into(), longest.into(), |isl| {
         pays(placement, isl as Tokens, question.batch)
     })?;
@@ -188,7 +194,8 @@ fn crossings(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<C
         let mut largest = 0;
         for &schedule in &question.schedules {
             let policy = preset.policy.as_ref();
-            let case = Case { placement, policy, isl: question.isl, osl: question.osl, schedule };
+            let (isl, osl, hit) = (question.isl, question.osl, question.hit);
+            let case = Case { placement, policy, isl, osl, hit, schedule };
             let (answer, ..) = case.best(host.cost.as_ref(), question.slo, None)?;
             largest = largest.max(answer.map_or(0, |a| a.batch));
         }
@@ -242,7 +249,8 @@ fn rate(
     batch: Option<u32>,
 ) -> Option<f64> {
     let rates = question.schedules.iter().filter_map(|&schedule| {
-        let case = Case { placement, policy, isl, osl: question.osl, schedule };
+        let (osl, hit) = (question.osl, question.hit);
+        let case = Case { placement, policy, isl, osl, hit, schedule };
         let (answer, ..) = case.best(host.cost.as_ref(), question.slo, batch).ok()?;
         Some(answer?.metrics.output_tokens_per_s)
     });

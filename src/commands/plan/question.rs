@@ -2,11 +2,11 @@
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_sim::engine::Engine;
-use batchmax_sim::load::Schedule;
+use batchmax_sim::load::{Hit, Schedule};
 use batchmax_sim::op::DType;
 use batchmax_sim::place::runs_policy;
 use batchmax_sim::plan::{Host, Objective, Query, Slo, plan};
-use batchmax_sim::policy::{Preset, Request};
+use batchmax_sim::policy::{Preset, Request, check_with_prefix};
 use batchmax_sim::profile::Model;
 use batchmax_sim::units::{Bytes, Seconds, Tokens, parse_seconds, parse_tokens};
 
@@ -41,6 +41,7 @@ pub struct Question<'a> {
     pub schedules: Vec<Schedule>,
     pub isl: Tokens,
     pub osl: Tokens,
+    pub hit: Hit,
     pub slo: Slo,
     pub batch: Option<u32>,
     pub objective: Objective,
@@ -84,6 +85,7 @@ impl<'a> Question<'a> {
             schedules,
             isl: setting::tokens(&args.isl, "--isl")?,
             osl: setting::tokens(&args.osl, "--osl")?,
+            hit: setting::hit(&args.prefix_hit)?,
             slo: Slo { ttft: limit(&args.ttft, "--ttft")?, tpot: limit(&args.tpot, "--tpot")? },
             batch: setting::batch(&args.batch)?,
             objective: args.objective.parse().map_err(|e| anyhow!("--objective: {e}"))?,
@@ -112,10 +114,10 @@ impl<'a> Question<'a> {
         }
         let cache = self.kvs.first().copied().flatten().unwrap_or(DType::F16);
         let model = self.model.clone();
-        let request = Request::new(&model, self.isl, cache);
+        let request = Request::new(&model, self.isl, cache).with_hit(self.hit.of(self.isl));
         for name in &names {
             for preset in self.variants(name)? {
-                match preset.policy.check(&request) {
+                match check_with_prefix(preset.policy.as_ref(), &request) {
                     Err(why) if !named => {
                         self.left_out.push(format!("{}: {}", preset.name, why.problem));
                     }
@@ -251,6 +253,7 @@ impl<'a> Question<'a> {
             gpus: self.count,
             isl: self.isl,
             osl: self.osl,
+            hit: self.hit,
             slo: self.slo,
             policies: &self.policies,
             schedules: &self.schedules,

@@ -295,7 +295,7 @@ fn verdict(question: &Question<'_>, plan: &Plan, advice: &Advice) -> String {
         ""
     };
     let most = placement.engine.as_ref().map_or(u32::MAX, |e| e.most_sequences);
-    let limit = if answer.batch > most {
+    let limit = if best.bound == Bound::Sequences {
         format!(
             "{} runs {most} sequences together unless told otherwise\n",
             placement.engine_name()
@@ -336,6 +336,9 @@ fn next_step(question: &Question<'_>, plan: &Plan, best: &Candidate, batch: u32)
         " --policy {} --schedule {} --batch {batch} --isl {} --osl {}",
         best.preset, best.schedule, args.isl, args.osl
     );
+    if args.prefix_hit != "0" {
+        flags += &format!(" --prefix-hit {}", args.prefix_hit);
+    }
     let memory = &args.memory;
     for (flag, value) in [
         ("memory", memory.memory.clone()),
@@ -412,6 +415,7 @@ pub fn document(question: &Question<'_>, plan: &Plan, marks: &[Marks], advice: &
         "engine": first.map(|p| p.engine_name()),
         "isl": question.isl,
         "osl": question.osl,
+        "prefix_hit": question.hit.of(question.isl),
         "gpus": question.count,
         "objective": question.objective,
         "left_out": question.left_out,
