@@ -122,7 +122,7 @@ impl Policy for Composed {
     fn check(&self, request: &Request<'_>) -> Result<(), PolicyError> {
         self.0.iter().try_for_each(|p| p.check(request))?;
         let form = self.form(0, request.model);
-        let Some(evicts) = self.0.iter().find_map(|p| p.evicts(request)) else { return Ok(()) };
+        let Some(evicts) = self.0.iter().find_map(|p| p.leaves(request)) else { return Ok(()) };
         let refuse = |problem: String, remedy: &str| {
             Err(PolicyError { policy: self.label(), problem, remedy: remedy.to_owned() })
         };

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{Budget, Evicts, Policy, PolicyError, Request, Role, Step};
+use super::{Budget, Leaves, Policy, PolicyError, Request, Role, Step};
 use crate::kv::KvTape;
 use crate::op::{Choice, Phase, Protect, Score};
 use crate::profile::Model;
@@ -305,7 +305,7 @@ impl<S: Scoring> Policy for Evicting<S> {
         Ok(())
     }
 
-    fn evicts(&self, request: &Request<'_>) -> Option<Evicts> {
+    fn leaves(&self, request: &Request<'_>) -> Option<Leaves> {
         let layers = request.model.layers;
         let least = (0..layers).map(|layer| {
             let step = Step {
@@ -321,7 +321,7 @@ impl<S: Scoring> Policy for Evicting<S> {
         });
         let again = self.cut.decode || self.cut.chunk.is_some_and(|c| c < request.prompt);
         let ragged = self.choice().is_ragged();
-        Some(Evicts { least: least.min().unwrap_or(0), again, ragged })
+        Some(Leaves { least: least.min().unwrap_or(0), again, ragged })
     }
 
     fn after_attend(&self, step: &Step, kv: &mut KvTape<'_>) {

@@ -97,7 +97,7 @@ pub struct Reading {
 
 /// What evictions leave, for those that share a cache with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Evicts {
+pub struct Leaves {
     /// Tokens in the layer that keeps fewest.
     pub least: Tokens,
     /// A sequence is cut more than once: chunk by chunk, or in decode.
@@ -204,7 +204,7 @@ pub trait Policy: Debug + Send + Sync {
     }
 
     /// Tokens that an eviction leaves in the layer that keeps fewest, and whether it happens more than once per sequence.
-    fn evicts(&self, _request: &Request<'_>) -> Option<Evicts> {
+    fn leaves(&self, _request: &Request<'_>) -> Option<Leaves> {
         None
     }
 
