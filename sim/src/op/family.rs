@@ -32,6 +32,14 @@ pub enum Family {
     RankWindow,
     /// Ranking by tallied attention.
     RankTally,
+    /// Ranking by the newest query's attention.
+    RankLast,
+    /// Ranking by chance.
+    RankRandom,
+    /// Ranking by variation against later tokens.
+    RankLag,
+    /// Ranking by expected attention.
+    RankExpected,
     /// Compaction.
     Evict,
     /// Packing into fewer bits.
@@ -54,7 +62,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 26] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -68,6 +76,10 @@ impl Family {
         Self::RankKeydiff,
         Self::RankWindow,
         Self::RankTally,
+        Self::RankLast,
+        Self::RankRandom,
+        Self::RankLag,
+        Self::RankExpected,
         Self::Evict,
         Self::Pack,
         Self::PruneChannels,
@@ -96,6 +108,10 @@ impl Family {
             Self::RankKeydiff => "rank-keydiff",
             Self::RankWindow => "rank-window",
             Self::RankTally => "rank-tally",
+            Self::RankLast => "rank-last",
+            Self::RankRandom => "rank-random",
+            Self::RankLag => "rank-lag",
+            Self::RankExpected => "rank-expected",
             Self::Evict => "evict",
             Self::Pack => "pack",
             Self::PruneChannels => "prune-channels",

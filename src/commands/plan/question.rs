@@ -115,6 +115,9 @@ impl<'a> Question<'a> {
         let request = Request::new(&model, self.isl, cache);
         for name in &names {
             for preset in self.variants(name)? {
+                if !named && preset.policy.is_floor() {
+                    continue;
+                }
                 match preset.policy.check(&request) {
                     Err(why) if !named => {
                         self.left_out.push(format!("{}: {}", preset.name, why.problem));
