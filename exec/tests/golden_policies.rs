@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 
 use batchmax_exec::RunResult;
 use batchmax_sim::load::Schedule;
-use batchmax_sim::op::DType;
+use batchmax_sim::op::{DType, Pooling};
 use batchmax_sim::policy::{
-    AdaKv, Budget, ClusterKv, FastKv, H2o, HeavyHitters, KvSharer, Policy, PyramidKv, Quest,
-    SnapKv, StreamingLlm,
+    AdaKv, Budget, ClusterKv, FastKv, H2o, HeavyHitters, KvSharer, LagKv, Policy, PyramidKv, Quest,
+    Snap, SnapKv, StreamingLlm, Tova,
 };
 use common::{Golden, assert_greedy, engine, from_runs, ids, overlap, run, worst_logit};
 use serde_json::Value;
@@ -23,22 +23,36 @@ fn kept_of(result: &RunResult) -> &[Vec<Vec<u32>>] {
 
 #[test]
 fn evicting_policies_keep_what_the_reference_keeps() {
-    let Some(engine) = engine() else { return };
-    for prompt in Golden::read("evict.json").prompts() {
-        let number = |key: &str| prompt[key].as_u64().expect("number") as u32;
-        let (tokens, long) = (number("budget"), number("len") > 1000);
-        let budget = Budget::Tokens(tokens);
+    assert_kept(|budget| {
         let h2o = H2o::new(budget);
         let h2o_mean = H2o { by: HeavyHitters { mean: true, ..h2o.by }, ..h2o };
-        let policies: [(&str, Box<dyn Policy>); 6] = [
+        vec![
             ("h2o", Box::new(h2o)),
             ("h2o_mean", Box::new(h2o_mean)),
             ("streaming", Box::new(StreamingLlm::new(budget))),
             ("snapkv", Box::new(SnapKv::new(budget))),
             ("pyramidkv", Box::new(PyramidKv::new(budget))),
             ("adakv", Box::new(AdaKv::new(budget))),
-        ];
-        for (name, policy) in policies {
+        ]
+    });
+}
+
+#[test]
+fn tova_and_lagkv_keep_what_the_reference_keeps() {
+    assert_kept(|budget| {
+        vec![("tova", Box::new(Tova::new(budget))), ("lagkv", Box::new(LagKv::new(budget)))]
+    });
+}
+
+type Named = (&'static str, Box<dyn Policy>);
+
+/// Kept positions after the prefill and greedy tokens of policies under the name that the reference has for them.
+fn assert_kept(policies: impl Fn(Budget) -> Vec<Named>) {
+    let Some(engine) = engine() else { return };
+    for prompt in Golden::read("evict.json").prompts() {
+        let number = |key: &str| prompt[key].as_u64().expect("number") as u32;
+        let (tokens, long) = (number("budget"), number("len") > 1000);
+        for (name, policy) in policies(Budget::Tokens(tokens)) {
             let reference = &prompt[name];
             let prompt_ids = ids(&prompt["ids"]);
             let result =
@@ -130,6 +144,26 @@ fn shared_layers_give_the_reference_tokens() {
             println!("kvsharer {name}: logits within {worst:.1e}");
             assert!(worst <= 5e-3, "{name}: logits differ by {worst}");
             assert_greedy(name, &result.sequences[0].generated, reference, 0.05);
+        }
+    }
+}
+
+#[test]
+fn max_pooling_keeps_what_rocketkv_keeps_of_a_prompt() {
+    let Some(engine) = engine() else { return };
+    for (prompt, source) in prompts_with_ids() {
+        // One set of parameters per token budget of the system.
+        for (name, reference) in prompt["rocketkv"].as_object().expect("budgets") {
+            let number = |key: &str| reference["params"][key].as_u64().expect("number") as u32;
+            let cut = SnapKv::new(Budget::Tokens(number("prompt_budget"))).cut;
+            let pooling = Pooling::Max;
+            let by = Snap { window: number("window"), pool: number("kernel"), pooling };
+            let policy = SnapKv { cut, by };
+            let result = run(&engine, &policy, &[source.clone()], 2, Schedule::Static, DType::F32);
+            let theirs = |l: usize, h: usize| ids(&reference["stage1"][l.to_string()]["kept"][h]);
+            let (equal, all) = overlap(kept_of(&result), theirs);
+            println!("rocketkv {name}, {} tokens: {equal} of {all} positions", prompt["len"]);
+            assert!(equal as f64 >= 0.99 * all as f64, "{name}: {equal} of {all}");
         }
     }
 }

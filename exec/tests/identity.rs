@@ -8,8 +8,9 @@ use batchmax_exec::{Engine, RunResult};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
-    AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, Falling, FastKv, Full, H2o,
-    Instant, Kivi, KvSharer, Policy, PyramidKv, Quest, Snap, SnapKv, StreamingLlm, ThinK, Together,
+    AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, ExpectedAttention, Falling,
+    FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Policy, PyramidKv, Quest, Random,
+    Snap, SnapKv, StreamingLlm, ThinK, Together, Tova,
 };
 use common::{made_up, run, small};
 
@@ -31,7 +32,7 @@ fn policies(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
     let budget = Budget::Tokens(budget_tokens);
     let snap = |instant| SnapKv {
         cut: Cut { budget, instant, ..Cut::default() },
-        by: Snap { window: 16, pool: 5 },
+        by: Snap { window: 16, ..Snap::default() },
     };
     let streaming = |chunk| {
         let policy = StreamingLlm::new(budget);
@@ -50,13 +51,22 @@ fn policies(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
         all.push(Box::new(batch_max(by, budget_tokens, 4096)));
     }
     all.push(Box::new(H2o::new(budget)));
+    all.push(Box::new(Tova::new(budget)));
+    let random = Random::new(budget);
+    all.push(Box::new(Random { cut: Cut { recent: 16, decode: true, ..random.cut }, ..random }));
+    for chunk in [None, Some(48)] {
+        let by = Lagging { lag: 16 };
+        all.push(Box::new(LagKv { cut: Cut { chunk, recent: 1, ..LagKv::new(budget).cut }, by }));
+    }
+    let expected = ExpectedAttention::new(budget);
+    all.push(Box::new(ExpectedAttention { cut: Cut { recent: 16, ..expected.cut }, ..expected }));
     all
 }
 
 /// Policies under which heads or layers hold different numbers of tokens, or whose results differ from full in any case.
 fn uneven(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
     let budget = Budget::Tokens(budget_tokens);
-    let snap = Snap { window: 16, pool: 5 };
+    let snap = Snap { window: 16, ..Snap::default() };
     let ada = AdaKv::new(budget);
     let pyramid = PyramidKv::new(budget);
     let sharer = || Arc::new(KvSharer { layers: 1, ..KvSharer::default() });
@@ -88,7 +98,7 @@ fn shrinking(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
     let think = ThinK { drop: 0.4, window: 16, recent: 32 };
     let snap = || {
         let cut = Cut { budget: Budget::Tokens(budget_tokens), ..Cut::default() };
-        Arc::new(SnapKv { cut, by: Snap { window: 16, pool: 5 } })
+        Arc::new(SnapKv { cut, by: Snap { window: 16, pool: 5, ..Snap::default() } })
     };
     let composed = |parts: Vec<Arc<dyn Policy>>| -> Box<dyn Policy> {
         Box::new(Composed::new(parts).expect("goes together"))

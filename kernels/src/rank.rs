@@ -1,6 +1,10 @@
 //! Scores of cached tokens, by which eviction chooses, and the tally of the attention that they receive.
 
+mod chance;
+mod expected;
 pub(crate) mod keys;
+mod lag;
+mod last;
 mod mass;
 #[cfg(test)]
 mod tests;
@@ -9,6 +13,7 @@ use crate::attend::AttendShape;
 use crate::kv::{BlockPool, HeadCache};
 use crate::simd::{Isa, isa};
 use crate::threads::{Disjoint, Threads};
+pub use expected::{Rotation, expected_attention};
 use mass::{Mass, Step};
 
 /// The caches of one sequence in one layer, with its query rows of this step.
@@ -33,6 +38,15 @@ pub struct TallyItem<'a> {
     pub rows: usize,
 }
 
+/// How a score takes its neighbours in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// The mean; missing neighbours count as zero.
+    Mean,
+    /// The largest of those there are.
+    Max,
+}
+
 /// How tokens are scored. The best ones stay.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scorer {
@@ -50,9 +64,11 @@ pub enum Scorer {
     WindowAttention {
         /// Rows that count.
         window: u32,
-        /// Neighbours that a score is averaged over, itself included; missing ones count as zero.
+        /// Neighbours that a score is pooled over, itself included.
         pool: u32,
-        /// Average as if the tokens of the last `window` positions were not there.
+        /// How.
+        pooling: Pooling,
+        /// Pool as if the tokens of the last `window` positions were not there.
         exclude_window: bool,
     },
     /// The tally.
@@ -60,10 +76,29 @@ pub enum Scorer {
         /// Divided by the number of tokens that could attend to it.
         mean: bool,
     },
+    /// The attention from the sequence's last row, averaged over all query heads: a token has the same score in every head
+    /// that holds it. The tallies serve as scratch space and are left empty.
+    LastAttention,
+    /// A number in 0..1 from seed, layer, head and position.
+    Random {
+        /// The seed.
+        seed: u32,
+        /// The layer.
+        layer: u32,
+    },
+    /// The rank, in its partition of `lag` tokens, of a token's variation over the channels of keys and values scaled to the
+    /// next partition's range: 0..1. Tokens without a next partition have more, newer ones most of it, sinks most of all.
+    Lag {
+        /// Tokens of a partition.
+        lag: u32,
+        /// First tokens, before the first partition.
+        sinks: u32,
+    },
 }
 
 /// Scores every cached token of every head: `scores[item * kv_heads + head][token]`. `qkv` and `lse` are those of this
-/// step's attention; only [`Scorer::WindowAttention`] reads them.
+/// step's attention; only [`Scorer::WindowAttention`] and
+/// [`Scorer::LastAttention`] read them.
 ///
 /// # Panics
 /// If the sizes do not fit each other.
@@ -112,6 +147,9 @@ fn rank_with(
         }
         mass::add(isa, threads, pool, work, step);
     }
+    if scorer == Scorer::LastAttention {
+        return last::scores(isa, threads, pool, items, step, scores);
+    }
     let kv_heads = items.first().map_or(0, |i| i.heads.len());
     scores.resize_with(items.len() * kv_heads, Vec::new);
     let out = Disjoint::new(scores);
@@ -127,14 +165,23 @@ fn rank_with(
             Scorer::Recency => fill(scores, &head.positions, |p| p as f32),
             Scorer::KeyNorm => keys::norms(isa, pool, head, scores),
             Scorer::KeyDiff => keys::differences(isa, pool, head, scores),
-            Scorer::WindowAttention { window, pool, exclude_window } => {
+            Scorer::WindowAttention { window, pool, pooling, exclude_window } => {
                 let end = if exclude_window {
                     head.positions.partition_point(|p| *p < item.seen.saturating_sub(window))
                 } else {
                     head.tokens()
                 };
-                average(&head.tally, end, pool.max(1) as usize, scores);
+                smooth(pooling, &head.tally, end, pool.max(1) as usize, scores);
             }
+            Scorer::Random { seed, layer } => {
+                let draw = chance::Draw::new(seed, layer, (i % kv_heads) as u32);
+                fill(scores, &head.positions, |p| draw.at(p));
+            }
+            Scorer::Lag { lag, sinks } => {
+                lag::ranks(pool, head, lag as usize, sinks as usize, scores);
+            }
+            // Ranked before, all heads at once.
+            Scorer::LastAttention => {}
             Scorer::Tallied { mean } => {
                 let known = head.tally.len().min(scores.len());
                 scores[..known].copy_from_slice(&head.tally[..known]);
@@ -154,15 +201,18 @@ fn fill(scores: &mut [f32], positions: &[u32], score: impl Fn(u32) -> f32) {
     }
 }
 
-/// Each of the first `end` values averaged with its neighbours among them, of which there are `pool` with itself; those
-/// outside count as zero. Values from `end` on stay as they are.
-fn average(values: &[f32], end: usize, pool: usize, scores: &mut [f32]) {
+/// Each of the first `end` values pooled with its neighbours among them, of which there are `pool` with itself. Values from
+/// `end` on stay as they are.
+fn smooth(pooling: Pooling, values: &[f32], end: usize, pool: usize, scores: &mut [f32]) {
     for (i, out) in scores.iter_mut().enumerate() {
         if i < end {
             let first = i as isize - (pool / 2) as isize;
             let last = (first + pool as isize).min(end as isize) as usize;
-            let sum: f32 = values[first.max(0) as usize..last].iter().sum();
-            *out = sum / pool as f32;
+            let near = &values[first.max(0) as usize..last];
+            *out = match pooling {
+                Pooling::Mean => near.iter().sum::<f32>() / pool as f32,
+                Pooling::Max => near.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+            };
         } else {
             *out = values[i];
         }

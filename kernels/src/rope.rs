@@ -13,6 +13,16 @@ pub enum RopeLayout {
     Half,
 }
 
+impl RopeLayout {
+    /// The channels of the i-th of `pairs` pairs.
+    pub(crate) fn pair(self, i: usize, pairs: usize) -> (usize, usize) {
+        match self {
+            Self::Interleaved => (2 * i, 2 * i + 1),
+            Self::Half => (i, i + pairs),
+        }
+    }
+}
+
 /// Positions whose angles are worked out together, when one of them is first needed.
 const PAGE: usize = 256;
 
@@ -38,6 +48,37 @@ impl RopeTable {
     #[must_use]
     pub fn rotary_dim(&self) -> usize {
         2 * self.inverse.len()
+    }
+
+    /// Turns the rotated channels of a head back from `position`.
+    ///
+    /// # Panics
+    /// If the head has fewer channels than the table, or the position is not below the table's end.
+    pub fn turn_back(&self, head: &mut [f32], position: u32, layout: RopeLayout) {
+        assert!((position as usize) < self.max_position, "position {position} is past the end");
+        let (cos, sin) = self.row(position);
+        let scale = 1.0 / (self.factor * self.factor);
+        for (i, (c, s)) in cos.iter().zip(sin).enumerate() {
+            let (a, b) = layout.pair(i, cos.len());
+            (head[a], head[b]) = turn(head[a], head[b], c * scale, -s * scale);
+        }
+    }
+
+    /// The mean of the rotations of `count` positions from `from`, which may lie past the table's end: cosine and sine per
+    /// pair.
+    #[must_use]
+    pub fn mean_turn(&self, from: u32, count: u32) -> Vec<(f32, f32)> {
+        let n = f64::from(count.max(1));
+        let mean = |frequency: &f32| {
+            // The sum of equal steps on a circle: its direction is the middle's.
+            let step = f64::from(*frequency);
+            let middle = step * (f64::from(from) + (n - 1.0) / 2.0);
+            let half = (step / 2.0).sin();
+            let length = if half.abs() < 1e-12 { 1.0 } else { (n * step / 2.0).sin() / half / n };
+            let length = length * f64::from(self.factor);
+            ((middle.cos() * length) as f32, (middle.sin() * length) as f32)
+        };
+        self.inverse.iter().map(mean).collect()
     }
 
     /// Cosines, then sines, of a position.
@@ -107,7 +148,7 @@ pub fn rope(
 }
 
 #[inline(always)]
-fn turn(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
+pub(crate) fn turn(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
     (a * cos - b * sin, b * cos + a * sin)
 }
 
@@ -143,6 +184,29 @@ mod tests {
         };
         assert!((score(10, 3) - score(4010, 4003)).abs() < 1e-4);
         assert!((score(10, 3) - score(10, 4)).abs() > 1e-3);
+    }
+
+    #[test]
+    fn turning_back_and_the_mean_turn() {
+        let threads = Threads::new(1);
+        let table = RopeTable::new(&[1.3, 0.1, 0.001, 0.0], 300, 1.5);
+        let row = [0.3, -1.0, 0.5, 2.0, 0.7, 0.1, -0.4, 1.1, 9.0];
+        for layout in [RopeLayout::Half, RopeLayout::Interleaved] {
+            let mut turned = row;
+            rope(&threads, &mut turned, 9, 1, 8, &[299], &table, layout);
+            table.turn_back(&mut turned, 299, layout);
+            for (y, exact) in turned.iter().zip(row) {
+                assert!((y - exact).abs() < 1e-6, "{layout:?}: {turned:?}");
+            }
+        }
+        for (i, (cos, sin)) in table.mean_turn(290, 512).into_iter().enumerate() {
+            let mean = |f: fn(f64) -> f64| {
+                let angle = |p: u32| f64::from([1.3f32, 0.1, 0.001, 0.0][i]) * f64::from(p);
+                (290..802).map(|p| f(angle(p))).sum::<f64>() / 512.0 * 1.5
+            };
+            assert!((f64::from(cos) - mean(f64::cos)).abs() < 1e-6, "{i}: {cos}");
+            assert!((f64::from(sin) - mean(f64::sin)).abs() < 1e-6, "{i}: {sin}");
+        }
     }
 
     #[test]

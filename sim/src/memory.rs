@@ -74,7 +74,7 @@ impl Buffers {
             }
             let sampled = pass.after.ops.iter().map(|op| op.lanes.rows()).max().unwrap_or(0);
             need.sampled = need.sampled.max(sampled);
-            let mut kept_scores = 0;
+            let (mut kept_scores, mut head_scores) = (0, 0);
             let deferred = pass
                 .after_layers
                 .iter()
@@ -90,7 +90,12 @@ impl Buffers {
                             .map(|l| u64::from(l.sequences) * u64::from(l.kv))
                             .sum();
                         scores += tokens * u64::from(heads.kv);
-                        need.tallied |= matches!(by, Score::WindowAttention { .. });
+                        // One weight per query head before they are averaged.
+                        if matches!(by, Score::ExpectedAttention { .. }) {
+                            head_scores = head_scores.max(tokens * u64::from(heads.query));
+                        }
+                        need.tallied |=
+                            matches!(by, Score::WindowAttention { .. } | Score::LastAttention);
                     }
                     need.tallied |= matches!(op.kind, OpKind::Tally { .. });
                 }
@@ -101,7 +106,7 @@ impl Buffers {
                     kept_scores.max(scores)
                 };
             }
-            need.scores = need.scores.max(kept_scores);
+            need.scores = need.scores.max(kept_scores + head_scores);
         });
         need
     }

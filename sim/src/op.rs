@@ -16,7 +16,7 @@ mod work;
 pub use dtype::DType;
 pub use family::Family;
 pub use lanes::{Lane, Lanes};
-pub use score::Score;
+pub use score::{Pooling, Score};
 pub use work::{Work, visible_pairs};
 
 /// The two halves of a run.
@@ -330,6 +330,10 @@ impl Op {
                 Score::KeyDiff => Family::RankKeydiff,
                 Score::WindowAttention { .. } => Family::RankWindow,
                 Score::TalliedAttention { .. } => Family::RankTally,
+                Score::LastAttention => Family::RankLast,
+                Score::Random { .. } => Family::RankRandom,
+                Score::Lag { .. } => Family::RankLag,
+                Score::ExpectedAttention { .. } => Family::RankExpected,
             },
             OpKind::Evict { .. } => Family::Evict,
             OpKind::Index { .. } => Family::Index,

@@ -8,7 +8,10 @@ use crate::kv::KvLayout;
 use crate::load::{Group, Load, Schedule};
 use crate::lower::{Setup, lower_pass};
 use crate::op::Phase;
-use crate::policy::{AnyScore, BatchMax, Budget, By, Cut, Full, Policy};
+use crate::policy::{
+    AnyScore, Budget, By, Chance, Cut, Evicting, Expected, Full, Lagging, LastQuery, Policy,
+    Scoring,
+};
 use crate::profile::Model;
 use crate::program::Program;
 use crate::units::Tokens;
@@ -59,16 +62,29 @@ fn probe(
 }
 
 /// A policy that cuts every cache of `tokens` to `keep` in this very pass.
-fn cutting(by: By, keep: Tokens) -> BatchMax {
+fn cutting<S: Scoring>(by: S, keep: Tokens) -> Box<dyn Policy> {
+    let whole = by.whole_prompt();
     let cut = Cut {
         budget: Budget::Tokens(keep),
-        chunk: Some(Tokens::MAX),
+        chunk: (!whole).then_some(Tokens::MAX),
         sinks: 4.min(keep / 2),
         recent: 32.min(keep / 2),
-        decode: true,
+        decode: !whole,
         ..Cut::default()
     };
-    BatchMax { cut, by: AnyScore { by, ..AnyScore::default() } }
+    Box::new(Evicting { cut, by })
+}
+
+/// One evicting policy per ranking, at a budget of `keep` tokens.
+fn rankings(keep: Tokens) -> Vec<Box<dyn Policy>> {
+    let mut all: Vec<_> = [By::Recency, By::KeyNorm, By::Keydiff, By::WindowSnap, By::TallySum]
+        .map(|by| cutting(AnyScore { by, ..AnyScore::default() }, keep))
+        .into();
+    all.push(cutting(LastQuery::default(), keep));
+    all.push(cutting(Chance::default(), keep));
+    all.push(cutting(Lagging::default(), keep));
+    all.push(cutting(Expected::default(), keep));
+    all
 }
 
 /// The default grid for a model's shapes: decode over batch and cache, prefill over chunk and prefix, evictions of every
@@ -105,44 +121,47 @@ pub fn grid(model: &Model, kv: KvLayout, setup: Setup, limits: GridLimits) -> Ve
             probes.push(probe(model, 3, &full, setup, Phase::Prefill, (sequences, rows, prefix)));
         }
     }
-    for by in [By::Recency, By::KeyNorm, By::Keydiff, By::WindowSnap, By::TallySum] {
-        // In decode a cache some tokens over its budget, in prefill one chunk over it, or a whole prompt.
-        for (sequences, kv, over) in [
-            (1, 128, 1),
-            (1, 512, 32),
-            (1, 1024, 32),
-            (2, 512, 32),
-            (5, 512, 32),
-            (8, 256, 32),
-            (16, 512, 1),
-            (16, 128, 32),
-            (5, 1024, 1),
-        ] {
-            if fits(sequences, kv + over) {
+    // In decode a cache some tokens over its budget, in prefill one chunk over it, or a whole prompt. What ranks by a whole
+    // prompt is met in no other case.
+    for (sequences, kv, over) in [
+        (1, 128, 1),
+        (1, 512, 32),
+        (1, 1024, 32),
+        (2, 512, 32),
+        (5, 512, 32),
+        (8, 256, 32),
+        (16, 512, 1),
+        (16, 128, 32),
+        (5, 1024, 1),
+    ] {
+        if fits(sequences, kv + over) {
+            for policy in rankings(kv).iter().filter(|p| p.acts_in_decode()) {
                 let at = (sequences, 1, kv + over - 1);
-                probes.push(probe(model, 4, &cutting(by, kv), setup, Phase::Decode, at));
+                probes.push(probe(model, 4, policy.as_ref(), setup, Phase::Decode, at));
             }
         }
-        for (sequences, keep, rows) in [
-            (1, 128, 128),
-            (1, 256, 256),
-            (1, 512, 256),
-            (1, 1024, 256),
-            (4, 512, 256),
-            (8, 128, 128),
-            (1, 512, 64),
-        ] {
-            if fits(sequences, keep + rows) {
+    }
+    for (sequences, keep, rows) in [
+        (1, 128, 128),
+        (1, 256, 256),
+        (1, 512, 256),
+        (1, 1024, 256),
+        (4, 512, 256),
+        (8, 128, 128),
+        (1, 512, 64),
+    ] {
+        if fits(sequences, keep + rows) {
+            for policy in rankings(keep).iter().filter(|p| p.prefill_chunk().is_some()) {
                 let at = (sequences, rows, keep);
-                probes.push(probe(model, 3, &cutting(by, keep), setup, Phase::Prefill, at));
+                probes.push(probe(model, 3, policy.as_ref(), setup, Phase::Prefill, at));
             }
         }
-        for (sequences, rows, keep) in
-            [(1, 512, 128), (1, 1024, 256), (1, 2048, 512), (2, 1024, 512)]
-        {
-            if fits(sequences, rows) {
+    }
+    for (sequences, rows, keep) in [(1, 512, 128), (1, 1024, 256), (1, 2048, 512), (2, 1024, 512)] {
+        if fits(sequences, rows) {
+            for policy in rankings(keep) {
                 let at = (sequences, rows, 0);
-                probes.push(probe(model, 2, &cutting(by, keep), setup, Phase::Prefill, at));
+                probes.push(probe(model, 2, policy.as_ref(), setup, Phase::Prefill, at));
             }
         }
     }

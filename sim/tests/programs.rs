@@ -9,8 +9,8 @@ use batchmax_sim::lower::{LowerError, Setup, lower};
 use batchmax_sim::memory::{footprint, kv_peaks, kv_trace};
 use batchmax_sim::op::{DType, OpKind, Phase};
 use batchmax_sim::policy::{
-    AnyScore, BatchMax, Budget, By, Composed, Cut, FastKv, Full, H2o, Instant, Kivi, KvSharer,
-    Policy, PyramidKv, SnapKv, StreamingLlm, ThinK,
+    AnyScore, BatchMax, Budget, By, Composed, Cut, ExpectedAttention, FastKv, Full, H2o, Instant,
+    Kivi, KvSharer, LagKv, Policy, PyramidKv, SnapKv, StreamingLlm, ThinK, Tova,
 };
 use batchmax_sim::profile::{Activation, Model, RopeScaling, SlidingWindow};
 use batchmax_sim::program::{Node, Program};
@@ -227,7 +227,7 @@ fn a_budget_that_cannot_hold_its_forced_tokens_is_refused() {
 
 /// Any of the policies, with parameters that are valid for prompts of 64 tokens and more.
 fn any_policy() -> impl Strategy<Value = Box<dyn Policy>> {
-    (0..14u8, 40..400u32, 1..300u32, 0..40u32).prop_map(|(kind, budget, chunk, slack)| {
+    (0..17u8, 40..400u32, 1..300u32, 0..40u32).prop_map(|(kind, budget, chunk, slack)| {
         let tokens = Budget::Tokens(budget);
         let instant = if slack > 20 { Instant::AfterLayer } else { Instant::AfterPrefill };
         let snap = snapkv(tokens, instant);
@@ -270,7 +270,18 @@ fn any_policy() -> impl Strategy<Value = Box<dyn Policy>> {
             }
             10 => Box::new(H2o::new(tokens)),
             11 => Box::new(FastKv::default()),
-            12 => Box::new(KvSharer { layers: 1 + slack % 8, ..KvSharer::default() }),
+            12 => {
+                Box::new(Tova { cut: Cut { slack, ..Tova::new(tokens).cut }, ..Tova::new(tokens) })
+            }
+            13 => Box::new(ExpectedAttention {
+                cut: Cut { instant, ..ExpectedAttention::new(tokens).cut },
+                ..ExpectedAttention::new(tokens)
+            }),
+            14 => Box::new(LagKv {
+                cut: Cut { chunk: streaming_chunk, ..LagKv::new(tokens).cut },
+                ..LagKv::new(tokens)
+            }),
+            15 => Box::new(KvSharer { layers: 1 + slack % 8, ..KvSharer::default() }),
             _ => {
                 let sharer = KvSharer { layers: 1 + slack % 8, ..KvSharer::default() };
                 let parts: Vec<Arc<dyn Policy>> =

@@ -5,7 +5,7 @@ use batchmax_kernels::append::AppendItem;
 use batchmax_kernels::attend::{AttendItem, AttendShape};
 use batchmax_kernels::evict::EvictItem;
 use batchmax_kernels::rank::{RankItem, Scorer, TallyItem};
-use batchmax_sim::op::{Choice, Heads, Lane, Lanes, Phase, Protect, Score};
+use batchmax_sim::op::{Choice, Heads, Lane, Lanes, Phase, Pooling, Protect, Score};
 use batchmax_sim::units::Layer;
 
 use super::{Interpreter, layer_index};
@@ -119,15 +119,6 @@ impl Interpreter<'_> {
     }
 
     pub(super) fn rank(&mut self, heads: Heads, by: Score, lanes: &Lanes, layer: Option<Layer>) {
-        let scorer = match by {
-            Score::Recency => Scorer::Recency,
-            Score::KeyNorm => Scorer::KeyNorm,
-            Score::KeyDiff => Scorer::KeyDiff,
-            Score::WindowAttention { window, pool, exclude_window } => {
-                Scorer::WindowAttention { window, pool, exclude_window }
-            }
-            Score::TalliedAttention { mean } => Scorer::Tallied { mean },
-        };
         let step_rows = self.rows_of(lanes.as_slice());
         let shape = self.attend_shape(heads, None);
         let index = layer_index(layer);
@@ -142,17 +133,30 @@ impl Interpreter<'_> {
                 seen: self.sequences[sequence as usize].seen_with_step(),
             })
             .collect();
-        k::rank::rank(
-            self.threads,
-            pool,
-            &mut items,
-            scorer,
-            &shape,
-            &self.slots.qkv,
-            self.model.qkv_width() as usize,
-            &self.slots.log_sum_exp,
-            &mut self.slots.scores[index],
-        );
+        let (qkv, width) = (&self.slots.qkv, self.model.qkv_width() as usize);
+        let scores = &mut self.slots.scores[index];
+        if let Score::ExpectedAttention { sinks, future } = by {
+            let rotation = k::rank::Rotation {
+                positions: &self.slots.positions,
+                table: &self.weights.rope,
+                layout: self.weights.rope_layout,
+            };
+            let reach = (sinks, future);
+            k::rank::expected_attention(
+                self.threads,
+                pool,
+                &items,
+                &shape,
+                qkv,
+                width,
+                rotation,
+                reach,
+                scores,
+            );
+        } else if let Some(scorer) = scorer(by, layer) {
+            let lse = &self.slots.log_sum_exp;
+            k::rank::rank(self.threads, pool, &mut items, scorer, &shape, qkv, width, lse, scores);
+        }
     }
 
     pub(super) fn evict(
@@ -195,4 +199,25 @@ impl Interpreter<'_> {
         }
         Ok(())
     }
+}
+
+/// The kernels' word for a score; `None` for the one that has a kernel of its own.
+fn scorer(by: Score, layer: Option<Layer>) -> Option<Scorer> {
+    Some(match by {
+        Score::Recency => Scorer::Recency,
+        Score::KeyNorm => Scorer::KeyNorm,
+        Score::KeyDiff => Scorer::KeyDiff,
+        Score::WindowAttention { window, pool, pooling, exclude_window } => {
+            let pooling = match pooling {
+                Pooling::Mean => k::rank::Pooling::Mean,
+                Pooling::Max => k::rank::Pooling::Max,
+            };
+            Scorer::WindowAttention { window, pool, pooling, exclude_window }
+        }
+        Score::TalliedAttention { mean } => Scorer::Tallied { mean },
+        Score::LastAttention => Scorer::LastAttention,
+        Score::Lag { lag, sinks } => Scorer::Lag { lag, sinks },
+        Score::ExpectedAttention { .. } => return None,
+        Score::Random { seed } => Scorer::Random { seed, layer: layer.unwrap_or(0) },
+    })
 }

@@ -86,19 +86,35 @@ fn masses(layer: &Layer, last: usize) -> Vec<Vec<f64>> {
 fn averages_by_hand() {
     let values = [1.0, 2.0, 4.0, 8.0, 16.0];
     let mut out = [0.0; 5];
-    average(&values, 5, 3, &mut out);
+    smooth(Pooling::Mean, &values, 5, 3, &mut out);
     assert_eq!(out.map(|x| x * 3.0), [3.0, 7.0, 14.0, 28.0, 24.0]);
     // Without the last two; those keep their values.
-    average(&values, 3, 3, &mut out);
+    smooth(Pooling::Mean, &values, 3, 3, &mut out);
     assert_eq!(
         [out[0] * 3.0, out[1] * 3.0, out[2] * 3.0, out[3], out[4]],
         [3.0, 7.0, 6.0, 8.0, 16.0]
     );
-    average(&values, 5, 1, &mut out);
+    smooth(Pooling::Mean, &values, 5, 1, &mut out);
     assert_eq!(out, values);
     // Of an even number of neighbours one more lies before.
-    average(&values, 5, 2, &mut out);
+    smooth(Pooling::Mean, &values, 5, 2, &mut out);
     assert_eq!(out, [0.5, 1.5, 3.0, 6.0, 12.0]);
+}
+
+#[test]
+fn maxima_by_hand() {
+    let values = [-3.0, -5.0, 4.0, 1.0, 16.0];
+    let mut out = [0.0; 5];
+    // What is missing at the ends is no zero.
+    smooth(Pooling::Max, &values, 5, 3, &mut out);
+    assert_eq!(out, [-3.0, 4.0, 4.0, 16.0, 16.0]);
+    smooth(Pooling::Max, &values, 4, 3, &mut out);
+    assert_eq!(out, [-3.0, 4.0, 4.0, 4.0, 16.0]);
+    smooth(Pooling::Max, &values, 2, 63, &mut out);
+    assert_eq!(out, [-3.0, -3.0, 4.0, 1.0, 16.0]);
+    // Of an even number of neighbours one more lies before.
+    smooth(Pooling::Max, &values, 5, 2, &mut out);
+    assert_eq!(out, [-3.0, -3.0, 4.0, 4.0, 16.0]);
 }
 
 #[test]
@@ -144,7 +160,8 @@ fn window_attention_is_replaced_by_prompts_and_grows_in_decode() {
     for isa in Isa::available() {
         for exclude_window in [false, true] {
             let mut layer = Layer::new(2, shape(2, 2, 16), KvFormat::F16);
-            let scorer = Scorer::WindowAttention { window, pool, exclude_window };
+            let pooling = Pooling::Mean;
+            let scorer = Scorer::WindowAttention { window, pool, pooling, exclude_window };
             layer.feed(6, &[40, 3]);
             let lse = attend(&layer, false);
             let scores = rank_all(isa, &mut layer, scorer, &lse);
@@ -174,6 +191,54 @@ fn window_attention_is_replaced_by_prompts_and_grows_in_decode() {
                 assert_close(&head.tally, state, 1e-6, "state after a step");
             }
         }
+    }
+}
+
+#[test]
+fn the_last_row_s_attention_is_averaged_over_the_layer() {
+    for isa in Isa::available() {
+        for (rows, decode) in [([40, 3], false), ([1, 1], true)] {
+            let mut layer = Layer::new(2, shape(3, 2, 16), KvFormat::F32);
+            layer.feed(6, &[70, 20]);
+            // The heads lose different tokens.
+            layer.thin(6, &[50, 1000]);
+            layer.feed(6, &rows);
+            let lse = attend(&layer, decode);
+            let scores = rank_all(isa, &mut layer, Scorer::LastAttention, &lse);
+            let masses = masses(&layer, 1);
+            for (i, found) in scores.iter().enumerate() {
+                let heads = &layer.caches[i / 2];
+                let of = |h: usize, position: u32| {
+                    let token = heads[h].positions.iter().position(|p| *p == position);
+                    token.map_or(0.0, |t| masses[i / 2 * 2 + h][t])
+                };
+                let exact: Vec<f64> =
+                    heads[i % 2].positions.iter().map(|p| (of(0, *p) + of(1, *p)) / 2.0).collect();
+                assert_close(found, &exact, 1e-6, "last row");
+                assert!(heads[i % 2].tally.is_empty());
+            }
+            // Where the heads hold the same tokens, they have the same scores, and all of the attention.
+            assert_eq!(bits(&scores[2]), bits(&scores[3]));
+            assert!((scores[2].iter().sum::<f32>() - 1.0).abs() < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn chance_goes_by_position_whatever_a_head_has_lost() {
+    let mut layer = Layer::new(2, shape(1, 2, 8), KvFormat::F32);
+    layer.feed(6, &[40, 40]);
+    let scorer = Scorer::Random { seed: 5, layer: 3 };
+    let isa = Isa::available()[0];
+    let whole = rank_all(isa, &mut layer, scorer, &[]);
+    assert_eq!(whole[0], whole[2]);
+    assert_ne!(whole[0], whole[1]);
+    assert_ne!(whole, rank_all(isa, &mut layer, Scorer::Random { seed: 5, layer: 4 }, &[]));
+    layer.thin(6, &[20, 20]);
+    for (i, scores) in rank_all(isa, &mut layer, scorer, &[]).iter().enumerate() {
+        let positions = &layer.caches[i / 2][i % 2].positions;
+        let same: Vec<f32> = positions.iter().map(|p| whole[i][*p as usize]).collect();
+        assert_eq!(*scores, same);
     }
 }
 

@@ -209,7 +209,10 @@ pub fn features(op: &Op, step: u32) -> Features {
                 }
                 _ => 0,
             };
-            one(head_key(queries), [log2(sequences), log2(mean_kv), 0.0])
+            // The queries that are a sample are all of the step's.
+            let sampled = matches!(by, Score::ExpectedAttention { .. });
+            let sampled = if sampled { log2(rows / sequences.max(1.0)) } else { 0.0 };
+            one(head_key(queries), [log2(sequences), log2(mean_kv), sampled])
         }
         OpKind::Evict { .. } => {
             let kept: f64 = op

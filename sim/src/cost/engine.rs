@@ -105,7 +105,8 @@ impl UnderEngine {
     /// The multiple of the timed kernel's time that a launch takes.
     fn factor(&self, op: &Op, phase: Phase) -> f64 {
         use Family::{
-            Collective, Evict, RankKeyNorm, RankKeydiff, RankRecency, RankTally, RankWindow, Tally,
+            Collective, Evict, RankExpected, RankKeyNorm, RankKeydiff, RankLag, RankLast,
+            RankRandom, RankRecency, RankTally, RankWindow, Tally,
         };
         let family = op.family(phase);
         let device = match (family, phase) {
@@ -116,7 +117,17 @@ impl UnderEngine {
         // What a policy adds is no engine's: nobody has fused it with anything.
         if matches!(
             family,
-            Tally | RankRecency | RankKeyNorm | RankKeydiff | RankWindow | RankTally | Evict
+            Tally
+                | RankRecency
+                | RankKeyNorm
+                | RankKeydiff
+                | RankWindow
+                | RankTally
+                | RankLast
+                | RankRandom
+                | RankLag
+                | RankExpected
+                | Evict
         ) {
             return device;
         }

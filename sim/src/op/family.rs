@@ -32,6 +32,14 @@ pub enum Family {
     RankWindow,
     /// Ranking by tallied attention.
     RankTally,
+    /// Ranking by the newest query's attention.
+    RankLast,
+    /// Ranking by chance.
+    RankRandom,
+    /// Ranking by variation against later tokens.
+    RankLag,
+    /// Ranking by expected attention.
+    RankExpected,
     /// Compaction.
     Evict,
     /// Extremes of pages of keys.
@@ -62,7 +70,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 30] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -76,6 +84,10 @@ impl Family {
         Self::RankKeydiff,
         Self::RankWindow,
         Self::RankTally,
+        Self::RankLast,
+        Self::RankRandom,
+        Self::RankLag,
+        Self::RankExpected,
         Self::Evict,
         Self::Index,
         Self::Cluster,
@@ -108,6 +120,10 @@ impl Family {
             Self::RankKeydiff => "rank-keydiff",
             Self::RankWindow => "rank-window",
             Self::RankTally => "rank-tally",
+            Self::RankLast => "rank-last",
+            Self::RankRandom => "rank-random",
+            Self::RankLag => "rank-lag",
+            Self::RankExpected => "rank-expected",
             Self::Evict => "evict",
             Self::Index => "index",
             Self::Cluster => "cluster",

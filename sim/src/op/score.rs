@@ -1,6 +1,19 @@
 //! How tokens are ranked.
 
+use serde::{Deserialize, Serialize};
+
 use crate::units::Tokens;
+
+/// How a token's score takes its neighbours in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pooling {
+    /// The mean; missing neighbours count as zero.
+    #[default]
+    Mean,
+    /// The largest. Neighbours tie, and the lower position stays.
+    Max,
+}
 
 /// How tokens are ranked before some are dropped. Closed: `exec` has one kernel per word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,8 +28,10 @@ pub enum Score {
     WindowAttention {
         /// Queries of the observation window.
         window: Tokens,
-        /// Width of the average pooling.
+        /// Neighbours that a score is taken over, itself included. Queries and the group's heads are summed before.
         pool: Tokens,
+        /// What is taken of them.
+        pooling: Pooling,
         /// Pool as if the window's own columns did not exist (SnapKV, kvpress).
         exclude_window: bool,
     },
@@ -24,6 +39,27 @@ pub enum Score {
     TalliedAttention {
         /// Divide by the number of queries that could see the token.
         mean: bool,
+    },
+    /// Attention that the newest query pays, over all query heads: one order for the whole layer.
+    LastAttention,
+    /// A hash of layer, head and position.
+    Random {
+        /// Another seed, another order.
+        seed: u32,
+    },
+    /// Tokens that vary against the tokens after them (`LagKV`), by rank inside their partition.
+    Lag {
+        /// Tokens of a partition.
+        lag: Tokens,
+        /// First tokens, before the first partition.
+        sinks: Tokens,
+    },
+    /// The attention expected of the next queries, were they distributed like those of this step, times the value's length.
+    ExpectedAttention {
+        /// First tokens, whose queries are no sample and whose keys are no candidates.
+        sinks: Tokens,
+        /// Positions ahead.
+        future: Tokens,
     },
 }
 
@@ -37,6 +73,10 @@ impl Score {
             Self::KeyDiff => "keydiff",
             Self::WindowAttention { .. } => "window",
             Self::TalliedAttention { .. } => "tally",
+            Self::LastAttention => "last",
+            Self::Random { .. } => "random",
+            Self::Lag { .. } => "lag",
+            Self::ExpectedAttention { .. } => "expected",
         }
     }
 }

@@ -148,6 +148,7 @@ impl Op {
             },
             OpKind::Rank { by, .. } => {
                 let elements = f64::from(heads.kv) * dim * f64::from(kv);
+                let queries = |rows: Tokens| self.dtype.bytes(u64::from(rows) * query_width);
                 let (flops, read) = match by {
                     Score::Recency => (0.0, f32s(kv_heads * tokens)),
                     Score::KeyNorm => (2.0 * elements, all_keys),
@@ -156,6 +157,19 @@ impl Op {
                     Score::WindowAttention { window, .. } => {
                         let window = window.min(lane.rows);
                         (dot(visible_pairs(window, kv, None)).0, all_keys)
+                    }
+                    Score::LastAttention => {
+                        (dot(visible_pairs(1, kv, None)).0, all_keys + queries(1))
+                    }
+                    Score::Random { .. } => (0.0, f32s(kv_heads * tokens)),
+                    // Keys and values: least and greatest 2, scaled 2, mean and spread 4.
+                    Score::Lag { .. } => (16.0 * elements, stored),
+                    Score::ExpectedAttention { .. } => {
+                        // Covariance of the queries, then a product with mean and covariance per key and query head.
+                        let (rows, square) = (f64::from(lane.rows), dim * dim);
+                        let products = square * (rows + f64::from(kv)) + dim * f64::from(kv);
+                        let flops = 2.0 * f64::from(heads.query) * products + 2.0 * elements;
+                        (flops, stored + queries(lane.rows))
                     }
                     Score::TalliedAttention { .. } => {
                         (f64::from(heads.kv) * f64::from(kv), f32s(2 * kv_heads * tokens))
@@ -322,6 +336,27 @@ mod tests {
         assert_eq!(work.flops, Flops(4.0 * 9.0 * 64.0 * 100.0 * 2.0));
         // Ten steps later each cache is ten longer.
         assert_eq!(attend.work(10).read, Bytes(168_960 + 4_608));
+    }
+
+    #[test]
+    fn rankings_by_hand() {
+        let rank = |by, lane| op(OpKind::Rank { heads: HEADS, by }, lane).work(0);
+        // K of 100 tokens: 100 x 3 heads x 64 channels x 2 B; a query row 576 x 4 B; scores 3 x 100 x 4 B.
+        let (keys, query, scores) = (38_400, 2_304, 1_200);
+        let last = rank(Score::LastAttention, lane(1, 40, 100));
+        // One row of nine heads over 100 keys, 2 x 64 each.
+        assert_eq!((last.flops, last.read), (Flops(115_200.0), Bytes(keys + query)));
+        assert_eq!(last.written, Bytes(scores));
+        let random = rank(Score::Random { seed: 1 }, lane(1, 40, 100));
+        assert_eq!((random.flops, random.read), (Flops(0.0), Bytes(scores)));
+        let lag = rank(Score::Lag { lag: 16, sinks: 4 }, lane(1, 40, 100));
+        // 19,200 keys' elements and as many of values, 8 each.
+        assert_eq!((lag.flops, lag.read), (Flops(307_200.0), Bytes(2 * keys)));
+        let expected = rank(Score::ExpectedAttention { sinks: 4, future: 512 }, lane(2, 100, 100));
+        assert_eq!(expected.read, Bytes(2 * (2 * keys + 100 * query)));
+        // Per sequence and query head 200 products with a square of 64 and 100 with a vector; the lengths of the values.
+        let per_head = 2.0 * (200.0 * 4096.0 + 100.0 * 64.0);
+        assert_eq!(expected.flops, Flops(2.0 * (9.0 * per_head + 38_400.0)));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::evicting::{Cut, Evicting, Scoring};
 use super::{Request, window_and_pool};
-use crate::op::Score;
+use crate::op::{Pooling, Score};
 use crate::units::Tokens;
 
 /// The scores a preset can name; parameters stand beside it in the preset.
@@ -40,12 +40,18 @@ impl By {
     /// The score, with the window's parameters where it has some.
     #[must_use]
     pub fn score(self, window: Tokens, pool: Tokens) -> Score {
+        let windowed = |exclude_window| Score::WindowAttention {
+            window,
+            pool,
+            pooling: Pooling::Mean,
+            exclude_window,
+        };
         match self {
             Self::Recency => Score::Recency,
             Self::KeyNorm => Score::KeyNorm,
             Self::Keydiff => Score::KeyDiff,
-            Self::Window => Score::WindowAttention { window, pool, exclude_window: false },
-            Self::WindowSnap => Score::WindowAttention { window, pool, exclude_window: true },
+            Self::Window => windowed(false),
+            Self::WindowSnap => windowed(true),
             Self::Tally => Score::TalliedAttention { mean: true },
             Self::TallySum => Score::TalliedAttention { mean: false },
         }

@@ -158,9 +158,24 @@ pub trait Scoring: Clone + Debug + Default + DeserializeOwned + Send + Sync + 's
     /// The ranking.
     fn score(&self) -> Score;
 
+    /// The ranking where it depends on what stays in any case.
+    fn score_under(&self, _cut: &Cut) -> Score {
+        self.score()
+    }
+
+    /// Whether it ranks by all queries of the prompt, and so can cut once only.
+    fn whole_prompt(&self) -> bool {
+        false
+    }
+
     /// What no ranking may drop, at a budget of `budget` tokens.
     fn protect(&self, cut: &Cut, _budget: Tokens) -> Protect {
         Protect { sinks: cut.sinks, recent: cut.recent }
+    }
+
+    /// As [`Policy::is_floor`].
+    fn is_floor(&self) -> bool {
+        false
     }
 
     /// Its own parameters for the label, as `key=value,`.
@@ -253,6 +268,10 @@ impl<S: Scoring> Policy for Evicting<S> {
         self.cut.decode
     }
 
+    fn is_floor(&self) -> bool {
+        self.by.is_floor()
+    }
+
     fn layer_kind(&self, layer: Layer, _model: &Model) -> u32 {
         if self.cut.pyramid.is_some() { layer } else { 0 }
     }
@@ -286,6 +305,12 @@ impl<S: Scoring> Policy for Evicting<S> {
             return refuse(
                 "a policy that cuts after the prefill reads the prompt whole".to_owned(),
                 "leave out chunk or instant".to_owned(),
+            );
+        }
+        if self.by.whole_prompt() && (self.cut.chunk.is_some() || self.cut.decode) {
+            return refuse(
+                "ranks by all queries of the prompt, so it can cut once only".to_owned(),
+                "leave out chunk and decode".to_owned(),
             );
         }
         let budget = self.cut.budget.of(request.prompt, request.token_bytes);
@@ -329,7 +354,7 @@ impl<S: Scoring> Policy for Evicting<S> {
         if decode && !self.cut.decode {
             return;
         }
-        let score = self.by.score();
+        let score = self.by.score_under(&self.cut);
         if matches!(score, Score::TalliedAttention { .. }) {
             kv.tally();
         }

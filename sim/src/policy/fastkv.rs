@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::{Forwards, Policy, PolicyError, Request, Role, Step};
 use crate::kv::KvTape;
-use crate::op::{Phase, Protect, Score};
+use crate::op::{Phase, Pooling, Protect, Score};
 use crate::profile::Model;
 use crate::units::{Layer, Tokens};
 
@@ -126,7 +126,8 @@ impl Policy for FastKv {
         let chooses_rows = step.layer == after && self.rows(step.prompt) < step.prompt;
         if keep < kv.tokens() || chooses_rows {
             let (window, pool) = (self.window, self.pool);
-            let by = Score::WindowAttention { window, pool, exclude_window: true };
+            let pooling = Pooling::Mean;
+            let by = Score::WindowAttention { window, pool, pooling, exclude_window: true };
             kv.rank(by, Protect { sinks: 0, recent: window }).keep(keep);
         }
     }

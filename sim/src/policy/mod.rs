@@ -10,6 +10,7 @@ mod budget;
 mod clusterkv;
 mod composed;
 mod evicting;
+mod expected_attention;
 mod fastkv;
 mod full;
 mod h2o;
@@ -17,12 +18,15 @@ mod keydiff;
 mod kivi;
 mod knorm;
 mod kvsharer;
+mod lagkv;
 mod preset;
 mod pyramidkv;
 mod quest;
+mod random;
 mod snapkv;
 mod streaming_llm;
 mod think;
+mod tova;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -33,6 +37,7 @@ pub use budget::Budget;
 pub use clusterkv::ClusterKv;
 pub use composed::Composed;
 pub use evicting::{Cut, Evicting, Instant, Scoring};
+pub use expected_attention::{Expected, ExpectedAttention};
 pub use fastkv::FastKv;
 pub use full::Full;
 pub use h2o::{H2o, HeavyHitters};
@@ -40,13 +45,16 @@ pub use keydiff::KeyDiff;
 pub use kivi::Kivi;
 pub use knorm::Knorm;
 pub use kvsharer::KvSharer;
+pub use lagkv::{LagKv, Lagging};
 pub use preset::Preset;
 pub use pyramidkv::{Falling, PyramidKv};
 pub use quest::Quest;
+pub use random::{Chance, Random};
 use serde::de::DeserializeOwned;
 pub use snapkv::{Snap, SnapKv};
 pub use streaming_llm::StreamingLlm;
 pub use think::ThinK;
+pub use tova::{LastQuery, Tova};
 
 use crate::form::Form;
 use crate::kv::KvTape;
@@ -177,6 +185,11 @@ pub trait Policy: Debug + Send + Sync {
         true
     }
 
+    /// Whether it only shows how much the others are worth: a plan tries it where it is named and never proposes it.
+    fn is_floor(&self) -> bool {
+        false
+    }
+
     /// Layers with the same number are treated alike.
     fn layer_kind(&self, _layer: Layer, _model: &Model) -> u32 {
         0
@@ -302,6 +315,10 @@ registry! {
     "knorm" => scored::<knorm::SmallKeys>,
     "keydiff" => scored::<keydiff::UnusualKeys>,
     "pyramidkv" => scored::<pyramidkv::Falling>,
+    "tova" => scored::<tova::LastQuery>,
+    "lagkv" => scored::<lagkv::Lagging>,
+    "expected-attention" => scored::<expected_attention::Expected>,
+    "random" => scored::<random::Chance>,
     "adakv" => scored::<adakv::Together>,
     "kivi" => build::<Kivi>,
     "think" => build::<ThinK>,
