@@ -55,6 +55,14 @@ pub enum ExecError {
         /// By the caller.
         got: String,
     },
+    /// The forced tokens are not those of the prompts.
+    #[error("the program generates {expected}, the forced tokens are {got}")]
+    WrongForced {
+        /// By the program.
+        expected: String,
+        /// By the caller.
+        got: String,
+    },
     /// A token that the model does not know.
     #[error("token id {id} is outside the vocabulary of {vocab}")]
     UnknownToken {
