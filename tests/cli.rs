@@ -561,10 +561,84 @@ weight_dtype = "f32"
         refuses("calibrate", &["hint: batchmax profile"]);
     }
 
+    fn quality(place: &Place, more: &[&str]) -> Ran {
+        let mut args = vec!["quality", "--model", "tiny.toml", "--weights", "synthetic", "--quiet"];
+        args.extend(["--threads", "1"]);
+        let usual = [
+            ["--context", "128"],
+            ["--samples", "2"],
+            ["--kv-dtype", "f32"],
+            ["--policy", "knorm"],
+        ];
+        args.extend(usual.iter().filter(|u| !more.contains(&u[0])).flatten());
+        args.extend(more);
+        place.run(&args)
+    }
+
+    #[test]
+    fn quality_has_gates_and_goes_on_from_a_file() {
+        let place = place();
+        let few = ["--policy", "knorm", "--budget", "50%", "--out", "q.json", "--json"];
+        let one = document(&quality(&place, &few).answered(), "quality");
+        let keys = |d: &serde_json::Value| -> Vec<String> {
+            let rows = d["rows"].as_array().expect("rows").iter();
+            rows.map(|r| format!("{} {} {}", r["policy"], r["budget"], r["chunk"])).collect()
+        };
+        assert_eq!(keys(&one), [r#""full" null null"#, r#""knorm" "50%" null"#]);
+        assert_eq!((&one["synthetic"], &one["samples"]), (&true.into(), &2.into()));
+        let (full, knorm) = (&one["rows"][0], &one["rows"][1]);
+        // 2 layers, 2 KV heads, K and V of 16 channels in f32; half of 128 tokens are two blocks of 32.
+        assert_eq!(full["kv_bytes_per_token"], 512.0);
+        assert_eq!(knorm["kv_bytes_per_token"], 256.0);
+        assert_eq!(full["kl"], serde_json::json!([0.0, 0.0]));
+        assert!(knorm["kl"].as_array().expect("a list").iter().all(|k| k.as_f64() > Some(0.0)));
+        assert_eq!(knorm["digits"], serde_json::Value::Null, "made-up tokens hide no numbers");
+        let gate = &one["gates"][0];
+        assert_eq!(
+            (&gate["name"], &gate["passed"]),
+            (&"full through the path of a policy".into(), &true.into())
+        );
+
+        let more = ["--policy", "knorm", "streaming-llm", "--budget", "50%,25%", "--chunked"];
+        let grown = [&more[..], &few[4..]].concat();
+        let both = document(&quality(&place, &grown).answered(), "quality");
+        // Chunks of 256 are no chunks at 128 tokens, yet another regime; what was there stays as it was.
+        assert_eq!(keys(&both).len(), 1 + 2 * 2 * 2);
+        assert_eq!(both["rows"][1], one["rows"][1]);
+        let before = std::fs::read_to_string(place.path("q.json")).expect("written");
+        assert_eq!(document(&quality(&place, &grown).answered(), "quality"), both);
+        assert_eq!(std::fs::read_to_string(place.path("q.json")).expect("written"), before);
+
+        let table = quality(&place, &few[..4]).answered();
+        assert!(table.contains("gate passed: full through the path") && table.contains("one-shot"));
+        let other = quality(&place, &[&few[..6], &["--kv-dtype", "f16"]].concat());
+        assert_eq!(other.code, Some(2));
+        let other = quality(&place, &[&few[..6], &["--questions", "1"]].concat()).refused();
+        assert!(other.contains("which is not what is asked"), "{other}");
+    }
+
+    #[test]
+    fn quality_refuses_what_it_can_not_measure() {
+        let place = place();
+        for (args, part) in [
+            (["--policy", "nonsense"], "no policy \"nonsense\""),
+            (["--policy", "snapkv:window=500"], "a window of 500 queries is longer"),
+            (["--context", "400"], "longer than tiny reads, 512"),
+            (["--context", "32"], "at least 96 tokens"),
+            (["--budget", "some"], "budget"),
+            (["--samples", "0"], "--samples"),
+            (["--summary", "tiny.summary"], "made-up weights say nothing"),
+        ] {
+            let error = quality(&place, &args);
+            assert!(error.err.contains(part), "{args:?}: {}", error.err);
+            assert_eq!(error.code, Some(2), "{args:?}");
+        }
+    }
+
     #[test]
     fn models_that_can_only_be_predicted_are_not_run() {
         for model in ["bloom", "bloom-7b1", "falcon-180b", "gpt-j-6b", "opt-6.7b", "decilm-7b"] {
-            for verb in ["run", "validate", "profile", "compare"] {
+            for verb in ["run", "validate", "profile", "compare", "quality"] {
                 refuses(
                     &format!("{verb} --model {model}"),
                     &["the executor can't run", "hint: plan and what-if can still predict it"],

@@ -79,6 +79,9 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
     refuse_early(&mut variants, &contexts, &model, setup.kv.dtype, &mut left_out)?;
     let (weights, checkpoint) =
         local::weights(places, &args.model, &args.weights.weights, &model, setup, global)?;
+    if weights.synthetic && args.summary.is_some() {
+        bail!("--summary: made-up weights say nothing about {}; hint: batchmax fetch", model.name);
+    }
     let tokenizer = checkpoint.as_ref().map(|c| c.tokenizer()).transpose()?;
     drop(checkpoint);
     let mut results = Results::new(
@@ -364,12 +367,6 @@ fn gates(results: &Results) -> Vec<Gate> {
 }
 
 fn summary_text(results: &Results) -> Result<String> {
-    if results.synthetic {
-        bail!(
-            "--summary: made-up weights say nothing about {}; hint: batchmax fetch",
-            results.model
-        );
-    }
     Ok(format!("{SCHEMA}\n{}", toml::to_string(&results.summary())?))
 }
 

@@ -12,8 +12,6 @@ pub const CUE: usize = 12;
 pub const QUOTE: usize = 36;
 /// Numbers hidden in a prompt.
 pub const NEEDLES: usize = 4;
-/// A needle moves up to so many tokens to stand behind a sentence.
-const TO_A_STOP: usize = 60;
 const CITIES: [&str; 16] = [
     "Lisbon", "Vienna", "Oslo", "Cairo", "Lima", "Dublin", "Athens", "Prague", "Madrid", "Havana",
     "Berlin", "Tokyo", "Geneva", "Boston", "Naples", "Warsaw",
@@ -115,12 +113,12 @@ impl<'a> Source<'a> {
         let needles: Vec<Vec<u32>> = hidden
             .iter()
             .map(|(city, digits)| {
-                let text = format!(" The special magic number for {city} is {digits}.");
+                let text = format!("The special magic number for {city} is {digits}.\n\n");
                 tokenizer.encode(&text, false)
             })
             .collect::<Result<_, _>>()?;
-        let stops = tokenizer.encode(".", false)?;
-        let prompt = hide(prose, &needles, context, &stops)?;
+        let breaks = tokenizer.encode("\n\n", false)?;
+        let prompt = hide(prose, &needles, context, &breaks)?;
         let mut asked = Vec::new();
         for (city, digits) in hidden.iter().take(count) {
             let question = format!(
@@ -143,21 +141,24 @@ impl<'a> Source<'a> {
     }
 }
 
-/// `prose` with the needles in the middles of as many equal parts, each behind a sentence where one ends nearby; `context`
-/// tokens in all.
-fn hide(prose: &[u32], needles: &[Vec<u32>], context: usize, stops: &[u32]) -> Result<Vec<u32>> {
+/// `prose` with one needle in each of as many equal parts, between the two paragraphs that meet nearest to the part's
+/// middle (in the middle where none meet); `context` tokens in all. `breaks`: the tokens between paragraphs.
+fn hide(prose: &[u32], needles: &[Vec<u32>], context: usize, breaks: &[u32]) -> Result<Vec<u32>> {
     let taken: usize = needles.iter().map(Vec::len).sum();
     if taken * 2 > context {
         bail!("--context {context}: too short for {} hidden numbers; hint: 256", needles.len());
     }
     let prose = &prose[..context - taken];
+    let border = |k: usize| prose.len() * k / needles.len();
     let mut out = Vec::with_capacity(context);
     let mut copied = 0;
     for (k, needle) in needles.iter().enumerate() {
-        let middle = prose.len() * (2 * k + 1) / (2 * needles.len());
-        let near = &prose[middle..(middle + TO_A_STOP).min(prose.len())];
-        let at = near.iter().position(|id| stops.contains(id)).map_or(middle, |i| middle + i + 1);
-        let at = at.max(copied);
+        let (from, to) = (border(k).max(1), border(k + 1));
+        let middle = usize::midpoint(from, to);
+        let at = (from..to)
+            .filter(|at| prose[..*at].ends_with(breaks))
+            .min_by_key(|at| at.abs_diff(middle))
+            .unwrap_or(middle);
         out.extend_from_slice(&prose[copied..at]);
         out.extend_from_slice(needle);
         copied = at;
@@ -185,17 +186,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn needles_stand_behind_sentences_and_the_length_is_kept() {
-        // 9 ends a sentence.
-        let prose: Vec<u32> = (0..100).map(|i| if i % 10 == 9 { 9 } else { 1 }).collect();
+    fn needles_stand_between_paragraphs_and_the_length_is_kept() {
+        // 9 ends a paragraph, in the first half only.
+        let prose: Vec<u32> = (0..100).map(|i| if i < 45 && i % 10 == 9 { 9 } else { 1 }).collect();
         let needles = vec![vec![7; 5], vec![8; 5]];
         let out = hide(&prose, &needles, 100, &[9]).expect("room");
         assert_eq!(out.len(), 100);
-        // 90 tokens of prose, middles at 22 and 67: the next sentences end at 29 and 69.
-        assert_eq!(out[29], 9);
-        assert_eq!(out[30..35], [7; 5]);
-        assert_eq!(out[74], 9);
-        assert_eq!(out[75..80], [8; 5]);
+        // 90 tokens of prose in two parts: from 1 to 45 with the middle 23, near which one ends behind 19; from 45 to 90
+        // none does, so the middle 67 it is, behind the five tokens of the first needle.
+        assert_eq!(out[19], 9);
+        assert_eq!(out[20..25], [7; 5]);
+        assert_eq!(out[67 + 5..72 + 5], [8; 5]);
+        assert_eq!(out.iter().filter(|t| **t == 1 || **t == 9).count(), 90);
         assert!(hide(&prose, &needles, 19, &[9]).is_err());
     }
 
