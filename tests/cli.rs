@@ -569,6 +569,7 @@ weight_dtype = "f32"
             ["--samples", "2"],
             ["--kv-dtype", "f32"],
             ["--policy", "knorm"],
+            ["--budget", "50%"],
         ];
         args.extend(usual.iter().filter(|u| !more.contains(&u[0])).flatten());
         args.extend(more);
@@ -578,8 +579,11 @@ weight_dtype = "f32"
     #[test]
     fn quality_has_gates_and_goes_on_from_a_file() {
         let place = place();
-        let few = ["--policy", "knorm", "--budget", "50%", "--out", "q.json", "--json"];
-        let one = document(&quality(&place, &few).answered(), "quality");
+        let few =
+            [["--context", "320"], ["--policy", "knorm"], ["--budget", "50%"], ["--out", "q.json"]]
+                .concat();
+        let with = |more: &[&'static str]| [&few[..], more].concat();
+        let one = document(&quality(&place, &with(&["--json"])).answered(), "quality");
         let keys = |d: &serde_json::Value| -> Vec<String> {
             let rows = d["rows"].as_array().expect("rows").iter();
             rows.map(|r| format!("{} {} {}", r["policy"], r["budget"], r["chunk"])).collect()
@@ -587,7 +591,7 @@ weight_dtype = "f32"
         assert_eq!(keys(&one), [r#""full" null null"#, r#""knorm" "50%" null"#]);
         assert_eq!((&one["synthetic"], &one["samples"]), (&true.into(), &2.into()));
         let (full, knorm) = (&one["rows"][0], &one["rows"][1]);
-        // 2 layers, 2 KV heads, K and V of 16 channels in f32; half of 128 tokens are two blocks of 32.
+        // 2 layers, 2 KV heads, K and V of 16 channels in f32; half of 320 tokens are five blocks of 32.
         assert_eq!(full["kv_bytes_per_token"], 512.0);
         assert_eq!(knorm["kv_bytes_per_token"], 256.0);
         assert_eq!(full["kl"], serde_json::json!([0.0, 0.0]));
@@ -599,22 +603,26 @@ weight_dtype = "f32"
             (&"full through the path of a policy".into(), &true.into())
         );
 
-        let more = ["--policy", "knorm", "streaming-llm", "--budget", "50%,25%", "--chunked"];
-        let grown = [&more[..], &few[4..]].concat();
+        let grown =
+            ["--context", "320", "--policy", "knorm", "streaming-llm", "--budget", "50%,40%"];
+        let grown = [&grown[..], &["--chunked", "--out", "q.json", "--json"]].concat();
         let both = document(&quality(&place, &grown).answered(), "quality");
-        // Chunks of 256 are no chunks at 128 tokens, yet another regime; what was there stays as it was.
+        // What was there stays as it was.
         assert_eq!(keys(&both).len(), 1 + 2 * 2 * 2);
         assert_eq!(both["rows"][1], one["rows"][1]);
         let before = std::fs::read_to_string(place.path("q.json")).expect("written");
         assert_eq!(document(&quality(&place, &grown).answered(), "quality"), both);
         assert_eq!(std::fs::read_to_string(place.path("q.json")).expect("written"), before);
 
-        let table = quality(&place, &few[..4]).answered();
+        let table = quality(&place, &few[..6]).answered();
         assert!(table.contains("gate passed: full through the path") && table.contains("one-shot"));
-        let other = quality(&place, &[&few[..6], &["--kv-dtype", "f16"]].concat());
-        assert_eq!(other.code, Some(2));
-        let other = quality(&place, &[&few[..6], &["--questions", "1"]].concat()).refused();
-        assert!(other.contains("which is not what is asked"), "{other}");
+        for other in [["--kv-dtype", "f16"], ["--questions", "1"], ["--samples", "3"]] {
+            let other = quality(&place, &with(&other)).refused();
+            assert!(other.contains("which is not what is asked"), "{other}");
+        }
+        // A chunk as long as the prompt is no chunk.
+        let short = quality(&place, &["--chunked", "--json"]).answered();
+        assert_eq!(keys(&document(&short, "quality")).len(), 2);
     }
 
     #[test]

@@ -99,34 +99,32 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
     let engine = local::engine(&model, weights, setting::threads(&args.memory)?);
     let mut asked = Vec::new();
     for &context in &contexts {
-        let missing = |v: &&Variant| results.row(&v.key(context)).is_none();
+        // A chunk that holds the whole prompt is no regime of its own.
+        let missing = |v: &&Variant| {
+            v.base != UNCOMPRESSED
+                && v.chunk.is_none_or(|c| c < context)
+                && results.row(&v.key(context)).is_none()
+        };
         let todo: Vec<Variant> = variants.iter().filter(missing).cloned().collect();
+        let full = results.rows.iter().any(|r| r.key == full_key(&full, context));
         let control = results.controls.iter().all(|c| c.context != context);
-        asked.push((context, todo, control && control_of(&variants).is_some()));
+        let control = control && control_of(&variants).is_some();
+        if !full || control || !todo.is_empty() {
+            asked.push((context, todo, control));
+        }
     }
     let sequences = samples * (1 + if tokenizer.is_some() { questions } else { 0 });
     let total: usize = asked
         .iter()
-        .filter(|(_, todo, control)| *control || !todo.is_empty())
         .map(|(_, todo, control)| (todo.len() + 1) * sequences + usize::from(*control) * samples)
         .sum();
     let bar = local::bar(global, total as u64, "measuring");
     let bench = Bench { engine: &engine, setup, tokenizer: tokenizer.as_ref(), bar: &bar };
     for (context, todo, control) in asked {
-        if todo.is_empty() && !control {
-            continue;
-        }
         let prepared = source.samples(context as usize, samples, questions)?;
         bar.set_message(format!("{UNCOMPRESSED}, {context} tokens"));
         let (reference, measured) = bench.reference(full.policy.as_ref(), &prepared)?;
-        let key = Variant {
-            preset: full.clone(),
-            base: UNCOMPRESSED.to_owned(),
-            budget: None,
-            chunk: None,
-            named: false,
-        }
-        .key(context);
+        let key = full_key(&full, context);
         let add = |results: &mut Results, row: Row| -> Result<()> {
             if results.row(&row.key).is_none() {
                 results.rows.push(row);
@@ -140,7 +138,7 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
             let kl = bench.divergence(preset.policy.as_ref(), &prepared, &reference)?;
             results.controls.push(Control { context, label: preset.policy.label(), kl });
         }
-        for variant in todo.iter().filter(|v| v.base != UNCOMPRESSED) {
+        for variant in &todo {
             let key = variant.key(context);
             if left_out.iter().any(|l: &String| l.starts_with(&format!("{}:", variant.base))) {
                 continue;
@@ -185,6 +183,11 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
         return Ok(Outcome::No);
     }
     Ok(Outcome::Answered)
+}
+
+fn full_key(full: &Preset, context: Tokens) -> Key {
+    let (policy, label) = (UNCOMPRESSED.to_owned(), full.policy.label());
+    Key { policy, label, budget: None, chunk: None, context }
 }
 
 fn contexts(args: &QualityArgs, model: &Model) -> Result<Vec<Tokens>> {
