@@ -120,6 +120,7 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
         .sum();
     let bar = local::bar(global, total as u64, "measuring");
     let bench = Bench { engine: &engine, setup, tokenizer: tokenizer.as_ref(), bar: &bar };
+    let mut unable: Vec<String> = Vec::new();
     for (context, todo, control) in asked {
         let prepared = source.samples(context as usize, samples, questions)?;
         bar.set_message(format!("{UNCOMPRESSED}, {context} tokens"));
@@ -137,10 +138,11 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
             bar.set_message(format!("control, {context} tokens"));
             let kl = bench.divergence(preset.policy.as_ref(), &prepared, &reference)?;
             results.controls.push(Control { context, label: preset.policy.label(), kl });
+            args.out.as_ref().map_or(Ok(()), |path| results.write(path))?;
         }
         for variant in &todo {
             let key = variant.key(context);
-            if left_out.iter().any(|l: &String| l.starts_with(&format!("{}:", variant.base))) {
+            if unable.contains(&variant.base) {
                 continue;
             }
             bar.set_message(format!("{}, {context} tokens", variant.preset.name));
@@ -150,6 +152,7 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
                 Err(error) => match error.downcast_ref::<ExecError>() {
                     Some(ExecError::NotExecutable { part, .. }) if !variant.named => {
                         left_out.push(format!("{}: the executor can't run {part}", variant.base));
+                        unable.push(variant.base.clone());
                     }
                     _ => return Err(error),
                 },
