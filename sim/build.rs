@@ -1,11 +1,11 @@
-//! Embeds `profiles/{gpus,models,policies,engines}/*.toml`: a table of (kind, name, text) and one of aliases, so that a cold start
+//! Embeds `profiles/{gpus,models,policies,engines,quality}/*.toml`: a table of (kind, name, text) and one of aliases, so that a cold start
 //! parses only what it needs.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-const KINDS: [&str; 4] = ["gpus", "models", "policies", "engines"];
+const KINDS: [&str; 5] = ["gpus", "models", "policies", "engines", "quality"];
 
 fn main() {
     let root =

@@ -72,6 +72,9 @@ pub enum Command {
     /// The main job: plan, run full, one-shot and chunked compression and the control, show the speedups
     #[cfg(feature = "exec")]
     Compare(CompareArgs),
+    /// Measure what KV-cache policies lose on a loaded model: KL, retrieval, quoting, against the bytes they keep
+    #[cfg(feature = "exec")]
+    Quality(QualityArgs),
     /// List or show model descriptions
     Models(ListArgs),
     /// List or show device descriptions
@@ -207,6 +210,12 @@ pub struct PlanArgs {
     /// Longest time per output token (50ms)
     #[arg(long)]
     pub tpot: Option<String>,
+    /// Largest measured KL from no compression (0.1, nats of the next token); what was not measured is left out
+    #[arg(long, value_name = "NATS")]
+    pub max_kl: Option<f64>,
+    /// Least measured share of right digits of hidden numbers (0.8); what was not measured is left out
+    #[arg(long, value_name = "SHARE")]
+    pub min_recall: Option<f64>,
 }
 
 /// `what-if`.
@@ -464,4 +473,41 @@ pub struct CompareArgs {
     pub memory: MemoryArgs,
     #[command(flatten)]
     pub weights: WeightArgs,
+}
+
+/// `quality`.
+#[cfg(feature = "exec")]
+#[derive(Args, Clone, Debug)]
+pub struct QualityArgs {
+    /// Model: a name, a GGUF file or a safetensors directory
+    #[arg(long, short, default_value = "smollm2-135m")]
+    pub model: String,
+    /// Policy presets, separated by spaces [default: every preset that this machine can run]
+    #[arg(long, short, num_args = 1..)]
+    pub policy: Vec<String>,
+    /// Prompt tokens: a list (512,1k,2k) or a range
+    #[arg(long, default_value = "512,1k,2k")]
+    pub context: String,
+    /// Budgets, where a policy has one that was not typed with it
+    #[arg(long, default_value = "50%,25%,12.5%")]
+    pub budget: String,
+    /// Measure evicting policies with a cut every 256 prompt tokens too, not just after the whole prompt
+    #[arg(long)]
+    pub chunked: bool,
+    /// Excerpts of the text; the same for every policy
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub samples: u32,
+    /// Of the four numbers hidden in each excerpt, how many are asked for, each of a prompt of its own
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=4))]
+    pub questions: u32,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub weights: WeightArgs,
+    /// Keep the measurements here (JSON), row by row; those that it has already are not repeated
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Write the means as a description that plan reads: quality/<model>.toml in the data or --profiles directory
+    #[arg(long, value_name = "FILE")]
+    pub summary: Option<PathBuf>,
 }

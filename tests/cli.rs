@@ -607,7 +607,7 @@ weight_dtype = "f32"
     #[test]
     fn models_that_can_only_be_predicted_are_not_run() {
         for model in ["bloom", "bloom-7b1", "falcon-180b", "gpt-j-6b", "opt-6.7b", "decilm-7b"] {
-            for verb in ["run", "validate", "profile", "compare"] {
+            for verb in ["run", "validate", "profile", "compare", "quality"] {
                 refuses(
                     &format!("{verb} --model {model}"),
                     &["the executor can't run", "hint: plan and what-if can still predict it"],

@@ -347,3 +347,51 @@ fn scenarios_name_engine_devices_and_types() {
     let error = place.run(&["what-if", "--scenarios", "noise.csv"]).refused();
     assert!(error.contains("noise.csv"), "{error}");
 }
+
+#[test]
+fn what_was_measured_to_lose_too_much_is_left_out() {
+    let place = Place::new();
+    let row = |policy: &str, budget: f64, kl: f64, recall: f64| {
+        format!(
+            "[[row]]\npolicy = \"{policy}\"\nbudget = {budget}\ncontext = 512\nkv_bytes_per_token = 5760.0\nkl = {kl}\n\
+             kl_low = {kl}\nkl_high = {kl}\ntop1 = 0.9\nrecall = {recall}\nanswer_nll = 1.0\ncopy_top1 = 0.5\ncopy_nll = 1.0\n"
+        )
+    };
+    let rows = [
+        row("snapkv:window=32,pool=5", 0.25, 0.07, 0.2),
+        row("knorm:sinks=4,recent=32", 0.25, 0.3, 0.9),
+    ];
+    let head = "name = \"smollm2-135m\"\nweights = \"f32\"\ncache = \"f16\"\nsamples = 8\nabout = \"made up\"\n";
+    place.write("mine/quality/smollm2-135m.toml", format!("{head}{}", rows.concat()));
+    let ask = |more: &[&str]| {
+        let mut args = vec!["--profiles", "mine", "plan"];
+        args.extend(LLAMA_ON_H100.split(' '));
+        args.extend(["--isl", "4k", "--osl", "64", "--schedule", "static", "--policy"]);
+        args.extend(["full", "snapkv", "knorm", "keydiff", "snapkv:budget=10%"]);
+        args.extend(more);
+        place.run(&args)
+    };
+    let found = |more: &[&str]| -> (Vec<String>, String) {
+        let plan = document(&ask(&[more, &["--json"]].concat()).answered(), "plan");
+        let mut names: Vec<String> = candidates(&plan)
+            .iter()
+            .map(|c| c["preset"].as_str().expect("a name").into())
+            .collect();
+        names.sort_unstable();
+        (names, plan["left_out"].to_string())
+    };
+    assert_eq!(found(&[]).0.len(), 6, "keydiff in two chunks");
+    let (names, left) = found(&["--max-kl", "0.1"]);
+    assert_eq!(names, ["full", "snapkv"]);
+    assert!(left.contains("knorm: KL 0.300 is over 0.1 (measured on smollm2-135m)"), "{left}");
+    assert!(left.contains("keydiff: its quality was not measured"), "{left}");
+    assert!(left.contains("snapkv:budget=10%: its quality was not measured"), "{left}");
+    let (names, left) = found(&["--min-recall", "0.5"]);
+    assert_eq!(names, ["full", "knorm"]);
+    assert!(left.contains("snapkv: recall 0.20 is under 0.5"), "{left}");
+    assert_eq!(found(&["--max-kl", "0.1", "--min-recall", "0.5"]).0, ["full"]);
+    let text = ask(&["--max-kl", "0.1"]).answered();
+    assert!(text.contains("left out: knorm: KL 0.300"), "{text}");
+    assert!(ask(&["--max-kl=-1"]).refused().contains("--max-kl -1"));
+    assert!(ask(&["--min-recall", "1.5"]).refused().contains("from 0 to 1"));
+}

@@ -39,6 +39,9 @@ pub struct RunOptions {
     pub sampling: Sampling,
     /// Tokens that end an answer; empty: answers have the length that was asked for.
     pub stop_tokens: Vec<u32>,
+    /// Per sequence, tokens that take the place of the first ones that would be chosen (teacher forcing); positions and
+    /// caches see them as if they had been. Empty: none.
+    pub forced: Vec<Vec<u32>>,
     /// Keep logits and positions for a dump.
     pub keep_details: bool,
     /// Keep every launch's time.
@@ -61,6 +64,17 @@ pub struct SequenceResult {
     pub kept: Option<Vec<Vec<Vec<Tokens>>>>,
 }
 
+/// A token that was chosen or forced.
+#[derive(Clone, Copy, Debug)]
+pub struct Chosen<'a> {
+    /// Index of its sequence among the prompts.
+    pub sequence: usize,
+    /// Its index among the sequence's generated tokens.
+    pub index: usize,
+    /// Logits `[vocab]` from which it was chosen, or would have been.
+    pub logits: &'a [f32],
+}
+
 /// What a run measured.
 #[derive(Debug)]
 pub struct RunResult {
@@ -74,6 +88,8 @@ pub struct RunResult {
     pub timeline: Timeline,
     /// Largest cache during the prefill, by the pool's own count.
     pub kv_prefill_peak: Bytes,
+    /// The caches when the last prompt was read.
+    pub kv_after_prefill: Bytes,
     /// Largest cache during the decode.
     pub kv_decode_peak: Bytes,
     /// Largest resident size of the process.
@@ -112,7 +128,21 @@ impl Engine {
         stop: &AtomicBool,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<RunResult, ExecError> {
+        self.run_watched(program, prompts, options, stop, progress, &mut |_| {})
+    }
+
+    /// The same, and `watch` sees the logits of every token that is chosen or forced, in the order in which they come.
+    pub fn run_watched(
+        &self,
+        program: &Program,
+        prompts: &[Vec<u32>],
+        options: &RunOptions,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(u64, u64),
+        watch: &mut dyn FnMut(Chosen<'_>),
+    ) -> Result<RunResult, ExecError> {
         self.check(program, prompts, options)?;
+        self.check_forced(program, prompts, options)?;
         let trace = kv_trace(program);
         let spread = kv_spread(program);
         let mut interpreter = self.interpreter(program, prompts, options)?;
@@ -126,16 +156,23 @@ impl Engine {
         let (mut done, mut phase) = (0usize, Phase::Prefill);
         let mut peaks = [Bytes(0); 2];
         let mut kept = None;
+        let mut after_prefill = None;
         let ended = program.visit_steps(|view| {
             if stop.load(Ordering::Relaxed) {
                 return Err(Ended::Error(ExecError::Interrupted));
             }
             if view.pass.phase != phase {
                 kept.get_or_insert_with(|| self.kept(&interpreter, options));
+                if view.pass.phase == Phase::Decode {
+                    after_prefill = Some(interpreter.kv.held());
+                }
                 phase = view.pass.phase;
                 interpreter.kv.pool.reset_peak();
             }
             interpreter.step(&view, &mut clock)?;
+            for (sequence, index, logits) in interpreter.chosen() {
+                watch(Chosen { sequence, index, logits });
+            }
             let held = interpreter.kv.held();
             peaks[phase as usize] =
                 peaks[phase as usize].max(Bytes(interpreter.kv.pool.peak_bytes()));
@@ -157,6 +194,7 @@ impl Engine {
             Err(Ended::Error(error)) => return Err(error),
         }
         let kept = kept.unwrap_or_else(|| self.kept(&interpreter, options));
+        let kv_after_prefill = after_prefill.unwrap_or_else(|| interpreter.kv.held());
         let sequences = finish(interpreter.sequences, kept, &options.stop_tokens);
         Ok(RunResult {
             sequences,
@@ -164,6 +202,7 @@ impl Engine {
             decode: clock.phase(Phase::Decode),
             timeline: clock.timeline(program),
             kv_prefill_peak: peaks[0],
+            kv_after_prefill,
             kv_decode_peak: peaks[1],
             peak_rss: machine::peak_rss(),
             clock,
@@ -249,6 +288,32 @@ impl Engine {
         }
     }
 
+    fn check_forced(
+        &self,
+        program: &Program,
+        prompts: &[Vec<u32>],
+        options: &RunOptions,
+    ) -> Result<(), ExecError> {
+        let forced = &options.forced;
+        if forced.is_empty() {
+            return Ok(());
+        }
+        let groups = &program.header.load.groups;
+        let osl = groups.iter().map(|g| g.osl as usize).min().unwrap_or(0);
+        let longest = forced.iter().map(Vec::len).max().unwrap_or(0);
+        if forced.len() != prompts.len() || longest > osl {
+            return Err(ExecError::WrongForced {
+                expected: format!("{} sequences of at most {osl} tokens", prompts.len()),
+                got: format!("{} of at most {longest}", forced.len()),
+            });
+        }
+        let vocab = self.model.vocab;
+        match forced.iter().flatten().find(|id| **id >= vocab) {
+            Some(&id) => Err(ExecError::UnknownToken { id, vocab }),
+            None => Ok(()),
+        }
+    }
+
     fn interpreter(
         &self,
         program: &Program,
@@ -285,6 +350,7 @@ impl Engine {
                 prompt: prompt.clone(),
                 seen: 0,
                 step: 0,
+                forced: options.forced.get(i).cloned().unwrap_or_default(),
                 generated: Vec::new(),
                 gaps: Vec::new(),
                 sampler: Sampler::new(options.sampling, i),

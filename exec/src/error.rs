@@ -58,6 +58,14 @@ pub enum ExecError {
     /// Prompts are partly cached, and nothing says how those caches come about.
     #[error("the program starts behind cached prefixes, and no program reads them")]
     MissingPrefix,
+    /// The forced tokens are not those of the prompts.
+    #[error("the program generates {expected}, the forced tokens are {got}")]
+    WrongForced {
+        /// By the program.
+        expected: String,
+        /// By the caller.
+        got: String,
+    },
     /// A token that the model does not know.
     #[error("token id {id} is outside the vocabulary of {vocab}")]
     UnknownToken {

@@ -31,7 +31,7 @@ pub struct Slots {
     sampled: Vec<f32>,
     logits: Vec<f32>,
     /// Chosen tokens of the layer at work, set after set.
-    chosen: Vec<Vec<u32>>,
+    reads: Vec<Vec<u32>>,
     /// Key channels that stay, per layer, sequence and KV head; empty until they are chosen.
     channels: Vec<Vec<Vec<u16>>>,
     /// Scores per layer, from a ranking until its eviction.
@@ -40,6 +40,8 @@ pub struct Slots {
     positions: Vec<u32>,
     /// Sequence, first row and rows of the step at work.
     step_rows: Vec<(u32, usize, usize)>,
+    /// Sequences whose next token the step at work chose, in the order of their logits.
+    chosen: Vec<u32>,
 }
 
 impl Slots {
@@ -63,12 +65,13 @@ impl Slots {
             gated: make("gated"),
             sampled: vec![0.0; sampled * model.hidden as usize],
             logits: vec![0.0; sampled * model.vocab as usize],
-            chosen: Vec::new(),
+            reads: Vec::new(),
             channels: vec![Vec::new(); model.layers as usize],
             scores: vec![Vec::new(); model.layers as usize],
             ids: Vec::with_capacity(rows),
             positions: Vec::with_capacity(rows),
             step_rows: Vec::new(),
+            chosen: Vec::new(),
         }
     }
 }
@@ -81,6 +84,8 @@ pub struct SequenceState {
     pub seen: u32,
     /// Tokens that the step at work adds, whether or not all layers see them.
     pub step: u32,
+    /// Tokens that take the place of the first choices.
+    pub forced: Vec<u32>,
     /// Generated tokens.
     pub generated: Vec<u32>,
     /// Gap between the two best logits of each.
@@ -148,6 +153,7 @@ impl Interpreter<'_> {
         slots.ids.clear();
         slots.positions.clear();
         slots.step_rows.clear();
+        slots.chosen.clear();
         let lanes = view.pass.before.ops[0].lanes_at(view.step, view.shift);
         for lane in lanes.as_slice() {
             for index in lane.first..lane.first + lane.sequences {
@@ -411,9 +417,20 @@ impl Interpreter<'_> {
                 sequence.prompt_logits = Some(logits.to_vec());
             }
             let (token, gap) = sequence.sampler.next(logits);
-            sequence.generated.push(token);
+            let forced = sequence.forced.get(sequence.generated.len());
+            sequence.generated.push(forced.copied().unwrap_or(token));
             sequence.gaps.push(gap);
+            self.slots.chosen.push(index);
         }
+    }
+
+    /// The sequences whose next token the last step chose, each with that token's index and its logits.
+    pub fn chosen(&self) -> impl Iterator<Item = (usize, usize, &[f32])> {
+        let vocab = self.model.vocab as usize;
+        self.slots.chosen.iter().zip(self.slots.logits.chunks(vocab)).map(|(sequence, logits)| {
+            let sequence = *sequence as usize;
+            (sequence, self.sequences[sequence].generated.len() - 1, logits)
+        })
     }
 }
 

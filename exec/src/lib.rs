@@ -6,7 +6,8 @@
 //! - [`interpreter`]: one `match` over the op kinds, no policy by name;
 //! - [`engine`]: a whole run, held against its predicted memory at every step;
 //! - [`clock`]: measured times in the simulator's own [`batchmax_sim::timeline::Timeline`];
-//! - [`profile`]: times single passes over a grid, for calibration.
+//! - [`profile`]: times single passes over a grid, for calibration;
+//! - [`quality`]: what a policy loses, by the logits of runs.
 #![forbid(unsafe_code)]
 
 pub mod clock;
@@ -18,9 +19,10 @@ pub mod kv_store;
 pub mod load;
 pub mod machine;
 pub mod profile;
+pub mod quality;
 pub mod sampling;
 pub mod weights;
 
-pub use engine::{Engine, RunOptions, RunResult, load_of};
+pub use engine::{Chosen, Engine, RunOptions, RunResult, load_of};
 pub use error::ExecError;
 pub use sampling::Sampling;

@@ -13,6 +13,8 @@ mod plan;
 #[cfg(feature = "exec")]
 mod profile;
 #[cfg(feature = "exec")]
+mod quality;
+#[cfg(feature = "exec")]
 mod run;
 mod scenarios;
 mod score;
@@ -69,6 +71,8 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         Command::Validate(args) => validate::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]
         Command::Compare(args) => compare::run(&places, args, &cli.global),
+        #[cfg(feature = "exec")]
+        Command::Quality(args) => quality::run(&places, args, &cli.global),
         Command::Models(args) => list::models(&places, args, &cli.global),
         Command::Gpus(args) => list::gpus(&places, args, &cli.global),
         Command::Engines(args) => list::engines(&places, args, &cli.global),

@@ -83,8 +83,8 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             _ => Vec::new(),
         },
         keep_details: args.dump.is_some(),
-        keep_samples: false,
         prefix,
+        ..RunOptions::default()
     };
     let result = go(&engine, &program, &prompts, &options, global)?;
     if let Some(path) = &args.dump {

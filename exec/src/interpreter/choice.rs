@@ -76,7 +76,7 @@ impl Interpreter<'_> {
                         chosen.push(index.clusters.select(query, budget, tokens));
                     }
                 }
-                self.slots.chosen = chosen;
+                self.slots.reads = chosen;
                 return;
             }
         };
@@ -86,7 +86,7 @@ impl Interpreter<'_> {
                 SelectItem { heads, pages, row, tokens }
             })
             .collect();
-        self.slots.chosen =
+        self.slots.reads =
             k::select::select_pages(self.threads, &items, choice, &shape, qkv, width);
     }
 
@@ -100,7 +100,7 @@ impl Interpreter<'_> {
         let width = self.model.qkv_width() as usize;
         let rows = lanes.rows() as usize;
         let (pool, picked) = self.kv.indexed(layer_index(layer), lanes.as_slice());
-        let chosen = std::mem::take(&mut self.slots.chosen);
+        let chosen = std::mem::take(&mut self.slots.reads);
         let sets = chosen.len() / rows.max(1);
         let items: Vec<ChosenItem<'_>> = (picked.iter().zip(chosen.chunks(sets.max(1))))
             .enumerate()

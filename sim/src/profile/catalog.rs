@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 use crate::engine::Engine;
 
-use super::{Gpu, Model, ProfileError, gguf::model_from_gguf, hf::model_from_hf};
+use super::{Gpu, Model, ProfileError, Quality, gguf::model_from_gguf, hf::model_from_hf};
 
 mod built_in {
     include!(concat!(env!("OUT_DIR"), "/built_in.rs"));
@@ -85,6 +85,17 @@ impl Catalog {
     /// All engines, by name.
     pub fn engines(&self) -> Result<Vec<Engine>, ProfileError> {
         self.names("engines").iter().map(|n| self.engine(n)).collect()
+    }
+
+    /// What policies were measured to lose on a model, where that was measured.
+    pub fn quality(&self, model: &str) -> Result<Option<Quality>, ProfileError> {
+        if !self.names("quality").iter().any(|n| n == model) {
+            return Ok(None);
+        }
+        let quality: Quality =
+            self.described("quality", "quality", model, |q: &Quality| &q.name)?;
+        quality.validate(&self.origin("quality", model))?;
+        Ok(Some(quality))
     }
 
     /// Names of the policy presets.

@@ -9,6 +9,7 @@ pub mod gguf;
 pub mod gpu;
 pub mod hf;
 pub mod model;
+pub mod quality;
 
 use std::path::PathBuf;
 
@@ -17,6 +18,7 @@ pub use gguf::{GgmlType, GgufHeader, GgufTensor, GgufValue, model_from_gguf};
 pub use gpu::{Gpu, Peaks};
 pub use hf::model_from_hf;
 pub use model::{Activation, Model, RopeScaling, SlidingWindow};
+pub use quality::{Lost, Quality, QualityRow};
 
 /// Why a description could not be used.
 #[derive(Debug, thiserror::Error)]

@@ -133,8 +133,11 @@ fn changes(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<Vec
     }
     if let Some(half) = half_budget(&best.policy) {
         let also = if best.preset.contains(':') { ',' } else { ':' };
-        let policies = vec![question.preset(&format!("{}{also}budget={half}", best.preset))?];
-        tried.push(("budget halved".into(), Question { policies, ..same.clone() }));
+        let preset = question.preset(&format!("{}{also}budget={half}", best.preset))?;
+        if question.too_lossy(&preset).is_none() {
+            let policies = vec![preset];
+            tried.push(("budget halved".into(), Question { policies, ..same.clone() }));
+        }
     }
     if placement.engine.is_some() {
         let mut more = Question { count: question.count + 1, ..same.clone() };

@@ -6,8 +6,8 @@ use batchmax_sim::load::{Hit, Schedule};
 use batchmax_sim::op::DType;
 use batchmax_sim::place::runs_policy;
 use batchmax_sim::plan::{Host, Objective, Query, Slo, plan};
-use batchmax_sim::policy::{Preset, Request, check_with_prefix};
-use batchmax_sim::profile::Model;
+use batchmax_sim::policy::{Policy, Preset, Request, check_with_prefix};
+use batchmax_sim::profile::{Lost, Model, Quality};
 use batchmax_sim::units::{Bytes, Seconds, Tokens, parse_seconds, parse_tokens};
 
 use super::Plan;
@@ -16,6 +16,9 @@ use crate::setting::{self, LOCAL, Places, Wanted};
 
 /// Chunks that are tried beside the preset's own.
 const CHUNKS: [Tokens; 2] = [1 << 10, 1 << 12];
+
+/// The model whose measured quality stands for those that were not measured.
+const MEASURED: &str = "smollm2-135m";
 
 /// A question; its public parts are what a change changes.
 #[derive(Clone)]
@@ -46,6 +49,8 @@ pub struct Question<'a> {
     pub batch: Option<u32>,
     pub objective: Objective,
     pub prices: Vec<(String, f64)>,
+    /// What policies were measured to lose, where a limit on that was typed.
+    pub quality: Option<Quality>,
 }
 
 impl<'a> Question<'a> {
@@ -90,6 +95,7 @@ impl<'a> Question<'a> {
             batch: setting::batch(&args.batch)?,
             objective: args.objective.parse().map_err(|e| anyhow!("--objective: {e}"))?,
             prices: prices(places, &args.price)?,
+            quality: quality(places, args, &model)?,
             model,
         };
         question.choose_policies()?;
@@ -125,7 +131,10 @@ impl<'a> Question<'a> {
                         self.left_out.push(format!("{}: {}", preset.name, why.problem));
                     }
                     Err(why) => return Err(why.into()),
-                    Ok(()) => self.policies.push(preset),
+                    Ok(()) => match self.too_lossy(&preset) {
+                        Some(why) => self.left_out.push(format!("{}: {why}", preset.name)),
+                        None => self.policies.push(preset),
+                    },
                 }
             }
         }
@@ -133,6 +142,35 @@ impl<'a> Question<'a> {
             bail!("no policy is left to try: {}", self.left_out.join("; "));
         }
         Ok(())
+    }
+
+    /// What a policy was measured to lose.
+    pub fn lost(&self, policy: &dyn Policy) -> Option<Lost> {
+        let cache = self.kvs.first().copied().flatten().unwrap_or(DType::F16);
+        let token = Request::new(&self.model, self.isl, cache).token_bytes;
+        self.quality.as_ref()?.lost(&policy.label(), policy.prefill_chunk(), self.isl, token)
+    }
+
+    /// Why a policy misses --max-kl or --min-recall. What drops nothing misses neither.
+    pub fn too_lossy(&self, preset: &Preset) -> Option<String> {
+        let quality = self.quality.as_ref()?;
+        if !preset.policy.compresses() {
+            return None;
+        }
+        let on = &quality.name;
+        let Some(lost) = self.lost(preset.policy.as_ref()) else {
+            return Some(format!("its quality was not measured (on {on})"));
+        };
+        match (self.args.max_kl, self.args.min_recall, lost.recall) {
+            (Some(most), ..) if lost.kl > most => {
+                Some(format!("KL {:.3} is over {most} (measured on {on})", lost.kl))
+            }
+            (_, Some(_), None) => Some(format!("its recall was not measured (on {on})")),
+            (_, Some(least), Some(recall)) if recall < least => {
+                Some(format!("recall {recall:.2} is under {least} (measured on {on})"))
+            }
+            _ => None,
+        }
     }
 
     /// A preset with other budgets and chunks, where it has such parameters and they were not typed with it.
@@ -266,6 +304,32 @@ impl<'a> Question<'a> {
         };
         let candidates = plan(&query)?;
         Ok(Plan { hosts, candidates })
+    }
+}
+
+/// The measurements that --max-kl and --min-recall go by: of the model, else of the one that has some.
+fn quality(places: &Places, args: &PlanArgs, model: &Model) -> Result<Option<Quality>> {
+    let typed = [("--max-kl", args.max_kl, f64::MAX), ("--min-recall", args.min_recall, 1.0)];
+    for (flag, value, most) in typed {
+        if let Some(value) = value.filter(|v| !(0.0..=most).contains(v)) {
+            bail!(
+                "{flag} {value}: expected a number from 0{}",
+                if most > 1.0 { "" } else { " to 1" }
+            );
+        }
+    }
+    if args.max_kl.is_none() && args.min_recall.is_none() {
+        return Ok(None);
+    }
+    let catalog = &places.catalog;
+    match catalog.quality(&model.name)? {
+        Some(own) => Ok(Some(own)),
+        None => match catalog.quality(MEASURED)? {
+            Some(other) => Ok(Some(other)),
+            None => bail!(
+                "--max-kl, --min-recall: no quality was measured; hint: batchmax quality --summary quality/{MEASURED}.toml"
+            ),
+        },
     }
 }
 

@@ -289,10 +289,10 @@ fn verdict(question: &Question<'_>, plan: &Plan, advice: &Advice) -> String {
         names if names.is_empty() || !best.compresses => String::new(),
         names => format!("within 2 % of it: {}\n", names.join(", ")),
     };
-    let quality = if best.compresses {
-        "what a policy drops changes the answers: quality is not predicted\n"
-    } else {
-        ""
+    let quality = match &question.quality {
+        _ if !best.compresses => String::new(),
+        None => "what a policy drops changes the answers: quality is not predicted\n".to_owned(),
+        Some(quality) => measured(question, best, &quality.name),
     };
     let most = placement.engine.as_ref().map_or(u32::MAX, |e| e.most_sequences);
     let limit = if best.bound == Bound::Sequences {
@@ -312,6 +312,14 @@ fn verdict(question: &Question<'_>, plan: &Plan, advice: &Advice) -> String {
         table::plus_minus(answer.metrics.error),
         next_step(question, plan, best, answer.batch),
     )
+}
+
+/// What the best candidate was measured to lose, at worst.
+fn measured(question: &Question<'_>, best: &Candidate, model: &str) -> String {
+    let lost = question.preset(&best.preset).ok().and_then(|p| question.lost(p.policy.as_ref()));
+    let Some(lost) = lost else { return String::new() };
+    let recall = lost.recall.map_or_else(String::new, |r| format!(", recall {r:.2}"));
+    format!("{} loses at most KL {:.3}{recall}, measured on {model}\n", best.preset, lost.kl)
 }
 
 /// Other policies that are as good as the best within what no prediction can tell apart.

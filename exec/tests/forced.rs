@@ -1,0 +1,92 @@
+//! Forced tokens: a run that is told what it would have chosen is the same run, and one that is told otherwise is the run
+//! of the longer prompt.
+
+mod common;
+
+use std::sync::atomic::AtomicBool;
+
+use batchmax_exec::{Chosen, Engine, ExecError, RunOptions, load_of};
+use batchmax_sim::load::Schedule;
+use batchmax_sim::lower::lower;
+use batchmax_sim::op::DType;
+use batchmax_sim::policy::{Budget, Full, H2o, Policy, SnapKv};
+use batchmax_sim::units::Bytes;
+use common::{made_up, setup, small};
+
+/// Generated tokens, logits [sequence][token][vocab] and the caches' bytes after the prefill.
+type Path = (Vec<Vec<u32>>, Vec<Vec<Vec<f32>>>, Bytes);
+
+fn watched(
+    engine: &Engine,
+    policy: &dyn Policy,
+    prompts: &[Vec<u32>],
+    osl: u32,
+    forced: Vec<Vec<u32>>,
+) -> Result<Path, ExecError> {
+    let load = load_of(prompts, osl, Schedule::Static);
+    let program = lower(&engine.model, policy, &load, setup(DType::F32)).expect("lowers");
+    let mut logits = vec![Vec::new(); prompts.len()];
+    let options = RunOptions { forced, ..RunOptions::default() };
+    let stop = AtomicBool::new(false);
+    let mut watch = |chosen: Chosen<'_>| {
+        assert_eq!(chosen.index, logits[chosen.sequence].len(), "tokens come in order");
+        logits[chosen.sequence].push(chosen.logits.to_vec());
+    };
+    let result =
+        engine.run_watched(&program, prompts, &options, &stop, &mut |_, _| {}, &mut watch)?;
+    let generated = result.sequences.into_iter().map(|s| s.generated).collect();
+    Ok((generated, logits, result.kv_after_prefill))
+}
+
+#[test]
+fn forcing_what_would_be_chosen_changes_no_bit() {
+    let engine = small();
+    let prompts = [made_up(96, 1, 512), made_up(96, 2, 512), made_up(70, 3, 512)];
+    let budget = Budget::Tokens(48);
+    let policies: [&dyn Policy; 3] = [&Full::default(), &SnapKv::new(budget), &H2o::new(budget)];
+    for policy in policies {
+        let (free, logits, bytes) =
+            watched(&engine, policy, &prompts, 20, Vec::new()).expect("runs");
+        assert!(logits.iter().all(|l| l.len() == 20));
+        let (forced, same, same_bytes) =
+            watched(&engine, policy, &prompts, 20, free.clone()).expect("runs");
+        assert_eq!((forced, same_bytes), (free.clone(), bytes));
+        assert!(same == logits, "{}", policy.label());
+        // A part that is forced is followed by what would have followed.
+        let part: Vec<Vec<u32>> = free.iter().map(|f| f[..7].to_vec()).collect();
+        let (rest, same, _) = watched(&engine, policy, &prompts, 20, part).expect("runs");
+        assert!(rest == free && same == logits, "{}", policy.label());
+    }
+}
+
+#[test]
+fn forced_tokens_count_as_seen() {
+    let engine = small();
+    let whole = made_up(60, 5, 512);
+    let (prompt, rest) = whole.split_at(40);
+    let full = Full::default();
+    let (generated, logits, bytes) =
+        watched(&engine, &full, &[prompt.to_vec()], 21, vec![rest.to_vec()]).expect("runs");
+    assert_eq!(generated[0][..20], *rest);
+    // The last logits are those of the prompt with the forced tokens.
+    let (_, longer, more) =
+        watched(&engine, &full, std::slice::from_ref(&whole), 1, Vec::new()).expect("runs");
+    assert_eq!(logits[0][20], longer[0][0]);
+    // 40 and 60 tokens are two blocks of 32 each.
+    assert_eq!(bytes, more);
+    assert_eq!(bytes.0, 3 * 2 * 2 * 32 * 4 * 64);
+}
+
+#[test]
+fn tokens_that_can_not_be_forced_are_refused() {
+    let engine = small();
+    let prompts = [made_up(32, 1, 512), made_up(32, 2, 512)];
+    for (forced, part) in [
+        (vec![vec![1]], "2 sequences of at most 4 tokens"),
+        (vec![vec![1; 5], vec![1]], "at most 5"),
+        (vec![vec![1], vec![512]], "token id 512"),
+    ] {
+        let error = watched(&engine, &Full::default(), &prompts, 4, forced).expect_err("refused");
+        assert!(error.to_string().contains(part), "{error}");
+    }
+}

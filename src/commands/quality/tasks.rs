@@ -1,0 +1,227 @@
+//! What is asked of a model: prose that goes on, a passage to quote, numbers hidden in the prose.
+
+use anyhow::{Result, bail};
+use batchmax_exec::load::Tokenizer;
+
+/// Public domain, see its head.
+const NOVEL: &str = include_str!("../../../profiles/text/novel.txt");
+/// Continuation tokens whose distributions are compared.
+pub const CONTINUATION: usize = 64;
+/// Tokens of a passage that are given again, and tokens that must then follow.
+pub const CUE: usize = 12;
+pub const QUOTE: usize = 36;
+/// Numbers hidden in a prompt.
+pub const NEEDLES: usize = 4;
+const CITIES: [&str; 16] = [
+    "Lisbon", "Vienna", "Oslo", "Cairo", "Lima", "Dublin", "Athens", "Prague", "Madrid", "Havana",
+    "Berlin", "Tokyo", "Geneva", "Boston", "Naples", "Warsaw",
+];
+
+/// A prompt and tokens that are forced behind it.
+#[derive(Clone)]
+pub struct Prose {
+    pub prompt: Vec<u32>,
+    /// One token more than [`CONTINUATION`] (the first comes from the prompt's own pass, which one-shot compression does
+    /// not touch), then cue and quote.
+    pub forced: Vec<u32>,
+}
+
+/// A prompt with hidden numbers and a question about one of them.
+#[derive(Clone)]
+pub struct Question {
+    pub prompt: Vec<u32>,
+    /// The question up to the answer.
+    pub question: Vec<u32>,
+    /// The tokens of the answer.
+    pub answer: Vec<u32>,
+    /// The digits.
+    pub digits: String,
+}
+
+/// One sample at one context.
+pub struct Sample {
+    pub prose: Prose,
+    /// Empty without a tokeniser.
+    pub questions: Vec<Question>,
+}
+
+/// Where tokens come from.
+pub struct Source<'a> {
+    ids: Vec<u32>,
+    tokenizer: Option<&'a Tokenizer>,
+}
+
+impl<'a> Source<'a> {
+    /// The novel, or made-up tokens (no questions then) where there is no tokeniser.
+    pub fn new(tokenizer: Option<&'a Tokenizer>, vocab: u32) -> Result<Self> {
+        let ids = match tokenizer {
+            Some(tokenizer) => {
+                let text: Vec<&str> = NOVEL.lines().filter(|l| !l.starts_with('#')).collect();
+                tokenizer.encode(&text.join("\n\n"), false)?
+            }
+            None => (0..20_000).map(|i| (mixed(i) % u64::from(vocab)) as u32).collect(),
+        };
+        Ok(Self { ids, tokenizer })
+    }
+
+    /// `count` samples of `context` tokens, evenly spread over the text; `questions` of each sample's numbers are asked for.
+    pub fn samples(&self, context: usize, count: usize, questions: usize) -> Result<Vec<Sample>> {
+        let needed = context + CONTINUATION + 1;
+        if needed > self.ids.len() {
+            bail!(
+                "--context {context}: the text has {} tokens; hint: at most {}",
+                self.ids.len(),
+                self.ids.len() - CONTINUATION - 1
+            );
+        }
+        let spare = self.ids.len() - needed;
+        let mut samples = Vec::with_capacity(count);
+        for index in 0..count {
+            let from = if count > 1 { spare * index / (count - 1) } else { 0 };
+            let text = &self.ids[from..from + needed];
+            let prompt = text[..context].to_vec();
+            // A quarter, a half and three quarters into the prompt in turn.
+            let at = (context * (1 + index % 3) / 4).min(context.saturating_sub(CUE + QUOTE));
+            let mut forced = text[context..].to_vec();
+            forced.extend_from_slice(&prompt[at..at + CUE + QUOTE]);
+            let questions = match self.tokenizer {
+                Some(tokenizer) => {
+                    self.questions(tokenizer, &prompt, index as u64, context, questions)?
+                }
+                None => Vec::new(),
+            };
+            samples.push(Sample { prose: Prose { prompt, forced }, questions });
+        }
+        Ok(samples)
+    }
+
+    fn questions(
+        &self,
+        tokenizer: &Tokenizer,
+        prose: &[u32],
+        sample: u64,
+        context: usize,
+        count: usize,
+    ) -> Result<Vec<Question>> {
+        let hidden: Vec<(&str, String)> = (0..NEEDLES)
+            .map(|k| {
+                let city = CITIES[(sample as usize * NEEDLES + k) % CITIES.len()];
+                let number = 10_000 + mixed(1_000 + sample * NEEDLES as u64 + k as u64) % 90_000;
+                (city, number.to_string())
+            })
+            .collect();
+        let needles: Vec<Vec<u32>> = hidden
+            .iter()
+            .map(|(city, digits)| {
+                let text = format!("The special magic number for {city} is {digits}.\n\n");
+                tokenizer.encode(&text, false)
+            })
+            .collect::<Result<_, _>>()?;
+        let breaks = tokenizer.encode("\n\n", false)?;
+        let prompt = hide(prose, &needles, context, &breaks)?;
+        let mut asked = Vec::new();
+        for (city, digits) in hidden.iter().take(count) {
+            let question = format!(
+                "\n\nQuestion: What is the special magic number for {city}? Answer: The special magic number for {city} is"
+            );
+            let mut question_ids = tokenizer.encode(&question, false)?;
+            let mut answer = tokenizer.encode(&format!(" {digits}"), false)?;
+            // A blank that is a token of its own belongs to the question.
+            while answer.len() > 1 && tokenizer.decode(&answer[..1])?.trim().is_empty() {
+                question_ids.push(answer.remove(0));
+            }
+            asked.push(Question {
+                prompt: prompt.clone(),
+                question: question_ids,
+                answer,
+                digits: digits.clone(),
+            });
+        }
+        Ok(asked)
+    }
+}
+
+/// `prose` with one needle in each of as many equal parts, between the two paragraphs that meet nearest to the part's
+/// middle (in the middle where none meet); `context` tokens in all. `breaks`: the tokens between paragraphs.
+fn hide(prose: &[u32], needles: &[Vec<u32>], context: usize, breaks: &[u32]) -> Result<Vec<u32>> {
+    let taken: usize = needles.iter().map(Vec::len).sum();
+    if taken * 2 > context {
+        bail!("--context {context}: too short for {} hidden numbers; hint: 256", needles.len());
+    }
+    let prose = &prose[..context - taken];
+    let border = |k: usize| prose.len() * k / needles.len();
+    let mut out = Vec::with_capacity(context);
+    let mut copied = 0;
+    for (k, needle) in needles.iter().enumerate() {
+        let (from, to) = (border(k).max(1), border(k + 1));
+        let middle = usize::midpoint(from, to);
+        let at = (from..to)
+            .filter(|at| prose[..*at].ends_with(breaks))
+            .min_by_key(|at| at.abs_diff(middle))
+            .unwrap_or(middle);
+        out.extend_from_slice(&prose[copied..at]);
+        out.extend_from_slice(needle);
+        copied = at;
+    }
+    out.extend_from_slice(&prose[copied..]);
+    Ok(out)
+}
+
+/// Digits of `answer` that stand where they should, as a share.
+pub fn right_digits(answer: &str, digits: &str) -> f64 {
+    let same = answer.trim_start().chars().zip(digits.chars()).filter(|(a, b)| a == b).count();
+    same as f64 / digits.len() as f64
+}
+
+/// Well mixed bits of a number (SplitMix64).
+fn mixed(index: u64) -> u64 {
+    let mut z = index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn needles_stand_between_paragraphs_and_the_length_is_kept() {
+        // 9 ends a paragraph, in the first half only.
+        let prose: Vec<u32> = (0..100).map(|i| if i < 45 && i % 10 == 9 { 9 } else { 1 }).collect();
+        let needles = vec![vec![7; 5], vec![8; 5]];
+        let out = hide(&prose, &needles, 100, &[9]).expect("room");
+        assert_eq!(out.len(), 100);
+        // 90 tokens of prose in two parts: from 1 to 45 with the middle 23, near which one ends behind 19; from 45 to 90
+        // none does, so the middle 67 it is, behind the five tokens of the first needle.
+        assert_eq!(out[19], 9);
+        assert_eq!(out[20..25], [7; 5]);
+        assert_eq!(out[67 + 5..72 + 5], [8; 5]);
+        assert_eq!(out.iter().filter(|t| **t == 1 || **t == 9).count(), 90);
+        assert!(hide(&prose, &needles, 19, &[9]).is_err());
+    }
+
+    #[test]
+    fn digits_count_where_they_stand() {
+        assert_eq!(right_digits(" 12345.", "12345"), 1.0);
+        assert_eq!(right_digits("12945", "12345"), 0.8);
+        assert_eq!(right_digits("2345", "12345"), 0.0);
+        assert_eq!(right_digits("", "12345"), 0.0);
+    }
+
+    #[test]
+    fn samples_are_spread_and_carry_what_follows() {
+        let source = Source::new(None, 512).expect("made up");
+        let samples = source.samples(128, 3, 4).expect("fits");
+        let forced = CONTINUATION + 1 + CUE + QUOTE;
+        for sample in &samples {
+            let prose = &sample.prose;
+            assert_eq!((prose.prompt.len(), prose.forced.len()), (128, forced));
+            let quoted = &prose.forced[CONTINUATION + 1..];
+            assert!(prose.prompt.windows(quoted.len()).any(|w| w == quoted));
+            assert!(sample.questions.is_empty());
+        }
+        assert_ne!(samples[0].prose.prompt, samples[1].prose.prompt);
+        assert!(source.samples(20_000, 1, 4).is_err());
+    }
+}
