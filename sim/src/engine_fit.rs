@@ -442,6 +442,7 @@ mod tests {
                         },
                         prefill_steps: 1.0,
                         decode_steps: 99.0,
+                        first_steps: 1.0,
                         sequence_steps: 99.0 * b,
                         layers: 32.0,
                         group: 4,

@@ -63,6 +63,8 @@ pub struct Parts {
     pub prefill_steps: f64,
     /// Steps that generate.
     pub decode_steps: f64,
+    /// Generating steps that the first token takes in engines that generate it apart; 0 where requests overlap.
+    pub first_steps: f64,
     /// Sequences of all generating steps.
     pub sequence_steps: f64,
     /// Decoder layers of a step.
@@ -121,9 +123,8 @@ impl Parts {
         // Reading shares KV heads in every release; only generating took time to learn it.
         let read = self.prefill.under(g.prefill, g.attention, g, device.prefill, device.sums)
             + self.prefill_steps * g.host_s(0.0, self.layers);
-        let first = if g.first_token_decodes && self.prefill_steps > 0.0 && self.decode_steps > 0.0
-        {
-            self.decode(g, device) / self.decode_steps
+        let first = if g.first_token_decodes && self.decode_steps > 0.0 {
+            self.first_steps * self.decode(g, device) / self.decode_steps
         } else {
             0.0
         };
@@ -272,11 +273,15 @@ impl Deployment<'_> {
         let overlap = (pieces + groups - 1.0) / (pieces * groups);
         let (steps, decode_passes) = program.steps();
         let prefill_passes = steps - decode_passes;
+        // An engine that generates the first token apart reads the prompt's last token there: of one token nothing is left.
+        let read = if self.generation.first_token_decodes && isl == 1 { 0.0 } else { 1.0 };
         let parts = Parts {
-            prefill: Buckets::of(&timeline, Phase::Prefill).scaled(overlap),
+            prefill: Buckets::of(&timeline, Phase::Prefill).scaled(read * overlap),
             decode: Buckets::of(&timeline, Phase::Decode),
-            prefill_steps: (tokens / f64::from(self.engine.step_tokens)).max(prefill_passes as f64),
+            prefill_steps: read
+                * (tokens / f64::from(self.engine.step_tokens)).max(prefill_passes as f64),
             decode_steps,
+            first_steps: 1.0,
             sequence_steps: decode_steps * f64::from(together),
             layers: f64::from(self.model.layers),
             group: self.model.group(),
@@ -432,6 +437,7 @@ impl Deployment<'_> {
             // The chunks ride on steps that generate: their host time is counted there.
             prefill_steps: 0.0,
             decode_steps: 1.0,
+            first_steps: 0.0,
             sequence_steps: running,
             layers: f64::from(self.model.layers),
             group: self.model.group(),
