@@ -35,6 +35,8 @@ pub struct GpuKernels {
     gemm16: Option<Model>,
     prefill: Option<Model>,
     decode: Option<Model>,
+    /// Bytes of the cache as a share of what the kernel for single tokens was timed with.
+    cache_share: f64,
     /// Every kernel that sums inside a node; engines take the fastest for the size.
     all_reduce: Vec<Model>,
     norm: Option<Model>,
@@ -100,6 +102,19 @@ impl GpuKernels {
                 .or_else(|| model(kernel, framework, "bf16/fp8", ""))
                 .or_else(|| model(kernel, framework, "bf16", ""))
         };
+        // A framework whose own kernels over narrow caches nobody timed anywhere is not given the slow ones of another:
+        // published runs of such have them read bytes as fast as the 16-bit kernels do.
+        let own_narrow = library.ids().iter().any(|id| {
+            id.framework == framework
+                && id.kernel == Kernel::AttnDecode
+                && id.dtype == attention_type(cache)
+        });
+        let by_bytes = cache.bits() < 16 && !own_narrow;
+        let decode = if by_bytes {
+            model(Kernel::AttnDecode, framework, "bf16", "")
+        } else {
+            attention(Kernel::AttnDecode)
+        };
         let variants =
             ["node8 vLLM_custom_graph 0.24.0", "node8 TRTLLM 1.0.0", "node8 nccl 2.27.3"];
         let reduce = if tp > 1 {
@@ -119,7 +134,8 @@ impl GpuKernels {
             gemm,
             gemm16,
             prefill: attention(Kernel::AttnPrefill),
-            decode: attention(Kernel::AttnDecode),
+            decode,
+            cache_share: if by_bytes { cache.bits() as f64 / 16.0 } else { 1.0 },
             all_reduce: reduce,
             norm: memory(Kernel::Rmsnorm),
             rope: memory(Kernel::Rope),
@@ -238,7 +254,8 @@ impl GpuKernels {
         if phase == Phase::Decode && lanes.iter().all(|l| l.rows == 1) {
             let sequences = op.lanes.sequences() as f64;
             let cached: f64 = lanes.iter().map(|l| f64::from(l.sequences) * kv(l)).sum();
-            let at = [sequences, (cached / sequences.max(1.0)).max(1.0), 0.0, 0.0];
+            let each = self.cache_share * cached / sequences.max(1.0);
+            let at = [sequences, each.max(1.0), 0.0, 0.0];
             return self.look_up(self.decode.as_ref(), Kernel::AttnDecode, key, at, op, step);
         }
         // A ragged launch takes the time of as many sequences of each lane's length, in proportion.
