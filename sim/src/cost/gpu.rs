@@ -102,14 +102,14 @@ impl GpuKernels {
                 .or_else(|| model(kernel, framework, "bf16/fp8", ""))
                 .or_else(|| model(kernel, framework, "bf16", ""))
         };
-        // A framework whose own kernels over narrow caches nobody timed anywhere is not given the slow ones of another:
-        // published runs of such have them read bytes as fast as the 16-bit kernels do.
+        // A framework whose own kernels over caches of 8 bits nobody timed anywhere is not given the slow ones of another:
+        // by published runs of such on H100 and H200 theirs read bytes as fast as the 16-bit kernels do.
         let own_narrow = library.ids().iter().any(|id| {
             id.framework == framework
                 && id.kernel == Kernel::AttnDecode
                 && id.dtype == attention_type(cache)
         });
-        let by_bytes = cache.bits() < 16 && !own_narrow;
+        let by_bytes = matches!(cache, DType::Fp8 | DType::Int8) && !own_narrow;
         let decode = if by_bytes {
             model(Kernel::AttnDecode, framework, "bf16", "")
         } else {
