@@ -140,6 +140,17 @@ impl Generation {
     }
 }
 
+/// How an engine's own products of a single row read weights, where they are none of those that were timed: as fast as the
+/// memory or as the processors can, whichever is slower.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Streams {
+    /// Bytes per second that one processor has under way: few devices of wide memory have enough processors for it.
+    pub processor_bytes_per_s: f64,
+    /// Bits of a 4-bit weight as it is stored, scales included.
+    pub packed_bits: f64,
+}
+
 /// A serving engine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -184,6 +195,9 @@ pub struct Engine {
     pub kv_dtypes: Vec<DType>,
     /// Schedules it can run.
     pub schedules: Vec<String>,
+    /// Its products of a single row, where they are not those that were timed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub streams: Option<Streams>,
     /// Whose speed it has: the generations of that engine stand for its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub like: Option<String>,
@@ -211,6 +225,9 @@ impl Engine {
         }
         if !(self.kv_copies >= 1.0 && self.kv_copies.is_finite()) {
             return fail("kv_copies", "expected at least 1");
+        }
+        if self.streams.is_some_and(|s| !(s.processor_bytes_per_s > 0.0 && s.packed_bits >= 4.0)) {
+            return fail("streams", "expected a positive rate and at least 4 bits");
         }
         if self.kv_block_tokens == 0 || self.most_sequences == 0 || self.step_tokens == 0 {
             return fail("kv_block_tokens", "blocks, sequences and step tokens are at least 1");

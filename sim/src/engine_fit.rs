@@ -16,6 +16,8 @@ pub struct Observed {
     pub gpu: String,
     /// Whether kernels of the device's vendor were timed.
     pub timed_vendor: bool,
+    /// Whether its devices sum, if at all, over links of their own: sums over the host's are a property of the node.
+    pub linked: bool,
     /// Engine.
     pub engine: String,
     /// First year of the engine's generation.
@@ -50,6 +52,7 @@ impl Observed {
             id: id.to_owned(),
             gpu: q.gpu.name.clone(),
             timed_vendor: is_nvidia(&q.gpu),
+            linked: q.gpu.link.is_some() || q.setup.tp == 1,
             engine: q.engine.name.clone(),
             since: q.engine.generation(q.year).since,
             cluster: (q.gpu.name.clone(), q.engine.name.clone()),
@@ -160,8 +163,9 @@ fn known(rows: &[&Observed]) -> bool {
 /// was measured often says more, but not in proportion.
 fn fit_numbers(rows: &[&Observed], prior: &Numbers) -> Numbers {
     // On devices of a vendor whose kernels nobody timed the factors would make up for the kernels: such devices get
-    // factors of their own and say nothing about the engine.
-    let rows: Vec<&Observed> = rows.iter().copied().filter(|r| r.timed_vendor).collect();
+    // factors of their own and say nothing about the engine. Nor do sums over a node's host links.
+    let rows: Vec<&Observed> =
+        rows.iter().copied().filter(|r| r.timed_vendor && r.linked).collect();
     let rows = rows.as_slice();
     let mut sizes: BTreeMap<&(String, String), f64> = BTreeMap::new();
     for row in rows {
@@ -442,6 +446,7 @@ mod tests {
                         },
                         prefill_steps: 1.0,
                         decode_steps: 99.0,
+                        first_steps: 1.0,
                         sequence_steps: 99.0 * b,
                         layers: 32.0,
                         group: 4,
@@ -451,6 +456,7 @@ mod tests {
                             id: format!("{gpu}{batch}{isl}{}", metric.name()),
                             gpu: gpu.to_owned(),
                             timed_vendor: true,
+                            linked: true,
                             engine: "e".to_owned(),
                             since: 2024,
                             cluster: (gpu.to_owned(), "e".to_owned()),

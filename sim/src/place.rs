@@ -126,7 +126,8 @@ impl Placement {
             self.setup.weights,
             self.setup.kv.dtype,
             self.setup.tp,
-        );
+        )
+        .streaming(engine.streams);
         if !knows_products(&kernels, &self.model, self.setup) {
             return roofline();
         }

@@ -363,7 +363,7 @@ impl<'a> Predictor<'a> {
     pub fn run(&mut self, q: &Question, generation: &Generation) -> Result<Run, String> {
         let key = (
             q.gpu.name.clone(),
-            q.engine.framework.clone(),
+            q.engine.name.clone(),
             q.setup.weights,
             q.setup.kv.dtype,
             q.setup.tp,
@@ -377,6 +377,7 @@ impl<'a> Predictor<'a> {
                 q.setup.kv.dtype,
                 q.setup.tp,
             )
+            .streaming(q.engine.streams)
         });
         let policy: &dyn Policy = q.preset.policy.as_ref();
         let deployment = Deployment {

@@ -66,6 +66,8 @@ pub struct Parts {
     pub prefill_steps: f64,
     /// Steps that generate.
     pub decode_steps: f64,
+    /// Generating steps that the first token takes in engines that generate it apart; 0 where requests overlap.
+    pub first_steps: f64,
     /// Sequences of all generating steps.
     pub sequence_steps: f64,
     /// Decoder layers of a step.
@@ -125,8 +127,8 @@ impl Parts {
         let read = self.prefill.under(g.prefill, g.attention, g, device.prefill, device.sums)
             + self.prefill_steps * g.host_s(0.0, self.layers);
         // A prompt that rides on generating steps waits for those in any case.
-        let first = if self.prefill_steps > 0.0 {
-            g.first_token_s(self.decode(g, device), self.decode_steps)
+        let first = if self.first_steps > 0.0 {
+            self.first_steps * g.first_token_s(self.decode(g, device), self.decode_steps)
         } else {
             0.0
         };
@@ -322,11 +324,15 @@ impl Deployment<'_> {
         let timeline = predict(&launched, &program);
         let read = load.read_tokens() as f64;
         let decode_steps = f64::from(osl.saturating_sub(1));
+        // An engine that generates the first token apart reads the prompt's last token there: of one token nothing is left.
+        let apart = self.generation.first_token_decodes && isl == 1;
+        let pieces = if apart { 0.0 } else { 1.0 };
         let parts = Parts {
-            prefill: Buckets::of(&timeline, Phase::Prefill),
+            prefill: Buckets::of(&timeline, Phase::Prefill).scaled(pieces),
             decode: Buckets::of(&timeline, Phase::Decode),
-            prefill_steps: launched.prompt_steps(&program),
+            prefill_steps: pieces * launched.prompt_steps(&program),
             decode_steps,
+            first_steps: 1.0,
             sequence_steps: decode_steps * f64::from(together),
             layers: f64::from(self.model.layers),
             group: self.model.group(),
@@ -485,6 +491,7 @@ impl Deployment<'_> {
             // The chunks ride on steps that generate: their host time is counted there.
             prefill_steps: 0.0,
             decode_steps: 1.0,
+            first_steps: 0.0,
             sequence_steps: running,
             layers: f64::from(self.model.layers),
             group: self.model.group(),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{Cost, CostModel};
+use crate::engine::Streams;
 use crate::op::{DType, Heads, Op, OpKind, Phase};
 use crate::profile::Gpu;
 use crate::surface::{Kernel, Library, Model, Shape, SurfaceId};
@@ -18,6 +19,17 @@ const LAUNCH: f64 = 2.5e-6;
 /// Relative deviation of their time.
 const BORROWED_STDDEV: f64 = 0.4;
 
+/// Deviation of the logarithm of products that stream weights, where the device was left out of the fit of their rate.
+const STREAM_STDDEV: f64 = 0.1;
+/// How sharply memory and processors take turns as the limit of a stream.
+const STREAM_SHARPNESS: f64 = 4.0;
+/// Packed weights as kernels for a single row read them on a device where none was timed: the one that was timed (A100)
+/// reads by its processors, 9 to 11 GB/s each, not by its memory, and so does llama.cpp on eleven cards, by its runs. Bits
+/// with a scale and a zero of 16 and 4 bits for 128 weights.
+const PACKED: Streams = Streams { processor_bytes_per_s: 9.8e9, packed_bits: 4.16 };
+/// Deviation of the logarithm of sums over links of the host: nodes differ.
+const NODE_STDDEV: f64 = 0.4;
+
 /// The kernels of one framework on one device for one choice of types.
 #[derive(Clone, Debug)]
 pub struct GpuKernels {
@@ -27,6 +39,8 @@ pub struct GpuKernels {
     gemm16: Option<Model>,
     prefill: Option<Model>,
     decode: Option<Model>,
+    /// Bytes of the cache as a share of what the kernel for single tokens was timed with.
+    cache_share: f64,
     /// Every kernel that sums inside a node; engines take the fastest for the size.
     all_reduce: Vec<Model>,
     norm: Option<Model>,
@@ -36,6 +50,8 @@ pub struct GpuKernels {
     sampler: Option<Model>,
     /// Seconds of a narrow product's launch that quantise its input.
     quantisation: f64,
+    /// Products of a single row that are not those that were timed.
+    streams: Option<Streams>,
     /// Devices that share each layer.
     tp: u32,
 }
@@ -90,6 +106,19 @@ impl GpuKernels {
                 .or_else(|| model(kernel, framework, "bf16/fp8", ""))
                 .or_else(|| model(kernel, framework, "bf16", ""))
         };
+        // A framework whose own kernels over caches of 8 bits nobody timed anywhere is not given the slow ones of another:
+        // by published runs of such on H100 and H200 theirs read bytes as fast as the 16-bit kernels do.
+        let own_narrow = library.ids().iter().any(|id| {
+            id.framework == framework
+                && id.kernel == Kernel::AttnDecode
+                && id.dtype == attention_type(cache)
+        });
+        let by_bytes = matches!(cache, DType::Fp8 | DType::Int8) && !own_narrow;
+        let decode = if by_bytes {
+            model(Kernel::AttnDecode, framework, "bf16", "")
+        } else {
+            attention(Kernel::AttnDecode)
+        };
         let variants =
             ["node8 vLLM_custom_graph 0.24.0", "node8 TRTLLM 1.0.0", "node8 nccl 2.27.3"];
         let reduce = if tp > 1 {
@@ -109,15 +138,73 @@ impl GpuKernels {
             gemm,
             gemm16,
             prefill: attention(Kernel::AttnPrefill),
-            decode: attention(Kernel::AttnDecode),
+            decode,
+            cache_share: if by_bytes { cache.bits() as f64 / 16.0 } else { 1.0 },
             all_reduce: reduce,
             norm: memory(Kernel::Rmsnorm),
             rope: memory(Kernel::Rope),
             gated: memory(Kernel::SiluMul),
             embedding: memory(Kernel::Embedding),
             sampler: memory(Kernel::Sampler),
+            streams: None,
             gpu: Arc::new(gpu),
             tp,
+        }
+    }
+
+    /// With products of a single row that read weights as an engine's own kernels do.
+    #[must_use]
+    pub fn streaming(self, streams: Option<Streams>) -> Self {
+        Self { streams, ..self }
+    }
+
+    /// A product of a single row by an engine's own kernel: its weights through memory and through the processors.
+    fn stream(&self, streams: Streams, weights: DType, elements: u64) -> Cost {
+        let bits = match weights {
+            DType::Int4 => streams.packed_bits,
+            other => other.bits() as f64,
+        };
+        let bytes = elements as f64 * bits / 8.0;
+        let processors = f64::from(self.gpu.processors) * streams.processor_bytes_per_s;
+        let memory = bytes / self.gpu.bandwidth_bytes_per_s;
+        let sum = memory.powf(STREAM_SHARPNESS) + (bytes / processors).powf(STREAM_SHARPNESS);
+        Cost {
+            seconds: sum.powf(1.0 / STREAM_SHARPNESS),
+            relative_stddev: STREAM_STDDEV,
+            source: Source::Extrapolated,
+        }
+    }
+
+    /// A sum of `bytes` on each device. Devices without links of their own sum over the host's, and how well more than two
+    /// of them do is a property of the node (switches, sockets), not of the device: such a sum is not slower than a ring
+    /// over links that two of them have. On nodes with links the timed sums of four and eight are 0.7 to 1.6 times that
+    /// ring where latency does not rule; on the one timed node without, 4 and 10 times.
+    fn all_reduce(&self, op: &Op, bytes: f64, step: u32) -> Cost {
+        let fastest = |devices: u32, bytes: f64| {
+            let (key, at) = ([f64::from(devices), 0.0, 0.0], [bytes, 0.0, 0.0, 0.0]);
+            self.all_reduce
+                .iter()
+                .map(|m| self.look_up(Some(m), Kernel::AllReduce, key, at, op, step))
+                .min_by(|a, b| a.seconds.total_cmp(&b.seconds))
+        };
+        let Some(timed) = fastest(self.tp, bytes) else { return self.by_work(op, step) };
+        if self.gpu.link.is_some() || self.tp <= 2 {
+            return timed;
+        }
+        let n = f64::from(self.tp);
+        let (Some(two), Some(hop)) = (fastest(2, 2.0 * (n - 1.0) / n * bytes), fastest(2, 1.0))
+        else {
+            return timed;
+        };
+        // Both directions of a hop are the least sum of two.
+        let ring = two.seconds + (n - 2.0) * 0.5 * hop.seconds;
+        if ring >= timed.seconds {
+            return timed;
+        }
+        Cost {
+            seconds: ring,
+            relative_stddev: two.relative_stddev.hypot(NODE_STDDEV),
+            source: two.source.max(Source::Extrapolated),
         }
     }
 
@@ -171,7 +258,8 @@ impl GpuKernels {
         if phase == Phase::Decode && lanes.iter().all(|l| l.rows == 1) {
             let sequences = op.lanes.sequences() as f64;
             let cached: f64 = lanes.iter().map(|l| f64::from(l.sequences) * kv(l)).sum();
-            let at = [sequences, (cached / sequences.max(1.0)).max(1.0), 0.0, 0.0];
+            let each = self.cache_share * cached / sequences.max(1.0);
+            let at = [sequences, each.max(1.0), 0.0, 0.0];
             return self.look_up(self.decode.as_ref(), Kernel::AttnDecode, key, at, op, step);
         }
         // A ragged launch takes the time of as many sequences of each lane's length, in proportion.
@@ -204,10 +292,21 @@ impl CostModel for GpuKernels {
         };
         match op.kind {
             OpKind::Gemm { n, k, weights, .. } => {
+                if let Some(streams) = self.streams
+                    && op.lanes.rows() == 1
+                {
+                    return self.stream(streams, weights, n.saturating_mul(k));
+                }
                 let (key, at) = ([n as f64, k as f64, 0.0], [rows, 0.0, 0.0, 0.0]);
                 let model = if weights.bits() >= 16 { &self.gemm16 } else { &self.gemm };
                 let mut cost = self.look_up(model.as_ref(), Kernel::Gemm, key, at, op, step);
-                if weights.bits() < 16 {
+                if weights == DType::Int4 && model.as_ref().is_some_and(|m| !m.is_timed()) {
+                    // What the borrowed kernel takes too long over its weights; more rows add to that.
+                    let least = self.stream(PACKED, weights, n.saturating_mul(k)).seconds;
+                    let one = [1.0, 0.0, 0.0, 0.0];
+                    let alone = self.look_up(model.as_ref(), Kernel::Gemm, key, one, op, step);
+                    cost.seconds = (cost.seconds - (alone.seconds - least).max(0.0)).max(least);
+                } else if weights.bits() < 16 {
                     // Timings of narrow products hold the quantisation of their input as a launch of its own; engines
                     // fuse it into the op before.
                     cost.seconds -= self.quantisation.min(0.6 * cost.seconds);
@@ -223,12 +322,7 @@ impl CostModel for GpuKernels {
             OpKind::Attend { heads, window } => self.attend(op, heads, window, phase, step),
             OpKind::AllReduce { width } => {
                 let bytes = rows * f64::from(width) * 2.0;
-                let (key, at) = ([f64::from(self.tp), 0.0, 0.0], [bytes, 0.0, 0.0, 0.0]);
-                self.all_reduce
-                    .iter()
-                    .map(|m| self.look_up(Some(m), Kernel::AllReduce, key, at, op, step))
-                    .min_by(|a, b| a.seconds.total_cmp(&b.seconds))
-                    .unwrap_or_else(|| self.by_work(op, step))
+                self.all_reduce(op, bytes, step)
             }
             // The residual is added in the same kernel, the norm of queries and keys in that of the rotation.
             OpKind::RmsNorm { width, .. } => {
