@@ -16,6 +16,9 @@ pub struct KvStore {
     indices: Vec<Vec<Indices>>,
 }
 
+/// The KV heads of a sequence in one layer, and what their tokens are chosen by.
+pub type Indexed<'a> = (&'a [HeadCache], &'a mut [Indices]);
+
 /// What tokens are chosen by, of one head.
 #[derive(Clone, Default)]
 pub struct Indices {
@@ -89,7 +92,7 @@ impl KvStore {
         &'a mut self,
         layer: usize,
         lanes: &[Lane],
-    ) -> (&'a BlockPool, Vec<(&'a [HeadCache], &'a mut [Indices])>) {
+    ) -> (&'a BlockPool, Vec<Indexed<'a>>) {
         let caches = &self.layers[layer];
         let indices = &mut self.indices[layer];
         indices.resize_with(caches.len(), Indices::default);

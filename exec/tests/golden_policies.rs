@@ -92,7 +92,7 @@ fn fastkv_keeps_and_forwards_what_the_reference_does() {
             let result = run(
                 &engine,
                 &policy,
-                &std::slice::from_ref(&source),
+                std::slice::from_ref(&source),
                 32,
                 Schedule::Static,
                 DType::F32,
@@ -134,7 +134,7 @@ fn shared_layers_give_the_reference_tokens() {
             let result = run(
                 &engine,
                 &policy,
-                &std::slice::from_ref(&source),
+                std::slice::from_ref(&source),
                 32,
                 Schedule::Static,
                 DType::F32,
@@ -159,7 +159,14 @@ fn max_pooling_keeps_what_rocketkv_keeps_of_a_prompt() {
             let pooling = Pooling::Max;
             let by = Snap { window: number("window"), pool: number("kernel"), pooling };
             let policy = SnapKv { cut, by };
-            let result = run(&engine, &policy, &[source.clone()], 2, Schedule::Static, DType::F32);
+            let result = run(
+                &engine,
+                &policy,
+                std::slice::from_ref(&source),
+                2,
+                Schedule::Static,
+                DType::F32,
+            );
             let theirs = |l: usize, h: usize| ids(&reference["stage1"][l.to_string()]["kept"][h]);
             let (equal, all) = overlap(kept_of(&result), theirs);
             println!("rocketkv {name}, {} tokens: {equal} of {all} positions", prompt["len"]);

@@ -167,7 +167,7 @@ pub fn share(
     }
     let left = (heads.len() * mean).saturating_sub(keep.iter().sum());
     // Stable: equal scores stay in the order of the heads, and within a head of their places.
-    rest.sort_by(|a, b| b.0.cmp(&a.0));
+    rest.sort_by_key(|(score, _)| std::cmp::Reverse(*score));
     for (_, head) in rest.into_iter().take(left) {
         keep[head] += 1;
     }

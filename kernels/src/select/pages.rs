@@ -181,9 +181,9 @@ mod tests {
                 index.high.extend(key);
             } else {
                 let at = token / page * 2;
-                for d in 0..2 {
-                    index.low[at + d] = index.low[at + d].min(key[d]);
-                    index.high[at + d] = index.high[at + d].max(key[d]);
+                for (d, x) in key.iter().enumerate() {
+                    index.low[at + d] = index.low[at + d].min(*x);
+                    index.high[at + d] = index.high[at + d].max(*x);
                 }
             }
         }

@@ -14,6 +14,9 @@ use super::results::Measured;
 use super::tasks::{CONTINUATION, CUE, QUOTE, Question, Sample, right_digits};
 use crate::commands::local;
 
+/// Of a sequence's step and its logits: what is measured of them.
+type Compare<'a> = dyn FnMut(usize, usize, &[f32]) -> (f64, f64) + 'a;
+
 /// Prompt tokens that are read together, so that activations stay small.
 const TOGETHER: usize = 8192;
 
@@ -80,7 +83,7 @@ impl Bench<'_> {
         policy: &dyn Policy,
         samples: &[Sample],
         measured: &mut Measured,
-        compare: &mut dyn FnMut(usize, usize, &[f32]) -> (f64, f64),
+        compare: &mut Compare<'_>,
     ) -> Result<()> {
         let prompts: Vec<&[u32]> = samples.iter().map(|s| s.prose.prompt.as_slice()).collect();
         let forced: Vec<&[u32]> = samples.iter().map(|s| s.prose.forced.as_slice()).collect();
