@@ -192,7 +192,9 @@ fn choosing_policies_give_the_reference_tokens() {
     for (prompt, source) in prompts_with_ids() {
         let budget = Budget::Tokens(128);
         let quest = |per_head, newest| Quest { budget, page: 16, per_head, newest };
-        let policies: [(&Value, Box<dyn Policy>); 4] = [
+        let rocket = |budget| RocketKv { budget, answer: 32, window: 32, pool: 63 };
+        let policies: [(&Value, Box<dyn Policy>); 5] = [
+            (&prompt["rocketkv"]["t256"], Box::new(rocket(Budget::Tokens(256)))),
             (&prompt["quest"]["query_forced"], Box::new(quest(true, true))),
             (&prompt["quest"]["query_free"], Box::new(quest(true, false))),
             (&prompt["quest"]["kv_forced"], Box::new(quest(false, true))),

@@ -23,6 +23,7 @@ mod preset;
 mod pyramidkv;
 mod quest;
 mod random;
+mod rocketkv;
 mod snapkv;
 mod streaming_llm;
 mod think;
@@ -50,6 +51,7 @@ pub use preset::Preset;
 pub use pyramidkv::{Falling, PyramidKv};
 pub use quest::Quest;
 pub use random::{Chance, Random};
+pub use rocketkv::RocketKv;
 use serde::de::DeserializeOwned;
 pub use snapkv::{Snap, SnapKv};
 pub use streaming_llm::StreamingLlm;
@@ -326,4 +328,5 @@ registry! {
     "kvsharer" => build::<KvSharer>,
     "quest" => build::<Quest>,
     "clusterkv" => build::<ClusterKv>,
+    "rocketkv" => build::<RocketKv>,
 }
