@@ -175,7 +175,9 @@ fn latencies_are_kept_and_named_where_they_bind() {
 #[test]
 fn compression_that_does_not_pay_is_not_recommended() {
     // So little is generated from so short a prompt that the cache hardly matters.
-    let args = format!("{LLAMA_ON_H100} --isl 512 --osl 2");
+    let args = format!(
+        "{LLAMA_ON_H100} --isl 512 --osl 2 --policy full --policy batch-max --policy snapkv"
+    );
     let text = run(&format!("plan {args}")).answered();
     assert!(text.contains("\ncompression does not pay here, "), "{text}");
     let json = plan(&args);
@@ -192,7 +194,7 @@ fn policies_that_nobody_named_are_left_out_where_they_can_not_work() {
     let args = format!("{LLAMA_ON_H100} --isl 64 --osl 64");
     let text = run(&format!("plan {args}")).answered();
     assert!(text.contains("\nleft out: snapkv: a budget of 16 tokens can't hold"), "{text}");
-    assert_eq!(plan(&args)["left_out"].as_array().map(Vec::len), Some(3));
+    assert_eq!(plan(&args)["left_out"].as_array().map(Vec::len), Some(8));
     refuses(&format!("plan {args} --policy snapkv"), &["a budget of 16 tokens can't hold"]);
 }
 
@@ -212,7 +214,7 @@ fn searched_parameters_are_listed_once_and_typed_ones_all() {
     let names: Vec<_> = candidates(&budgets).iter().map(|c| c["preset"].as_str()).collect();
     // A quarter is the preset's own budget and is said all the same, since it was typed.
     assert_eq!(names, [Some("batch-max:budget=12.5%"), Some("batch-max:budget=25%")]);
-    refuses(&format!("plan {args} --budget none"), &["expected tokens (512, 4k) or a share"]);
+    refuses(&format!("plan {args} --budget none"), &["expected tokens (512, 4k), a share"]);
 }
 
 #[test]
@@ -263,7 +265,7 @@ fn engines_run_what_they_can_and_say_what_they_can_not() {
     refuses(&format!("plan {args} --engine vlm"), &["no engine \"vlm\"", "did you mean \"vllm\"?"]);
     refuses(&format!("plan {args} --engine cuda"), &["no engine \"cuda\"", "known: ", "vllm"]);
     let text = run(&format!("plan {args} --engine vllm")).answered();
-    assert!(text.contains("left out: vllm can't run batch-max, snapkv"), "{text}");
+    assert!(text.contains("left out: vllm can't run "), "{text}");
     refuses("plan --engine vllm", &["this machine's CPU runs batchmax only"]);
     refuses("explain --tp 2", &["this machine's CPU is one device"]);
     // An engine with copies of its caches holds fewer sequences.
@@ -295,7 +297,8 @@ fn flags_of_the_processor_are_read_on_gpus_too() {
 
 #[test]
 fn a_sweep_over_batches_types_and_devices_to_a_layer() {
-    let args = format!("what-if {LLAMA_ON_H100} --isl 2k --osl 64");
+    // Prompts so long that memory ends before the engine's number of sequences.
+    let args = format!("what-if {LLAMA_ON_H100} --isl 16k --osl 64");
     refuses(&format!("{args} --batch 4,0"), &["--batch 0: at least one sequence"]);
     refuses(&format!("{args} --batch 65537"), &["--batch 65537: at most 65536"]);
     refuses(&format!("{args} --batch 8..2"), &["--batch 8..2: a range goes from the smaller"]);
@@ -314,9 +317,9 @@ fn a_sweep_over_batches_types_and_devices_to_a_layer() {
 #[test]
 fn scenarios_name_engine_devices_and_types() {
     let rows = "id,gpu,tp,model,weight_dtype,kv_dtype,engine,batch,input_len,output_len,policy\n\
-         one,h100-sxm,1,llama-3.1-8b,,,vllm,max,2048,128,full\n\
-         two,h100-sxm,2,llama-3.1-8b,,,vllm,max,2048,128,full\n\
-         small,h100-sxm,1,llama-3.1-8b,fp8,fp8,vllm,max,2048,128,full\n\
+         one,h100-sxm,1,llama-3.1-8b,,,vllm,max,16384,128,full\n\
+         two,h100-sxm,2,llama-3.1-8b,,,vllm,max,16384,128,full\n\
+         small,h100-sxm,1,llama-3.1-8b,fp8,fp8,vllm,max,16384,128,full\n\
          slow,h100-sxm,1,llama-3.1-8b,,,transformers,16,2048,128,full\n\
          fast,h100-sxm,1,llama-3.1-8b,,,vllm,16,2048,128,full\n\
          ours,h100-sxm,1,llama-3.1-8b,,,batchmax,max,2048,128,batch-max\n\

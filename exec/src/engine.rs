@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use batchmax_kernels::threads::Threads;
 use batchmax_sim::load::{Group, Load, Schedule};
-use batchmax_sim::memory::{Buffers, kv_peaks, kv_spread, kv_trace};
+use batchmax_sim::memory::{Buffers, kv_peaks, kv_shortfall, kv_spread, kv_trace};
 use batchmax_sim::op::{OpKind, Phase};
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
@@ -144,7 +144,7 @@ impl Engine {
         self.check(program, prompts, options)?;
         self.check_forced(program, prompts, options)?;
         let trace = kv_trace(program);
-        let spread = kv_spread(program);
+        let (spread, shortfall) = (kv_spread(program), kv_shortfall(program));
         let mut interpreter = self.interpreter(program, prompts, options)?;
         if let Some(prefix) = &options.prefix {
             self.read_prefix(&mut interpreter, prefix, options, stop)?;
@@ -176,7 +176,7 @@ impl Engine {
             let held = interpreter.kv.held();
             peaks[phase as usize] =
                 peaks[phase as usize].max(Bytes(interpreter.kv.pool.peak_bytes()));
-            if held.0.abs_diff(trace[done].0) > spread.0 {
+            if held > trace[done] + spread || held + shortfall < trace[done] {
                 let (step, predicted) = (done, trace[done]);
                 return Err(Ended::Error(ExecError::KvMismatch { step, held, predicted }));
             }

@@ -68,10 +68,12 @@ fn forced_tokens_count_as_seen() {
     let (generated, logits, bytes) =
         watched(&engine, &full, &[prompt.to_vec()], 21, vec![rest.to_vec()]).expect("runs");
     assert_eq!(generated[0][..20], *rest);
-    // The last logits are those of the prompt with the forced tokens.
+    // The last logits are those of the prompt with the forced tokens; decoding adds in another order than reading.
     let (_, longer, more) =
         watched(&engine, &full, std::slice::from_ref(&whole), 1, Vec::new()).expect("runs");
-    assert_eq!(logits[0][20], longer[0][0]);
+    let apart = logits[0][20].iter().zip(&longer[0][0]).map(|(a, b)| (a - b).abs());
+    let apart = apart.fold(0.0, f32::max);
+    assert!(apart < 2e-5, "logits differ by {apart}");
     // 40 and 60 tokens are two blocks of 32 each.
     assert_eq!(bytes, more);
     assert_eq!(bytes.0, 3 * 2 * 2 * 32 * 4 * 64);

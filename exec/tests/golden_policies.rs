@@ -11,10 +11,10 @@ use batchmax_exec::RunResult;
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::{DType, Pooling};
 use batchmax_sim::policy::{
-    AdaKv, Budget, ClusterKv, FastKv, H2o, HeavyHitters, KvSharer, LagKv, Policy, PyramidKv, Quest,
-    Snap, SnapKv, StreamingLlm, Tova,
+    AdaKv, Budget, ClusterKv, DBudgetKv, FastKv, H2o, HeavyHitters, KvSharer, LagKv, Order, Policy,
+    PyramidKv, Quest, RocketKv, Snap, SnapKv, StreamingLlm, Tova,
 };
-use common::{Golden, assert_greedy, engine, from_runs, ids, overlap, run, worst_logit};
+use common::{Golden, assert_greedy, engine, from_runs, ids, numbers, overlap, run, worst_logit};
 use serde_json::Value;
 
 fn kept_of(result: &RunResult) -> &[Vec<Vec<u32>>] {
@@ -35,6 +35,39 @@ fn evicting_policies_keep_what_the_reference_keeps() {
             ("adakv", Box::new(AdaKv::new(budget))),
         ]
     });
+}
+
+#[test]
+fn layers_keep_what_their_prompt_demands_as_in_the_reference() {
+    let Some(engine) = engine() else { return };
+    for prompt in &Golden::read("evict.json").prompts()[..1] {
+        let orders =
+            [("position", Order::Position), ("h2o", Order::H2o), ("h2o_mean", Order::H2oMean)];
+        for (order_name, order) in orders {
+            for (loss_name, loss) in [("0.01", 0.01), ("0.1", 0.1)] {
+                let reference = &prompt["dbudgetkv"][order_name][loss_name];
+                // Nothing is known beforehand, so everything may stay.
+                let policy = DBudgetKv { loss, order, ..DBudgetKv::default() };
+                let prompts = [ids(&prompt["ids"])];
+                let result = run(&engine, &policy, &prompts, 32, Schedule::Static, DType::F32);
+                let ratios = reference["ratio"].as_array().expect("layers");
+                for (layer, (heads, ratio)) in kept_of(&result).iter().zip(ratios).enumerate() {
+                    let theirs = reference["counts"][layer].as_u64().expect("a count") as u32;
+                    let near = numbers(ratio).iter().any(|r| (r - loss).abs() < 1e-5);
+                    for head in heads {
+                        let apart = theirs.abs_diff(head.len() as u32);
+                        assert!(
+                            apart <= if near { 2 } else { 0 },
+                            "{order_name} {loss}, layer {layer}: {} for {theirs}",
+                            head.len()
+                        );
+                    }
+                }
+                let name = format!("dbudgetkv {order_name} {loss}");
+                assert_greedy(&name, &result.sequences[0].generated, reference, 0.01);
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Eviction: the best tokens of each head stay, in place and in order.
 
 mod mixed;
+mod within;
 
 use std::ops::Range;
 
@@ -8,6 +9,7 @@ use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, PoolFull};
 use crate::simd::{Isa, isa};
 use crate::threads::{Disjoint, Threads};
 use mixed::Mixed;
+pub use within::{WithinItem, within};
 
 /// Tokens that stay whatever their score.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

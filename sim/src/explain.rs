@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::op::{Lanes, Op, OpKind};
+use crate::op::{Choice, Lanes, Op, OpKind};
 use crate::profile::Model;
 use crate::program::{Block, Node, Pass, Program};
 use crate::units::{Bytes, Flops};
@@ -168,7 +168,14 @@ pub fn shape(op: &Op, growing: bool) -> String {
             tokens(&op.lanes, growing, true),
             protect.sinks,
             protect.recent,
-            if choice.is_ragged() { ", heads share" } else { "" },
+            match choice {
+                Choice::PerHead => String::new(),
+                Choice::AcrossHeads { .. } => ", heads share".to_owned(),
+                Choice::Within { loss, most } => {
+                    let loss = f64::from(loss) / 1e4;
+                    format!(", expected at a loss of {loss} %, {most} at most")
+                }
+            },
         ),
         OpKind::Gated { ffn } => format!("{rows} x {ffn}"),
         OpKind::Sample { vocab } => format!("{rows} x {vocab}"),

@@ -100,6 +100,15 @@ impl<'a> KvTape<'a> {
         }
     }
 
+    /// Keeps, by the last ranking, as few tokens as the newest query's attention allows: see [`Choice::Within`]. `tokens`
+    /// is what is expected; the eviction takes place even if that is all.
+    pub fn keep_within(&mut self, tokens: Tokens, protect: Protect, loss: u32, most: Tokens) {
+        let choice = Choice::Within { loss, most };
+        let tokens = tokens.min(self.length.tokens);
+        self.record("evict", OpKind::Evict { heads: self.heads, protect, choice }, tokens);
+        self.length = self.heads.form.after_eviction(tokens);
+    }
+
     /// Settles the new tokens: prunes, then packs, where the cache's form does.
     pub(crate) fn settle(&mut self) {
         let form = self.heads.form;

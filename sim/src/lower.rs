@@ -386,8 +386,9 @@ impl<'a> Lowering<'a> {
             .map_or(a.rows, |f| f.rows.min(a.rows))
     }
 
-    fn step(&self, s: &Sequences, a: &Active, phase: Phase, class: usize) -> Step {
+    fn step(&self, s: &Sequences, a: &Active, phase: Phase, class: usize) -> Step<'a> {
         Step {
+            model: self.model,
             phase,
             layer: self.classes[class].layers.first,
             layers: self.model.layers,
@@ -402,7 +403,7 @@ impl<'a> Lowering<'a> {
     /// of the verbs belong right after the attention.
     fn hooks(
         &self,
-        step: &Step,
+        step: &Step<'_>,
         class: usize,
         tokens: Tokens,
         verbs: &mut Vec<Verb>,

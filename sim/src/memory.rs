@@ -4,10 +4,10 @@ use serde::Serialize;
 
 use crate::form::Length;
 use crate::kv::KvLayout;
-use crate::op::{Op, OpKind, Phase, Score};
+use crate::op::{Choice, Op, OpKind, Phase, Score};
 use crate::profile::Model;
 use crate::program::{Block, Header, Node, Pass, Program};
-use crate::units::Bytes;
+use crate::units::{Bytes, Tokens};
 
 /// Bytes by kind. Peaks of different kinds are added as if they met, which they do in every prefill.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -18,8 +18,10 @@ pub struct Footprint {
     pub kv_prefill_peak: Bytes,
     /// Caches at the worst moment of the decode.
     pub kv_decode_peak: Bytes,
-    /// What the caches may take beyond their peaks, at most, where the lengths of heads depend on the text.
+    /// What the caches may take beyond their peaks, at most, where lengths depend on the text.
     pub kv_spread: Bytes,
+    /// What they may stay below them, at most.
+    pub kv_shortfall: Bytes,
     /// Buffers between ops.
     pub activations: Bytes,
     /// What is kept per cached token besides keys and values (positions, scores).
@@ -33,6 +35,13 @@ impl Footprint {
     #[must_use]
     pub fn kv_peak(&self) -> Bytes {
         self.kv_prefill_peak.max(self.kv_decode_peak)
+    }
+
+    /// Whether caches that were to hold `predicted` bytes may hold `held`.
+    #[must_use]
+    pub fn allows(&self, predicted: Bytes, held: Bytes) -> bool {
+        held.0 <= predicted.0.saturating_add(self.kv_spread.0)
+            && held.0.saturating_add(self.kv_shortfall.0) >= predicted.0
     }
 
     /// Everything, in the worst case of what depends on the text.
@@ -161,28 +170,49 @@ pub fn footprint(model: &Model, program: &Program, runtime: Bytes) -> Footprint 
         kv_prefill_peak: peaks.prefill,
         kv_decode_peak: peaks.decode,
         kv_spread: kv_spread(program),
+        kv_shortfall: kv_shortfall(program),
         activations: buffers.bytes(model, program.header.activations.bits() / 8),
         bookkeeping,
         runtime,
     }
 }
 
-/// Bytes by which caches may exceed their replay because heads that share a budget differ in length: the replay gives
-/// every head the mean, and heads of other lengths may each need one block more.
+/// Bytes by which caches may exceed their replay because their lengths depend on the text. The replay gives heads that
+/// share a budget their mean, and heads of other lengths may each need one block more; it gives layers that keep what they
+/// need what is expected, and they may need all that they may have.
 #[must_use]
 pub fn kv_spread(program: &Program) -> Bytes {
+    apart(program, |choice, keep| match choice {
+        Choice::Within { most, .. } => most.saturating_sub(keep),
+        _ => 0,
+    })
+}
+
+/// Bytes by which caches may stay below their replay, for the same reason.
+#[must_use]
+pub fn kv_shortfall(program: &Program) -> Bytes {
+    apart(program, |choice, keep| if matches!(choice, Choice::Within { .. }) { keep } else { 0 })
+}
+
+/// Bytes of all heads that are up to `tokens` (of what an eviction keeps) and one block away from their replay.
+fn apart(program: &Program, tokens: impl Fn(Choice, Tokens) -> Tokens) -> Bytes {
     let layout = program.header.kv;
     let mut most = 0u64;
     program.visit_passes(|_, pass, _| {
         let ragged: u64 = pass
             .blocks()
             .flat_map(|(_, block)| block.ops.iter().map(move |op| (block.times(), op)))
-            .filter_map(|(times, op)| match op.kind {
+            .map(|(times, op)| match op.kind {
                 OpKind::Evict { heads, choice, .. } if choice.is_ragged() => {
                     let block = heads.kv_bytes(u64::from(layout.block_tokens)).0;
-                    Some(u64::from(times) * op.lanes.sequences() * block)
+                    // Blocks fill at other steps, too.
+                    let blocks =
+                        |keep| u64::from(tokens(choice, keep).div_ceil(layout.block_tokens)) + 1;
+                    let lanes = op.lanes.as_slice().iter();
+                    let each = lanes.map(|l| u64::from(l.sequences) * blocks(l.keep));
+                    u64::from(times) * block * each.sum::<u64>()
                 }
-                _ => None,
+                _ => 0,
             })
             .sum();
         most = most.max(ragged);

@@ -84,13 +84,21 @@ pub enum Choice {
         /// Thousandths of the mean that every head keeps in any case.
         guaranteed: u32,
     },
+    /// All heads of a layer keep the same number, the fewest at which the newest query's attention loses no more than
+    /// `loss` (`DBudgetKV`): `Lane::keep` is the expectation.
+    Within {
+        /// Millionths of the length of the attention weights that may be lost, the sinks' weights apart.
+        loss: u32,
+        /// Tokens that stay at most, whatever is lost: what memory is planned for.
+        most: Tokens,
+    },
 }
 
 impl Choice {
-    /// Whether the length of each head depends on the data.
+    /// Whether lengths depend on the data.
     #[must_use]
     pub fn is_ragged(self) -> bool {
-        matches!(self, Self::AcrossHeads { .. })
+        self != Self::PerHead
     }
 }
 

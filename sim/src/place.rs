@@ -153,6 +153,7 @@ impl Placement {
             kv_prefill_peak: caches(whole.kv_prefill_peak),
             kv_decode_peak: caches(whole.kv_decode_peak),
             kv_spread: caches(whole.kv_spread),
+            kv_shortfall: caches(whole.kv_shortfall),
             activations,
             bookkeeping: if program.drops() { caches(whole.bookkeeping) } else { Bytes(0) },
             runtime: self.limits.runtime.saturating_sub(activations),

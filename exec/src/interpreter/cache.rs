@@ -3,7 +3,7 @@
 use batchmax_kernels as k;
 use batchmax_kernels::append::AppendItem;
 use batchmax_kernels::attend::{AttendItem, AttendShape};
-use batchmax_kernels::evict::EvictItem;
+use batchmax_kernels::evict::{EvictItem, WithinItem};
 use batchmax_kernels::rank::{RankItem, Scorer, TallyItem};
 use batchmax_sim::op::{Choice, Heads, Lane, Lanes, Phase, Pooling, Protect, Score};
 use batchmax_sim::units::Layer;
@@ -169,14 +169,37 @@ impl Interpreter<'_> {
     ) -> Result<(), ExecError> {
         let index = layer_index(layer);
         let protect = k::evict::Protect { sinks: protect.sinks, recent: protect.recent };
+        let step_rows = self.rows_of(lanes.as_slice());
+        let shape = self.attend_shape(heads, None);
         let (pool, picked) = self.kv.select(index, lanes.as_slice());
         let scores = std::mem::take(&mut self.slots.scores[index]);
+        let counts = match choice {
+            Choice::Within { loss, most } => {
+                let kv_heads = heads.kv as usize;
+                let mut items = Vec::with_capacity(picked.len());
+                for (at, (sequence, _, heads)) in picked.iter().enumerate() {
+                    let (first, rows) = step_rows[at];
+                    items.push(WithinItem {
+                        heads,
+                        row: first + rows - 1,
+                        seen: self.sequences[*sequence as usize].seen_with_step(),
+                        scores: &scores[at * kv_heads..(at + 1) * kv_heads],
+                        most: most as usize,
+                    });
+                }
+                let (qkv, width) = (&self.slots.qkv, self.model.qkv_width() as usize);
+                let loss = f64::from(loss) / 1e6;
+                k::evict::within(self.threads, pool, &items, &shape, qkv, width, protect, loss)
+            }
+            _ => Vec::new(),
+        };
         let mut items = Vec::with_capacity(picked.len());
         for (at, (sequence, lane, heads)) in picked.into_iter().enumerate() {
             let seen = self.sequences[sequence as usize].seen_with_step();
             let mean = lane.keep as usize;
             let keep = match choice {
                 Choice::PerHead => vec![mean; heads.len()],
+                Choice::Within { .. } => vec![counts[at]; heads.len()],
                 Choice::AcrossHeads { guaranteed } => {
                     let scores = &scores[at * heads.len()..(at + 1) * heads.len()];
                     let ranked: Vec<(&[f32], &[u32])> = (scores.iter().zip(heads.iter()))

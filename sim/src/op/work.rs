@@ -1,6 +1,6 @@
 //! FLOPs and bytes: the only place in the workspace where they are counted.
 
-use super::{Heads, Lane, Op, OpKind, Pick, Score};
+use super::{Choice, Heads, Lane, Op, OpKind, Pick, Score};
 use crate::form::{Form, Length};
 use crate::units::{Bytes, Flops, Tokens};
 
@@ -177,12 +177,17 @@ impl Op {
                 };
                 Work { flops: Flops(flops), read, written: f32s(kv_heads * tokens) }
             }
-            OpKind::Evict { .. } => {
+            OpKind::Evict { choice, .. } => {
+                // The newest query's attention over all keys says how many may go.
+                let (weighing, keys) = match choice {
+                    Choice::Within { .. } => (dot(visible_pairs(1, kv, None)).0, all_keys),
+                    _ => (0.0, Bytes(0)),
+                };
                 // In-place compaction moves what lies behind the first hole; on average half of what stays.
                 let moved = Bytes(heads.stored(Length::settled(lane.keep.min(kv))).0 / 2);
                 Work {
-                    flops: Flops(f64::from(heads.kv) * f64::from(kv)),
-                    read: moved + f32s(kv_heads * tokens),
+                    flops: Flops(f64::from(heads.kv) * f64::from(kv) + weighing),
+                    read: moved + keys + f32s(kv_heads * tokens),
                     written: moved,
                 }
             }

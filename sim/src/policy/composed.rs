@@ -151,13 +151,13 @@ impl Policy for Composed {
         Ok(())
     }
 
-    fn after_attend(&self, step: &Step, kv: &mut KvTape<'_>) {
+    fn after_attend(&self, step: &Step<'_>, kv: &mut KvTape<'_>) {
         for part in &self.0 {
             part.after_attend(step, kv);
         }
     }
 
-    fn after_pass(&self, step: &Step, kv: &mut KvTape<'_>) {
+    fn after_pass(&self, step: &Step<'_>, kv: &mut KvTape<'_>) {
         for part in &self.0 {
             part.after_pass(step, kv);
         }

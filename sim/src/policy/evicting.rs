@@ -123,7 +123,7 @@ impl Cut {
     }
 
     /// Tokens of a layer, `forced` of which stay in any case and are not part of what layers share.
-    fn of_layer(&self, step: &Step, forced: Tokens) -> Tokens {
+    fn of_layer(&self, step: &Step<'_>, forced: Tokens) -> Tokens {
         let mean = self.budget.of(step.prompt, step.token_bytes);
         match self.pyramid {
             Some(beta) if step.layers > 1 && mean > forced => {
@@ -232,7 +232,7 @@ impl<S: Scoring> Evicting<S> {
     }
 
     /// The layer's budget and what is protected in it.
-    fn budget(&self, step: &Step) -> (Tokens, Protect) {
+    fn budget(&self, step: &Step<'_>) -> (Tokens, Protect) {
         let mean = self.cut.budget.of(step.prompt, step.token_bytes);
         let forced = self.forced(mean);
         // The window of a pyramid stands outside the sharing; sinks and recent tokens of other policies too.
@@ -246,7 +246,7 @@ impl<S: Scoring> Evicting<S> {
         })
     }
 
-    fn late(&self, step: &Step) -> bool {
+    fn late(&self, step: &Step<'_>) -> bool {
         self.cut.instant == Instant::AfterPrefill && step.phase == Phase::Prefill
     }
 }
@@ -334,6 +334,7 @@ impl<S: Scoring> Policy for Evicting<S> {
         let layers = request.model.layers;
         let least = (0..layers).map(|layer| {
             let step = Step {
+                model: request.model,
                 phase: Phase::Prefill,
                 layer,
                 layers,
@@ -349,7 +350,7 @@ impl<S: Scoring> Policy for Evicting<S> {
         Some(Leaves { least: least.min().unwrap_or(0), again, ragged })
     }
 
-    fn after_attend(&self, step: &Step, kv: &mut KvTape<'_>) {
+    fn after_attend(&self, step: &Step<'_>, kv: &mut KvTape<'_>) {
         let decode = step.phase == Phase::Decode;
         if decode && !self.cut.decode {
             return;
@@ -368,7 +369,7 @@ impl<S: Scoring> Policy for Evicting<S> {
         }
     }
 
-    fn after_pass(&self, step: &Step, kv: &mut KvTape<'_>) {
+    fn after_pass(&self, step: &Step<'_>, kv: &mut KvTape<'_>) {
         let (budget, protect) = self.budget(step);
         if self.late(step) && kv.tokens() > budget {
             kv.keep_by(budget, protect, self.choice());

@@ -117,7 +117,7 @@ impl Policy for FastKv {
         Ok(())
     }
 
-    fn after_attend(&self, step: &Step, kv: &mut KvTape<'_>) {
+    fn after_attend(&self, step: &Step<'_>, kv: &mut KvTape<'_>) {
         if step.phase == Phase::Decode || !step.prompt_read {
             return;
         }

@@ -40,7 +40,8 @@ impl KvSharer {
                 let mut pairs: Vec<_> = map.iter().take(count).copied().collect();
                 // A source that is itself shared hands on what it reads.
                 for i in 0..pairs.len() {
-                    while let Some((_, below)) = pairs.iter().find(|(l, _)| *l == pairs[i].1) {
+                    let lower = |pair: &&(Layer, Layer), l| pair.0 == l && pair.1 < l;
+                    while let Some((_, below)) = pairs.iter().find(|p| lower(p, pairs[i].1)) {
                         pairs[i].1 = *below;
                     }
                 }

@@ -9,6 +9,7 @@ mod batch_max;
 mod budget;
 mod clusterkv;
 mod composed;
+mod dbudgetkv;
 mod evicting;
 mod expected_attention;
 mod fastkv;
@@ -37,6 +38,7 @@ pub use batch_max::{AnyScore, BatchMax, By};
 pub use budget::Budget;
 pub use clusterkv::ClusterKv;
 pub use composed::Composed;
+pub use dbudgetkv::{DBudgetKv, Kept, Order};
 pub use evicting::{Cut, Evicting, Instant, Scoring};
 pub use expected_attention::{Expected, ExpectedAttention};
 pub use fastkv::FastKv;
@@ -65,8 +67,10 @@ use crate::profile::Model;
 use crate::units::{Layer, Tokens};
 
 /// One layer's step, as a policy sees it. Nothing here grows with the step, so that equal steps fold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Step {
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// The model.
+    pub model: &'a Model,
     /// Prefill or decode.
     pub phase: Phase,
     /// The layer (the first of those that share the tape).
@@ -229,10 +233,10 @@ pub trait Policy: Debug + Send + Sync {
     }
 
     /// Called for each layer right after its attention.
-    fn after_attend(&self, _step: &Step, _kv: &mut KvTape<'_>) {}
+    fn after_attend(&self, _step: &Step<'_>, _kv: &mut KvTape<'_>) {}
 
     /// Called for each layer after all layers are through.
-    fn after_pass(&self, _step: &Step, _kv: &mut KvTape<'_>) {}
+    fn after_pass(&self, _step: &Step<'_>, _kv: &mut KvTape<'_>) {}
 }
 
 /// [`Policy::check`] of a prompt, and of its cached prefix, which was a prompt of its own.
@@ -329,4 +333,5 @@ registry! {
     "quest" => build::<Quest>,
     "clusterkv" => build::<ClusterKv>,
     "rocketkv" => build::<RocketKv>,
+    "dbudgetkv" => build::<DBudgetKv>,
 }

@@ -133,7 +133,7 @@ impl Policy for RocketKv {
         Ok(())
     }
 
-    fn after_attend(&self, step: &Step, kv: &mut KvTape<'_>) {
+    fn after_attend(&self, step: &Step<'_>, kv: &mut KvTape<'_>) {
         if step.phase == Phase::Decode || !step.prompt_read {
             return;
         }
@@ -157,12 +157,7 @@ mod tests {
 
     #[test]
     fn parameters_are_those_of_the_reference() {
-        let policy = |answer| RocketKv {
-            budget: Budget::Tokens(1),
-            answer,
-            window: 32,
-            pool: 63,
-        };
+        let policy = |answer| RocketKv { budget: Budget::Tokens(1), answer, window: 32, pool: 63 };
         // 512 prompt tokens and 32 generated ones at a budget of 128.
         let expected = Parameters { kept: 307, read: 64, page: 2, channels: 48 };
         assert_eq!(policy(32).parameters(512, 128, 64), expected);
