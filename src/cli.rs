@@ -292,6 +292,9 @@ pub struct ProfileArgs {
     /// Model whose shapes are timed
     #[arg(long, short, default_value = "smollm2-135m")]
     pub model: String,
+    /// Policy whose own kernels are timed beside what all share; may be repeated [default: every preset]
+    #[arg(long, value_name = "PRESET[:KEY=VALUE,…]")]
+    pub policy: Vec<String>,
     #[command(flatten)]
     pub memory: MemoryArgs,
     /// Where the measurements go [default: the data directory]

@@ -382,9 +382,14 @@ impl Interpreter<'_> {
             .as_slice()
             .iter()
             .flat_map(|l| std::iter::repeat_n(l.keep as usize, l.sequences as usize));
+        let sequences: Vec<usize> = (lanes.as_slice().iter())
+            .flat_map(|l| l.first..l.first + l.sequences)
+            .map(|sequence| sequence as usize)
+            .collect();
         let mut choices = Vec::with_capacity(rows.len());
         for (index, ((first, count), keep)) in rows.iter().zip(kept).enumerate() {
-            let heads = &self.slots.scores[layer][index * kv_heads..(index + 1) * kv_heads];
+            let at = sequences[index] * kv_heads;
+            let heads = &self.slots.scores[layer][at..at + kv_heads];
             let mut scores = vec![0.0f32; *count];
             for head in heads {
                 scores.iter_mut().zip(head).for_each(|(sum, score)| *sum += score);

@@ -8,9 +8,9 @@ use batchmax_exec::{Engine, RunResult};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
-    AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, ExpectedAttention, Falling,
-    FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Policy, PyramidKv, Quest, Random,
-    Snap, SnapKv, StreamingLlm, ThinK, Together, Tova,
+    AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, DBudgetKv, ExpectedAttention,
+    Falling, FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Policy, PyramidKv, Quest,
+    Random, Snap, SnapKv, StreamingLlm, ThinK, Together, Tova,
 };
 use common::{made_up, run, small};
 
@@ -163,7 +163,12 @@ fn with_room_for_everything_every_policy_is_full_bit_for_bit() {
 #[test]
 fn a_sequence_does_not_depend_on_its_neighbours() {
     let engine = small();
-    for policy in everything(64) {
+    // Shares of prompts of different lengths: each sequence has its own budget and window.
+    let by_prompt: [Box<dyn Policy>; 2] = [
+        Box::new(H2o::new(Budget::Share(0.4))),
+        Box::new(DBudgetKv { loss: 0.1, deviations: 0.0, ..DBudgetKv::default() }),
+    ];
+    for policy in everything(64).into_iter().chain(by_prompt) {
         let together = outcome_of(&engine, policy.as_ref(), &[150, 97, 97, 33]);
         for (i, length) in [150usize, 97, 97, 33].into_iter().enumerate() {
             let alone = prompts(&[150, 97, 97, 33])[i].clone();

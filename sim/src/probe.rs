@@ -4,10 +4,13 @@
 //! run. So kernels are timed where they will run, between the ops that will surround them, with the weights of other
 //! layers in between: a kernel timed alone in a loop finds its weights in the cache and lies.
 
-use crate::kv::KvLayout;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use crate::cost::calibrated::{Key, features};
 use crate::load::{Group, Load, Schedule};
-use crate::lower::{Setup, lower_pass};
-use crate::op::Phase;
+use crate::lower::{Setup, lower, lower_pass};
+use crate::op::{Family, Phase};
 use crate::policy::{
     AnyScore, Budget, By, Chance, Cut, Evicting, Expected, Full, Lagging, LastQuery, Policy,
     Scoring,
@@ -87,11 +90,68 @@ fn rankings(keep: Tokens) -> Vec<Box<dyn Policy>> {
     all
 }
 
+/// The kernels of a program: what a profile must know to predict it.
+fn kernels(program: &Program) -> BTreeSet<(Family, Key)> {
+    let mut all = BTreeSet::new();
+    program.visit_passes(|_, pass, _| {
+        for (_, block) in pass.blocks() {
+            all.extend(block.ops.iter().map(|op| (op.family(pass.phase), features(op, 0).key)));
+        }
+    });
+    all
+}
+
+/// A whole short run of a shallow model: for policies whose caches no filling can imitate.
+fn short_run(
+    model: &Model,
+    policy: &dyn Policy,
+    setup: Setup,
+    (sequences, isl): (u32, Tokens),
+) -> Option<Probe> {
+    let group = Group { sequences, isl, osl: 5, hit: 0 };
+    let load = Load { groups: vec![group], schedule: Schedule::Static };
+    let program = lower(model, policy, &load, setup).ok()?;
+    let work = f64::from(sequences) * f64::from(isl) * f64::from(model.layers);
+    Some(Probe { program, resident: 0, weight: work * (1.0 + f64::from(isl) / 4000.0) + 20.0 })
+}
+
 /// The default grid for a model's shapes: decode over batch and cache, prefill over chunk and prefix, evictions of every
-/// score.
+/// score, and short runs of those `policies` that use a kernel which no other probe meets. A policy that can't serve
+/// the model, or only longer prompts than a profile reads, is passed over.
 #[must_use]
-pub fn grid(model: &Model, kv: KvLayout, setup: Setup, limits: GridLimits) -> Vec<Probe> {
-    let setup = Setup { kv, ..setup };
+pub fn grid(
+    model: &Model,
+    setup: Setup,
+    limits: GridLimits,
+    policies: &[Arc<dyn Policy>],
+) -> Vec<Probe> {
+    let mut probes = shared(model, setup, limits);
+    let mut known: BTreeSet<_> = probes.iter().flat_map(|p| kernels(&p.program)).collect();
+    // Maps of layers are of the whole model; a shallow one has none.
+    let shallow =
+        Model { name: "shallow".to_owned(), layers: model.layers.min(8), ..model.clone() };
+    for policy in policies {
+        let policy = policy.as_ref();
+        let runs: Vec<Probe> = [(1, 512), (4, 512), (1, 2048), (2, 1024), (8, 256)]
+            .into_iter()
+            .filter(|(sequences, isl)| {
+                u64::from(*sequences) * u64::from(*isl) <= limits.cached_tokens
+                    && sequences * isl <= limits.rows
+                    && isl + 5 < model.context
+            })
+            .filter_map(|at| short_run(&shallow, policy, setup, at))
+            .collect();
+        let met: BTreeSet<_> = runs.iter().flat_map(|p| kernels(&p.program)).collect();
+        if !met.is_subset(&known) {
+            known.extend(met);
+            probes.extend(runs);
+        }
+    }
+    probes
+}
+
+/// What every policy shares, and the rankings.
+fn shared(model: &Model, setup: Setup, limits: GridLimits) -> Vec<Probe> {
     let full = Full::default();
     let mut probes = Vec::new();
     let fits = |sequences: u32, kv: u32| {
@@ -166,4 +226,34 @@ pub fn grid(model: &Model, kv: KvLayout, setup: Setup, limits: GridLimits) -> Ve
         }
     }
     probes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::DType;
+    use crate::policy::{Kivi, SnapKv};
+    use crate::profile::Catalog;
+
+    #[test]
+    fn policies_with_kernels_of_their_own_are_run_and_no_others() {
+        let model = Catalog::built_in().model("smollm2-135m").expect("built in");
+        let setup = Setup {
+            kv: crate::kv::KvLayout { dtype: DType::F16, block_tokens: 32, shares_prefix: false },
+            weights: DType::F32,
+            activations: DType::F32,
+            head: DType::F32,
+            tp: 1,
+        };
+        let count = |policies: &[Arc<dyn Policy>]| {
+            grid(&model, setup, GridLimits::default(), policies).len()
+        };
+        let shared = count(&[]);
+        let kivi = |bits| Arc::new(Kivi { bits, group: 32, residual: 32, swapped: false });
+        let snap = Arc::new(SnapKv::new(Budget::Share(0.25)));
+        assert_eq!(count(&[Arc::new(Full::default()), snap]), shared);
+        // Five runs for each number of bits, once.
+        assert_eq!(count(&[kivi(4), kivi(4)]), shared + 5);
+        assert_eq!(count(&[kivi(4), kivi(2)]), shared + 10);
+    }
 }

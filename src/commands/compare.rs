@@ -92,7 +92,9 @@ fn prepare(
     if !places.kernel_profile_path(LOCAL, threads).exists() {
         remark(global.quiet, "this machine has no profile yet: timing its kernels, once");
         let path = places.measurements_path(LOCAL, threads);
-        profile::measure(places, &args.model, memory, &path, false, global)?;
+        // What is compared here evicts by rankings: no kernels beyond those that every profile has.
+        let wanted = profile::Wanted { model: &args.model, policies: &[], restart: false };
+        profile::measure(places, &wanted, memory, &path, global)?;
     }
     Ok(())
 }

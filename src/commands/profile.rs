@@ -8,6 +8,7 @@ use batchmax_exec::profile::{Measurements, calibrate};
 use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_sim::cost::calibrated::KernelProfile;
 use batchmax_sim::op::{DType, Family};
+use batchmax_sim::policy::Preset;
 use batchmax_sim::probe::{GridLimits, grid};
 use batchmax_sim::profile::{Gpu, Peaks};
 use batchmax_sim::units::Bytes;
@@ -26,7 +27,10 @@ const LAYERS: u32 = 12;
 pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outcome> {
     let threads = setting::threads(&args.memory)?;
     let path = args.out.clone().unwrap_or_else(|| places.measurements_path(LOCAL, threads));
-    let profile = measure(places, &args.model, &args.memory, &path, args.restart, global)?;
+    let names =
+        if args.policy.is_empty() { places.catalog.policy_names() } else { args.policy.clone() };
+    let wanted = Wanted { model: &args.model, policies: &names, restart: args.restart };
+    let profile = measure(places, &wanted, &args.memory, &path, global)?;
     if global.json {
         answer(&json::document("profile", json!({ "profile": profile })));
     } else {
@@ -35,17 +39,31 @@ pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outco
     Ok(Outcome::Answered)
 }
 
+/// What is to be timed.
+pub struct Wanted<'a> {
+    /// The model whose shapes are timed.
+    pub model: &'a str,
+    /// Policies whose own kernels are timed.
+    pub policies: &'a [String],
+    /// Forget an interrupted profile.
+    pub restart: bool,
+}
+
 /// Times the grid (going on where an interrupted profile stopped), fits it and writes both files.
 pub fn measure(
     places: &Places,
-    model_name: &str,
+    wanted: &Wanted<'_>,
     memory: &MemoryArgs,
     path: &Path,
-    restart: bool,
     global: &Global,
 ) -> Result<KernelProfile> {
     let threads = setting::threads(memory)?;
-    let mut model = setting::model(places, model_name)?;
+    let mut model = setting::model(places, wanted.model)?;
+    let policies = wanted
+        .policies
+        .iter()
+        .map(|name| Ok(Preset::parse(&places.catalog, name)?.policy))
+        .collect::<Result<Vec<_>>>()?;
     let setup = setting::local_setup(memory)?;
     check_executable(&model, setup.weights)?;
     let runtime = machine::rss();
@@ -58,10 +76,10 @@ pub fn measure(
             machine::memory()
         );
     }
-    let probes = grid(&model, setup.kv, setup, GridLimits::default());
+    let probes = grid(&model, setup, GridLimits::default(), &policies);
     let provenance = local::provenance(&model.name, threads);
     let partial = path.with_extension("partial.json");
-    let resumed = if restart { None } else { read_partial(&partial) };
+    let resumed = if wanted.restart { None } else { read_partial(&partial) };
     let mut measurements = match resumed {
         Some(old) if old.matches(&provenance, probes.len()) => {
             remark(

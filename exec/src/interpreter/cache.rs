@@ -134,7 +134,7 @@ impl Interpreter<'_> {
             })
             .collect();
         let (qkv, width) = (&self.slots.qkv, self.model.qkv_width() as usize);
-        let scores = &mut self.slots.scores[index];
+        let mut scores = take_scores(&mut self.slots.scores[index], lanes, heads.kv);
         if let Score::ExpectedAttention { sinks, future } = by {
             let rotation = k::rank::Rotation {
                 positions: &self.slots.positions,
@@ -151,12 +151,14 @@ impl Interpreter<'_> {
                 width,
                 rotation,
                 reach,
-                scores,
+                &mut scores,
             );
         } else if let Some(scorer) = scorer(by, layer) {
             let lse = &self.slots.log_sum_exp;
-            k::rank::rank(self.threads, pool, &mut items, scorer, &shape, qkv, width, lse, scores);
+            let (threads, scores) = (self.threads, &mut scores);
+            k::rank::rank(threads, pool, &mut items, scorer, &shape, qkv, width, lse, scores);
         }
+        put_scores(&mut self.slots.scores[index], lanes, heads.kv, scores);
     }
 
     pub(super) fn evict(
@@ -172,10 +174,11 @@ impl Interpreter<'_> {
         let step_rows = self.rows_of(lanes.as_slice());
         let shape = self.attend_shape(heads, None);
         let (pool, picked) = self.kv.select(index, lanes.as_slice());
-        let scores = std::mem::take(&mut self.slots.scores[index]);
+        let kv_heads = heads.kv;
+        let scores = take_scores(&mut self.slots.scores[index], lanes, kv_heads);
         let counts = match choice {
             Choice::Within { loss, most } => {
-                let kv_heads = heads.kv as usize;
+                let kv_heads = kv_heads as usize;
                 let mut items = Vec::with_capacity(picked.len());
                 for (at, (sequence, _, heads)) in picked.iter().enumerate() {
                     let (first, rows) = step_rows[at];
@@ -218,9 +221,33 @@ impl Interpreter<'_> {
         }
         // Only a choice of rows needs them again.
         if self.forwards.contains(&index) {
-            self.slots.scores[index] = scores;
+            put_scores(&mut self.slots.scores[index], lanes, kv_heads, scores);
         }
         Ok(())
+    }
+}
+
+/// Takes the scores of some sequences out of a layer's, which stand by sequence and KV head.
+fn take_scores(layer: &mut Vec<Vec<f32>>, lanes: &Lanes, kv_heads: u32) -> Vec<Vec<f32>> {
+    let mut taken = Vec::new();
+    for lane in lanes.as_slice() {
+        let (from, to) = (lane.first, lane.first + lane.sequences);
+        let range = (from * kv_heads) as usize..(to * kv_heads) as usize;
+        if layer.len() < range.end {
+            layer.resize_with(range.end, Vec::new);
+        }
+        taken.extend(layer[range].iter_mut().map(std::mem::take));
+    }
+    taken
+}
+
+/// Puts scores where the eviction or the choice of rows looks for them.
+fn put_scores(layer: &mut [Vec<f32>], lanes: &Lanes, kv_heads: u32, scores: Vec<Vec<f32>>) {
+    let of =
+        |l: &Lane| (l.first * kv_heads) as usize..((l.first + l.sequences) * kv_heads) as usize;
+    let places = lanes.as_slice().iter().flat_map(of);
+    for (place, scores) in places.zip(scores) {
+        layer[place] = scores;
     }
 }
 

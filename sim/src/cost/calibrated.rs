@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Cost, CostModel};
-use crate::op::{Family, Lane, Op, OpKind, Phase, Pick, Score, Work};
+use crate::op::{Choice, Family, Lane, Op, OpKind, Phase, Pick, Score, Work};
 use crate::timeline::Source;
 use crate::units::{Bytes, Seconds};
 
@@ -214,7 +214,7 @@ pub fn features(op: &Op, step: u32) -> Features {
             let sampled = if sampled { log2(rows / sequences.max(1.0)) } else { 0.0 };
             one(head_key(queries), [log2(sequences), log2(mean_kv), sampled])
         }
-        OpKind::Evict { .. } => {
+        OpKind::Evict { choice, .. } => {
             let kept: f64 = op
                 .lanes
                 .as_slice()
@@ -223,7 +223,9 @@ pub fn features(op: &Op, step: u32) -> Features {
                 .sum();
             // The share that is dropped decides how much moves; -log2 keeps small shares apart.
             let dropped = ((cached - kept) / cached.max(1.0)).clamp(1.0 / 1024.0, 1.0);
-            one(head_key(0), [log2(cached), -dropped.log2(), 0.0])
+            // One that weighs what it drops reads keys, too.
+            let weighs = matches!(choice, Choice::Within { .. });
+            one(head_key(u32::from(weighs)), [log2(cached), -dropped.log2(), 0.0])
         }
     }
 }
