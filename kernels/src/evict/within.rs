@@ -133,7 +133,7 @@ mod tests {
             assert!((kept as f64 - expected).abs() <= 1.0, "{kept} for {expected}");
         }
         // One candidate stays whatever is allowed; nothing goes where nothing may.
-        assert_eq!(droppable(&[left.clone()], 1.0), 1999);
+        assert_eq!(droppable(std::slice::from_ref(&left), 1.0), 1999);
         assert_eq!(droppable(&[left], 0.0), 0);
     }
 
