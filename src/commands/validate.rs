@@ -3,8 +3,12 @@
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::RunOptions;
 use batchmax_exec::weights::check_executable;
+use batchmax_sim::cost::predict;
+use batchmax_sim::memory::kv_shortfall;
 use batchmax_sim::metrics::Metrics;
-use batchmax_sim::op::Phase;
+use batchmax_sim::op::{OpKind, Phase};
+use batchmax_sim::plan::Case;
+use batchmax_sim::program::Program;
 use batchmax_sim::timeline::{Comparison, compare, relative_error};
 use batchmax_sim::units::{Bytes, Seconds};
 use serde_json::json;
@@ -48,9 +52,11 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     let options = RunOptions {
         kv_budget: configuration.host.placement.limits.kv_memory,
         prefix,
+        // Where the text decides how much stays, how much did.
+        keep_details: kv_shortfall(&program).0 > 0,
         ..RunOptions::default()
     };
-    let trial = local::trial(
+    let mut trial = local::trial(
         &engine,
         &configuration,
         program,
@@ -59,12 +65,13 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         global,
         &configuration.preset.name,
     )?;
+    let drift = Drift::of(&configuration, &mut trial);
     let comparison = compare(&trial.predicted, &trial.result.timeline);
     let verdict = Verdict::of(&trial, &comparison, tolerance);
     if global.json {
-        answer(&document(&trial, &comparison, &verdict, synthetic));
+        answer(&document(&trial, &comparison, &verdict, drift.as_ref(), synthetic));
     } else {
-        answer(&text(&trial, &comparison, &verdict, args.markdown));
+        answer(&text(&trial, &comparison, &verdict, drift.as_ref(), args.markdown));
     }
     Ok(if verdict.within { Outcome::Answered } else { Outcome::No })
 }
@@ -108,7 +115,61 @@ impl Verdict {
     }
 }
 
-fn document(trial: &Trial, comparison: &Comparison, verdict: &Verdict, synthetic: bool) -> String {
+/// What the text decided otherwise than expected, apart from how long things took.
+struct Drift {
+    /// Tokens that a layer was expected to keep of a prompt, the mean.
+    expected: f64,
+    /// Those that it kept.
+    kept: f64,
+    /// The prediction at the expected counts; that of the trial is made anew for what was kept.
+    expected_time: Seconds,
+}
+
+impl Drift {
+    /// Predicts the run again for the tokens that it really kept.
+    fn of(configuration: &Configuration, trial: &mut Trial) -> Option<Self> {
+        let kept: Vec<_> = trial.result.sequences.iter().filter_map(|s| s.kept.as_ref()).collect();
+        let prompt = f64::from(configuration.isl);
+        let layers = kept.first()?.len();
+        // All KV heads of a layer, all sequences.
+        let share = |layer: usize| {
+            let heads = kept.iter().flat_map(|s| &s[layer]);
+            let (sum, count) = heads.fold((0, 0), |(sum, n), h| (sum + h.len(), n + 1));
+            sum as f64 / f64::from(count.max(1)) / prompt
+        };
+        let shares: Vec<f64> = (0..layers).map(share).collect();
+        let policy = configuration.preset.policy.expecting(&shares, configuration.model())?;
+        let case = Case { policy: policy.as_ref(), ..configuration.case() };
+        let sequences = u32::try_from(trial.program.header.load.sequences()).ok()?;
+        let program = case.program(sequences).ok()?;
+        let again = predict(configuration.host.cost.as_ref(), &program);
+        let expected_time = std::mem::replace(&mut trial.predicted, again).total();
+        let mean = |program: &Program| {
+            let (mut sum, mut count) = (0.0, 0.0);
+            program.visit_passes(|_, pass, _| {
+                for (_, block) in pass.blocks() {
+                    for op in block.ops.iter().filter(|o| matches!(o.kind, OpKind::Evict { .. })) {
+                        for lane in op.lanes.as_slice() {
+                            let weight = f64::from(block.times()) * f64::from(lane.sequences);
+                            sum += weight * f64::from(lane.keep);
+                            count += weight;
+                        }
+                    }
+                }
+            });
+            sum / f64::max(count, 1.0)
+        };
+        Some(Self { expected: mean(&trial.program), kept: mean(&program), expected_time })
+    }
+}
+
+fn document(
+    trial: &Trial,
+    comparison: &Comparison,
+    verdict: &Verdict,
+    drift: Option<&Drift>,
+    synthetic: bool,
+) -> String {
     let predicted = Metrics::of(&trial.program, &trial.predicted);
     let body = json!({
         "predicted": { "metrics": json::metrics(&predicted), "memory": json::footprint(&trial.footprint) },
@@ -117,6 +178,11 @@ fn document(trial: &Trial, comparison: &Comparison, verdict: &Verdict, synthetic
         "total_error": verdict.total_error,
         "memory_error": verdict.memory_error,
         "kv_bytes_equal": verdict.kv_equal,
+        "drift": drift.map(|d| json!({
+            "expected_tokens": d.expected,
+            "kept_tokens": d.kept,
+            "expected_time_s": d.expected_time,
+        })),
         "tolerance": verdict.tolerance,
         "within_tolerance": verdict.within,
         "synthetic": synthetic,
@@ -124,7 +190,13 @@ fn document(trial: &Trial, comparison: &Comparison, verdict: &Verdict, synthetic
     json::document("validate", body)
 }
 
-fn text(trial: &Trial, comparison: &Comparison, verdict: &Verdict, markdown: bool) -> String {
+fn text(
+    trial: &Trial,
+    comparison: &Comparison,
+    verdict: &Verdict,
+    drift: Option<&Drift>,
+    markdown: bool,
+) -> String {
     let head = ["phase", "op", "predicted", "measured", "error", "share", ""];
     let measured_total = trial.result.prefill + trial.result.decode;
     let line = |phase: &str, op: &str, p: Seconds, m: Seconds, sign: &str| {
@@ -175,8 +247,17 @@ fn text(trial: &Trial, comparison: &Comparison, verdict: &Verdict, markdown: boo
         0 => String::new(),
         n => format!("\n{n} ops are on one side only: this is a bug, please report it"),
     };
+    let drifted = drift.map_or_else(String::new, |d| {
+        format!(
+            "\nlayers kept {:.0} tokens of a prompt, {:.0} were expected ({}): the times above are predicted for what was kept, {} for what was expected",
+            d.kept,
+            d.expected,
+            table::percent(relative_error(d.expected, d.kept)),
+            d.expected_time,
+        )
+    });
     format!(
-        "{} · {} · batch {} · {} schedule\n\n{times}\n\n{sizes}\n{unmatched}\n{} total time {} (tolerance {:.0} %), KV bytes {}",
+        "{} · {} · batch {} · {} schedule\n\n{times}\n\n{sizes}\n{unmatched}{drifted}\n{} total time {} (tolerance {:.0} %), KV bytes {}",
         trial.program.header.model,
         trial.program.header.policy,
         load.sequences(),

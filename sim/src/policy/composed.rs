@@ -119,6 +119,14 @@ impl Policy for Composed {
         self.0.iter().fold(Form::default(), |form, p| form.and(p.form(layer, model)))
     }
 
+    fn expecting(&self, kept: &[f64], model: &Model) -> Option<Arc<dyn Policy>> {
+        let counted: Vec<_> = self.0.iter().map(|p| p.expecting(kept, model)).collect();
+        counted.iter().any(Option::is_some).then(|| {
+            let parts = counted.into_iter().zip(&self.0);
+            Arc::new(Self(parts.map(|(c, p)| c.unwrap_or_else(|| Arc::clone(p))).collect())) as _
+        })
+    }
+
     fn check(&self, request: &Request<'_>) -> Result<(), PolicyError> {
         self.0.iter().try_for_each(|p| p.check(request))?;
         let form = self.form(0, request.model);

@@ -12,6 +12,7 @@
 //! no deviation is measured, published means stand in.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::Deserialize;
 
@@ -161,7 +162,8 @@ impl Policy for DBudgetKv {
         }
         let Some(kept) = self.of(&model.name) else { return Ok(()) };
         for (what, shares) in [("mean", &kept.mean), ("deviation", &kept.deviation)] {
-            if ![1, model.layers as usize].contains(&shares.len()) {
+            let each = model.layers as usize;
+            if shares.len() != 1 && (shares.len() != each || kept.mean.len() != each) {
                 return refuse(
                     format!(
                         "{} values of {what} for the {} layers of {}",
@@ -180,6 +182,16 @@ impl Policy for DBudgetKv {
             }
         }
         Ok(())
+    }
+
+    fn expecting(&self, kept: &[f64], model: &Model) -> Option<Arc<dyn Policy>> {
+        // Layers that were expected to be alike stay so: times go with the sum, and ops keep their places.
+        let alike = self.of(&model.name).is_none_or(|k| k.mean.len() == 1);
+        let mean = kept.iter().sum::<f64>() / kept.len().max(1) as f64;
+        let mean = if alike { vec![mean] } else { kept.to_vec() };
+        let kept = Kept { mean, deviation: vec![0.0] };
+        let known = BTreeMap::from([(model.name.clone(), kept)]);
+        Some(Arc::new(Self { kept: known, ..self.clone() }))
     }
 
     fn leaves(&self, request: &Request<'_>) -> Option<Leaves> {

@@ -227,6 +227,12 @@ pub trait Policy: Debug + Send + Sync {
         None
     }
 
+    /// The same, expecting that layers keep these shares of a prompt, as a run of `model` showed; `None` where counts
+    /// don't depend on the text.
+    fn expecting(&self, _kept: &[f64], _model: &Model) -> Option<Arc<dyn Policy>> {
+        None
+    }
+
     /// Refuses parameters or models that it can't serve, before any work starts.
     fn check(&self, _request: &Request<'_>) -> Result<(), PolicyError> {
         Ok(())
