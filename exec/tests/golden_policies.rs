@@ -6,15 +6,20 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use batchmax_exec::RunResult;
+use batchmax_exec::{Engine, RunOptions, RunResult, load_of};
 use batchmax_sim::load::Schedule;
+use batchmax_sim::lower::lower;
 use batchmax_sim::op::{DType, Pooling};
 use batchmax_sim::policy::{
-    AdaKv, Budget, ClusterKv, DBudgetKv, FastKv, H2o, HeavyHitters, KvSharer, LagKv, Order, Policy,
-    PyramidKv, Quest, RocketKv, Snap, SnapKv, StreamingLlm, Tova,
+    AdaKv, Budget, ClusterKv, Composed, DBudgetKv, FastKv, H2o, HeavyHitters, Kivi, KvSharer,
+    LagKv, Order, Policy, PyramidKv, Quest, RocketKv, Snap, SnapKv, StreamingLlm, ThinK, Tova,
 };
-use common::{Golden, assert_greedy, engine, from_runs, ids, numbers, overlap, run, worst_logit};
+use common::{
+    Golden, assert_greedy, engine, from_runs, ids, numbers, overlap, run, setup, worst_logit,
+};
 use serde_json::Value;
 
 fn kept_of(result: &RunResult) -> &[Vec<Vec<u32>>] {
@@ -249,4 +254,57 @@ fn choosing_policies_give_the_reference_tokens() {
             assert_greedy(&policy.label(), generated, reference, 0.05);
         }
     }
+}
+
+/// Generated tokens, and the logits of the first step after the prompt.
+fn with_first_step(
+    engine: &Engine,
+    policy: &dyn Policy,
+    prompt: &[u32],
+    osl: u32,
+) -> (Vec<u32>, Vec<f32>) {
+    let prompts = [prompt.to_vec()];
+    let load = load_of(&prompts, osl, Schedule::Static);
+    let program = lower(&engine.model, policy, &load, setup(DType::F32)).expect("lowers");
+    let (options, stop) = (RunOptions::default(), AtomicBool::new(false));
+    let mut logits = Vec::new();
+    let result =
+        engine.run_watched(&program, &prompts, &options, &stop, &mut |_, _| {}, &mut |c| {
+            if c.index == 1 {
+                logits = c.logits.to_vec();
+            }
+        });
+    (result.expect("runs").sequences[0].generated.clone(), logits)
+}
+
+#[test]
+fn packed_caches_give_the_reference_tokens() {
+    let Some(engine) = engine() else { return };
+    let (prompt, source) = prompts_with_ids().swap_remove(0);
+    for (bits, residual, osl) in [(2, 32, 48), (2, 128, 32), (4, 32, 48), (4, 128, 32)] {
+        let name = format!("b{bits}_g32_R{residual}_f16");
+        let reference = &prompt["kivi"][&name];
+        let policy = Kivi { bits, group: 32, residual, swapped: false };
+        let (generated, logits) = with_first_step(&engine, &policy, &source, osl);
+        let worst = worst_logit(&logits, &reference["step1_logits"]);
+        println!("kivi {name}: logits within {worst:.1e}");
+        assert!(worst <= 5e-2, "{name}: logits differ by {worst}");
+        assert_greedy(&name, &generated, reference, 0.1);
+    }
+}
+
+#[test]
+fn pruned_channels_give_the_reference_tokens() {
+    let Some(engine) = engine() else { return };
+    let (prompt, source) = prompts_with_ids().swap_remove(0);
+    let reference = &prompt["think_snapkv"]["recent32"];
+    let snap = SnapKv::new(Budget::Share(0.5));
+    let snap = SnapKv { by: Snap { window: 64, ..snap.by }, ..snap };
+    let think = ThinK { drop: 0.5, window: 32, recent: 32 };
+    let policy = Composed::new(vec![Arc::new(snap), Arc::new(think)]).expect("go together");
+    let (generated, logits) = with_first_step(&engine, &policy, &source, 32);
+    let worst = worst_logit(&logits, &reference["step1_logits"]);
+    println!("think after snapkv: logits within {worst:.1e}");
+    assert!(worst <= 5e-3, "logits differ by {worst}");
+    assert_greedy("think after snapkv", &generated, reference, 0.05);
 }
