@@ -1,7 +1,6 @@
 //! Runs one policy over the samples of one context.
 
 use anyhow::Result;
-use batchmax_exec::load::Tokenizer;
 use batchmax_exec::quality::{kl, mean, nll, top};
 use batchmax_exec::{Chosen, Engine, RunOptions, load_of};
 use batchmax_sim::load::Schedule;
@@ -11,7 +10,7 @@ use batchmax_sim::units::Tokens;
 use indicatif::ProgressBar;
 
 use super::results::Measured;
-use super::tasks::{CONTINUATION, CUE, QUOTE, Question, Sample, right_digits};
+use super::tasks::{CONTINUATION, CUE, QUOTE, Question, Sample};
 use crate::commands::local;
 
 /// Of a sequence's step and its logits: what is measured of them.
@@ -24,7 +23,6 @@ const TOGETHER: usize = 8192;
 pub struct Bench<'a> {
     pub engine: &'a Engine,
     pub setup: Setup,
-    pub tokenizer: Option<&'a Tokenizer>,
     pub bar: &'a ProgressBar,
 }
 
@@ -105,7 +103,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Digits by greedy decoding and likelihoods of the true ones.
+    /// Digits that would be chosen behind the true ones before them, and likelihoods of the true ones.
     fn questions(
         &self,
         policy: &dyn Policy,
@@ -117,12 +115,15 @@ impl Bench<'_> {
             .enumerate()
             .flat_map(|(i, s)| s.questions.iter().map(move |q| (i, q)))
             .collect();
-        let (Some(tokenizer), false) = (self.tokenizer, asked.is_empty()) else { return Ok(()) };
-        // Whole answers are forced: a greedy run writes the same up to its first mistake.
+        if asked.is_empty() {
+            return Ok(());
+        }
+        // Whole answers are forced: each digit is judged behind the true ones, so that a number that is mistaken for
+        // another by its first digit does not count as five mistakes.
         let forced: Vec<Vec<u32>> =
             asked.iter().map(|(_, q)| [q.question.as_slice(), &q.answer].concat()).collect();
         let mut nlls = vec![0.0; asked.len()];
-        let mut chosen: Vec<Vec<u32>> = vec![Vec::new(); asked.len()];
+        let mut right = vec![0.0; asked.len()];
         let prompts: Vec<&[u32]> = asked.iter().map(|(_, q)| q.prompt.as_slice()).collect();
         let lists: Vec<&[u32]> = forced.iter().map(Vec::as_slice).collect();
         self.run(policy, &prompts, &lists, &mut |at, c| {
@@ -136,35 +137,13 @@ impl Bench<'_> {
                 return;
             };
             nlls[at] += nll(c.logits, token) / question.answer.len() as f64;
-            chosen[at].push(top(c.logits));
+            let share = 1.0 / question.answer.len() as f64;
+            right[at] += if top(c.logits) == token { share } else { 0.0 };
         })?;
-        // Behind a mistake the answer is another one: those are decoded on their own.
-        let wrong: Vec<usize> = (0..asked.len())
-            .filter(|at| {
-                let (got, answer) = (&chosen[*at], &asked[*at].1.answer);
-                got[..got.len() - 1] != answer[..answer.len() - 1]
-            })
-            .collect();
-        if !wrong.is_empty() {
-            let prompts: Vec<&[u32]> = wrong.iter().map(|at| prompts[*at]).collect();
-            let lists: Vec<&[u32]> =
-                wrong.iter().map(|at| asked[*at].1.question.as_slice()).collect();
-            for at in &wrong {
-                chosen[*at].clear();
-            }
-            let room = asked.iter().map(|(_, q)| q.answer.len()).max().unwrap_or(0);
-            self.run_longer(policy, &prompts, &lists, room, &mut |at, c| {
-                let question = asked[wrong[at]].1;
-                let digit = c.index.checked_sub(question.question.len());
-                if digit.is_some_and(|digit| digit < question.answer.len()) {
-                    chosen[wrong[at]].push(top(c.logits));
-                }
-            })?;
-        }
         let mut digits: Vec<Vec<f64>> = vec![Vec::new(); samples.len()];
         let mut likelihoods: Vec<Vec<f64>> = vec![Vec::new(); samples.len()];
-        for (((sample, question), got), nll) in asked.iter().zip(&chosen).zip(&nlls) {
-            digits[*sample].push(right_digits(&tokenizer.decode(got)?, &question.digits));
+        for (((sample, _), right), nll) in asked.iter().zip(&right).zip(&nlls) {
+            digits[*sample].push(*right);
             likelihoods[*sample].push(*nll);
         }
         measured.digits = Some(digits.iter().map(|d| mean(d)).collect());
@@ -172,24 +151,12 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// Batch after batch; `watch` sees the index of the prompt. The caches' bytes when all prompts were read.
     fn run(
         &self,
         policy: &dyn Policy,
         prompts: &[&[u32]],
         forced: &[&[u32]],
-        watch: &mut dyn FnMut(usize, Chosen<'_>),
-    ) -> Result<u64> {
-        self.run_longer(policy, prompts, forced, 0, watch)
-    }
-
-    /// Batch after batch, with `more` free tokens behind the forced ones; `watch` sees the index of the prompt. The
-    /// caches' bytes when all prompts were read.
-    fn run_longer(
-        &self,
-        policy: &dyn Policy,
-        prompts: &[&[u32]],
-        forced: &[&[u32]],
-        more: usize,
         watch: &mut dyn FnMut(usize, Chosen<'_>),
     ) -> Result<u64> {
         let context = prompts.iter().map(|p| p.len()).max().unwrap_or(1);
@@ -200,7 +167,7 @@ impl Bench<'_> {
         {
             let prompts: Vec<Vec<u32>> = prompts.iter().map(|p| p.to_vec()).collect();
             let forced: Vec<Vec<u32>> = forced.iter().map(|f| f.to_vec()).collect();
-            let osl = forced.iter().map(Vec::len).max().unwrap_or(0) + more;
+            let osl = forced.iter().map(Vec::len).max().unwrap_or(0);
             let load = load_of(&prompts, osl as Tokens, Schedule::Static);
             let program = lower(&self.engine.model, policy, &load, self.setup)?;
             let options = RunOptions { forced, ..RunOptions::default() };

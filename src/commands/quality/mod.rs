@@ -119,7 +119,7 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
         .map(|(_, todo, control)| (todo.len() + 1) * sequences + usize::from(*control) * samples)
         .sum();
     let bar = local::bar(global, total as u64, "measuring");
-    let bench = Bench { engine: &engine, setup, tokenizer: tokenizer.as_ref(), bar: &bar };
+    let bench = Bench { engine: &engine, setup, bar: &bar };
     let mut unable: Vec<String> = Vec::new();
     for (context, todo, control) in asked {
         let prepared = source.samples(context as usize, samples, questions)?;
@@ -383,8 +383,8 @@ const SCHEMA: &str = "\
 # chunk = prompt tokens between two cuts, absent where the prompt is read whole; context = prompt tokens;
 # kv_bytes_per_token = bytes of cache per prompt token after the prefill, as held; kl, kl_low, kl_high = KL(full || policy) of
 # the next token over 64 tokens, nats, with its 90 % bootstrap interval over the samples; top1 = share of next tokens that are
-# those of full; recall = share of right digits of hidden numbers, asked for after the compression, greedy; answer_nll = of
-# their tokens, nats; copy_top1, copy_nll = of 36 tokens quoted after 12.";
+# those of full; recall = share of the digits of hidden numbers that would be chosen behind the true ones, asked for after the
+# compression; answer_nll = of their tokens, nats; copy_top1, copy_nll = of 36 tokens quoted after 12.";
 
 fn text(results: &Results, gates: &[Gate], left_out: &[String]) -> String {
     let weights = if results.synthetic {

@@ -32,10 +32,8 @@ pub struct Question {
     pub prompt: Vec<u32>,
     /// The question up to the answer.
     pub question: Vec<u32>,
-    /// The tokens of the answer.
+    /// The tokens of the answer, one a digit.
     pub answer: Vec<u32>,
-    /// The digits.
-    pub digits: String,
 }
 
 /// One sample at one context.
@@ -130,12 +128,7 @@ impl<'a> Source<'a> {
             while answer.len() > 1 && tokenizer.decode(&answer[..1])?.trim().is_empty() {
                 question_ids.push(answer.remove(0));
             }
-            asked.push(Question {
-                prompt: prompt.clone(),
-                question: question_ids,
-                answer,
-                digits: digits.clone(),
-            });
+            asked.push(Question { prompt: prompt.clone(), question: question_ids, answer });
         }
         Ok(asked)
     }
@@ -167,12 +160,6 @@ fn hide(prose: &[u32], needles: &[Vec<u32>], context: usize, breaks: &[u32]) -> 
     Ok(out)
 }
 
-/// Digits of `answer` that stand where they should, as a share.
-pub fn right_digits(answer: &str, digits: &str) -> f64 {
-    let same = answer.trim_start().chars().zip(digits.chars()).filter(|(a, b)| a == b).count();
-    same as f64 / digits.len() as f64
-}
-
 /// Well mixed bits of a number (SplitMix64).
 fn mixed(index: u64) -> u64 {
     let mut z = index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -199,14 +186,6 @@ mod tests {
         assert_eq!(out[67 + 5..72 + 5], [8; 5]);
         assert_eq!(out.iter().filter(|t| **t == 1 || **t == 9).count(), 90);
         assert!(hide(&prose, &needles, 19, &[9]).is_err());
-    }
-
-    #[test]
-    fn digits_count_where_they_stand() {
-        assert_eq!(right_digits(" 12345.", "12345"), 1.0);
-        assert_eq!(right_digits("12945", "12345"), 0.8);
-        assert_eq!(right_digits("2345", "12345"), 0.0);
-        assert_eq!(right_digits("", "12345"), 0.0);
     }
 
     #[test]
