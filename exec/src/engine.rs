@@ -42,6 +42,9 @@ pub struct RunOptions {
     /// Per sequence, tokens that take the place of the first ones that would be chosen (teacher forcing); positions and
     /// caches see them as if they had been. Empty: none.
     pub forced: Vec<Vec<u32>>,
+    /// Prompts come again: sequence `i` has the prompt of sequence `i % n`, and only the first `n` are read, the others
+    /// take over copies of what that left. Needs a staggered program that reads `n` prompts at once.
+    pub read_once: Option<u32>,
     /// Keep logits and positions for a dump.
     pub keep_details: bool,
     /// Keep every launch's time.
@@ -143,6 +146,7 @@ impl Engine {
     ) -> Result<RunResult, ExecError> {
         self.check(program, prompts, options)?;
         self.check_forced(program, prompts, options)?;
+        check_read_once(program, prompts, options)?;
         let trace = kv_trace(program);
         let (spread, shortfall) = (kv_spread(program), kv_shortfall(program));
         let mut interpreter = self.interpreter(program, prompts, options)?;
@@ -161,7 +165,19 @@ impl Engine {
             if stop.load(Ordering::Relaxed) {
                 return Err(Ended::Error(ExecError::Interrupted));
             }
+            if view.pass.phase == Phase::Prefill
+                && options.read_once.is_some_and(|n| view.shift >= n)
+            {
+                // Its prompts have been read.
+                done += 1;
+                return Ok(());
+            }
             if view.pass.phase != phase {
+                if let Some(n) = options.read_once {
+                    for to in n as usize..interpreter.sequences.len() {
+                        interpreter.copy_sequence(to % n as usize, to)?;
+                    }
+                }
                 kept.get_or_insert_with(|| self.kept(&interpreter, options));
                 if view.pass.phase == Phase::Decode {
                     after_prefill = Some(interpreter.kv.held());
@@ -378,6 +394,31 @@ impl Engine {
 }
 
 type Kept = Vec<Vec<Vec<Tokens>>>;
+
+/// Refuses copies of what was not read.
+fn check_read_once(
+    program: &Program,
+    prompts: &[Vec<u32>],
+    options: &RunOptions,
+) -> Result<(), ExecError> {
+    let Some(n) = options.read_once else { return Ok(()) };
+    let count = n as usize;
+    let wrong = |got: &str| {
+        let expected =
+            format!("prompts of which each is that {count} places before, read {count} at once");
+        Err(ExecError::WrongPrompts { expected, got: got.to_owned() })
+    };
+    if count == 0 || prompts.len() % count != 0 || program.header.load.groups.len() != 1 {
+        return wrong(&format!("{} prompts", prompts.len()));
+    }
+    if program.header.load.schedule != (Schedule::Staggered { prefill_batch: n }) {
+        return wrong(&format!("a {} schedule", program.header.load.schedule));
+    }
+    match (count..prompts.len()).find(|i| prompts[*i] != prompts[i - count]) {
+        Some(i) => wrong(&format!("another prompt at {i}")),
+        None => Ok(()),
+    }
+}
 
 /// Why a walk over the steps ended before its end.
 enum Ended {

@@ -147,6 +147,29 @@ impl Interpreter<'_> {
         Ok(())
     }
 
+    /// Lets the sequence `to` go on from where `from` is: what it cached, counted and chose.
+    pub fn copy_sequence(&mut self, from: usize, to: usize) -> Result<(), ExecError> {
+        self.kv.copy(from, to)?;
+        let kv_heads = self.model.kv_heads as usize;
+        for channels in self.slots.channels.iter_mut().filter(|c| !c.is_empty()) {
+            for head in 0..kv_heads {
+                channels[to * kv_heads + head] = channels[from * kv_heads + head].clone();
+            }
+        }
+        let source = &self.sequences[from];
+        let (seen, gaps) = (source.seen, source.gaps.clone());
+        let (generated, prompt_logits) = (source.generated.clone(), source.prompt_logits.clone());
+        let sequence = &mut self.sequences[to];
+        (sequence.seen, sequence.gaps, sequence.prompt_logits) = (seen, gaps, prompt_logits);
+        let forced = sequence.forced.iter().copied().map(Some).chain(std::iter::repeat(None));
+        sequence.generated = generated
+            .iter()
+            .zip(forced)
+            .map(|(chosen, forced)| forced.unwrap_or(*chosen))
+            .collect();
+        Ok(())
+    }
+
     /// The tokens and positions of the step's rows, sequence after sequence.
     fn gather_rows(&mut self, view: &StepView<'_>) {
         let slots = &mut self.slots;

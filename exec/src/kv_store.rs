@@ -126,6 +126,21 @@ impl KvStore {
 }
 
 impl KvStore {
+    /// Gives the sequence `to`, which holds nothing, copies of all that the sequence `from` holds.
+    pub fn copy(&mut self, from: usize, to: usize) -> Result<(), batchmax_kernels::kv::PoolFull> {
+        for (layer, indices) in self.layers.iter_mut().zip(&mut self.indices) {
+            for head in 0..self.kv_heads {
+                let (from, to) = (from * self.kv_heads + head, to * self.kv_heads + head);
+                layer[to] = layer[from].copy(&mut self.pool)?;
+                if let Some(index) = indices.get(from).cloned() {
+                    indices.resize_with(indices.len().max(to + 1), Indices::default);
+                    indices[to] = index;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Gives every cache of the first `layers` layers `tokens` made-up tokens, so that a profile can time an op over a
     /// long cache without reading a prompt.
     pub fn fill(

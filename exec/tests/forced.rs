@@ -9,7 +9,7 @@ use batchmax_exec::{Chosen, Engine, ExecError, RunOptions, load_of};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::lower::lower;
 use batchmax_sim::op::DType;
-use batchmax_sim::policy::{Budget, Full, H2o, Policy, SnapKv};
+use batchmax_sim::policy::{Budget, ClusterKv, Full, H2o, Kivi, Policy, SnapKv, ThinK};
 use batchmax_sim::units::Bytes;
 use common::{made_up, setup, small};
 
@@ -91,4 +91,46 @@ fn tokens_that_can_not_be_forced_are_refused() {
         let error = watched(&engine, &Full::default(), &prompts, 4, forced).expect_err("refused");
         assert!(error.to_string().contains(part), "{error}");
     }
+}
+
+#[test]
+fn prompts_read_once_go_on_as_if_each_had_been_read() {
+    let engine = small();
+    let unique = [made_up(150, 1, 512), made_up(150, 2, 512)];
+    let prompts: Vec<Vec<u32>> = unique.iter().cycle().take(6).cloned().collect();
+    let forced: Vec<Vec<u32>> = (0..6).map(|i| made_up(9, 20 + i, 512)).collect();
+    let schedule = Schedule::Staggered { prefill_batch: 2 };
+    let policies: [Box<dyn Policy>; 5] = [
+        Box::new(Full::default()),
+        Box::new(H2o::new(Budget::Tokens(64))),
+        Box::new(Kivi { bits: 4, group: 32, residual: 32, swapped: false }),
+        Box::new(ThinK { drop: 0.4, window: 16, recent: 32 }),
+        Box::new(ClusterKv { budget: Budget::Tokens(64), sinks: 4, per_cluster: 20 }),
+    ];
+    for policy in policies {
+        let load = load_of(&prompts, 12, schedule);
+        let program = lower(&engine.model, policy.as_ref(), &load, setup(DType::F16)).expect("ok");
+        let run = |read_once| {
+            let options = RunOptions { forced: forced.clone(), read_once, ..Default::default() };
+            let stop = AtomicBool::new(false);
+            let mut logits = Vec::new();
+            let watch = &mut |c: Chosen<'_>| {
+                if c.index > 0 {
+                    logits.push((c.sequence, c.index, c.logits.to_vec()));
+                }
+            };
+            let result = engine
+                .run_watched(&program, &prompts, &options, &stop, &mut |_, _| {}, watch)
+                .expect("runs");
+            let generated: Vec<_> = result.sequences.into_iter().map(|s| s.generated).collect();
+            (generated, logits, result.kv_after_prefill, result.kv_decode_peak)
+        };
+        assert!(run(Some(2)) == run(None), "{}", policy.label());
+    }
+    let load = load_of(&prompts, 12, Schedule::Static);
+    let program = lower(&engine.model, &Full::default(), &load, setup(DType::F16)).expect("ok");
+    let options = RunOptions { read_once: Some(2), ..Default::default() };
+    let refused = engine.run(&program, &prompts, &options, &AtomicBool::new(false), &mut |_, _| {});
+    let message = refused.expect_err("not staggered").to_string();
+    assert!(message.contains("a static schedule"), "{message}");
 }

@@ -11,6 +11,7 @@
 //! `ceil(n / 32) - floor(p / 32)` pruned ones if n > p, and `ceil(N / 32) - floor(n / 32)` whole ones if N > n.
 
 pub(crate) mod codec;
+mod copy;
 mod head;
 pub(crate) mod pool;
 pub(crate) mod tile;

@@ -10,7 +10,7 @@ use batchmax_sim::units::Tokens;
 use indicatif::ProgressBar;
 
 use super::results::Measured;
-use super::tasks::{CONTINUATION, CUE, QUOTE, Question, Sample};
+use super::tasks::{CONTINUATION, CUE, QUOTE, Sample};
 use crate::commands::local;
 
 /// Of a sequence's step and its logits: what is measured of them.
@@ -38,11 +38,10 @@ impl Bench<'_> {
     ) -> Result<(Reference, Measured)> {
         let mut reference: Reference = vec![Vec::new(); samples.len()];
         let mut measured = Measured::new(samples.len());
-        self.prose(full, samples, &mut measured, &mut |sample, _, logits| {
+        self.run(full, samples, usize::MAX, &mut measured, &mut |sample, _, logits| {
             reference[sample].push(logits.to_vec());
             (0.0, 1.0)
         })?;
-        self.questions(full, samples, &mut measured)?;
         Ok((reference, measured))
     }
 
@@ -54,10 +53,9 @@ impl Bench<'_> {
         reference: &Reference,
     ) -> Result<Measured> {
         let mut measured = Measured::new(samples.len());
-        self.prose(policy, samples, &mut measured, &mut |sample, at, logits| {
+        self.run(policy, samples, usize::MAX, &mut measured, &mut |sample, at, logits| {
             compared(&reference[sample][at], logits)
         })?;
-        self.questions(policy, samples, &mut measured)?;
         Ok(measured)
     }
 
@@ -69,120 +67,93 @@ impl Bench<'_> {
         reference: &Reference,
     ) -> Result<Vec<f64>> {
         let mut measured = Measured::new(samples.len());
-        self.prose(policy, samples, &mut measured, &mut |sample, at, logits| {
+        self.run(policy, samples, 1, &mut measured, &mut |sample, at, logits| {
             compared(&reference[sample][at], logits)
         })?;
         Ok(measured.kl)
     }
 
-    /// Continuation and quote. `compare` sees (sample, continuation token, logits) and says KL and agreement.
-    fn prose(
-        &self,
-        policy: &dyn Policy,
-        samples: &[Sample],
-        measured: &mut Measured,
-        compare: &mut Compare<'_>,
-    ) -> Result<()> {
-        let prompts: Vec<&[u32]> = samples.iter().map(|s| s.prose.prompt.as_slice()).collect();
-        let forced: Vec<&[u32]> = samples.iter().map(|s| s.prose.forced.as_slice()).collect();
-        let quote = CONTINUATION + 1 + CUE;
-        let bytes = self.run(policy, &prompts, &forced, &mut |sample, c| {
-            if (1..=CONTINUATION).contains(&c.index) {
-                let (kl, agrees) = compare(sample, c.index - 1, c.logits);
-                measured.kl[sample] += kl / CONTINUATION as f64;
-                measured.top1[sample] += agrees / CONTINUATION as f64;
-            } else if c.index >= quote {
-                let token = forced[sample][c.index];
-                let right = f64::from(u8::from(top(c.logits) == token));
-                measured.copy_nll[sample] += nll(c.logits, token) / QUOTE as f64;
-                measured.copy_top1[sample] += right / QUOTE as f64;
-            }
-        })?;
-        let tokens: usize = prompts.iter().map(|p| p.len()).sum();
-        measured.kv_bytes_per_token = bytes as f64 / tokens as f64;
-        Ok(())
-    }
-
-    /// Digits that would be chosen behind the true ones before them, and likelihoods of the true ones.
-    fn questions(
-        &self,
-        policy: &dyn Policy,
-        samples: &[Sample],
-        measured: &mut Measured,
-    ) -> Result<()> {
-        let asked: Vec<(usize, &Question)> = samples
-            .iter()
-            .enumerate()
-            .flat_map(|(i, s)| s.questions.iter().map(move |q| (i, q)))
-            .collect();
-        if asked.is_empty() {
-            return Ok(());
-        }
-        // Whole answers are forced: each digit is judged behind the true ones, so that a number that is mistaken for
-        // another by its first digit does not count as five mistakes.
-        let forced: Vec<Vec<u32>> =
-            asked.iter().map(|(_, q)| [q.question.as_slice(), &q.answer].concat()).collect();
-        let mut nlls = vec![0.0; asked.len()];
-        let mut right = vec![0.0; asked.len()];
-        let prompts: Vec<&[u32]> = asked.iter().map(|(_, q)| q.prompt.as_slice()).collect();
-        let lists: Vec<&[u32]> = forced.iter().map(Vec::as_slice).collect();
-        self.run(policy, &prompts, &lists, &mut |at, c| {
-            let question = asked[at].1;
-            // Sequences of a batch are as long as the longest.
-            let Some(&token) = c
-                .index
-                .checked_sub(question.question.len())
-                .and_then(|digit| question.answer.get(digit))
-            else {
-                return;
-            };
-            nlls[at] += nll(c.logits, token) / question.answer.len() as f64;
-            let share = 1.0 / question.answer.len() as f64;
-            right[at] += if top(c.logits) == token { share } else { 0.0 };
-        })?;
-        let mut digits: Vec<Vec<f64>> = vec![Vec::new(); samples.len()];
-        let mut likelihoods: Vec<Vec<f64>> = vec![Vec::new(); samples.len()];
-        for (((sample, _), right), nll) in asked.iter().zip(&right).zip(&nlls) {
-            digits[*sample].push(*right);
-            likelihoods[*sample].push(*nll);
-        }
-        measured.digits = Some(digits.iter().map(|d| mean(d)).collect());
-        measured.answer_nll = Some(likelihoods.iter().map(|l| mean(l)).collect());
-        Ok(())
-    }
-
-    /// Batch after batch; `watch` sees the index of the prompt. The caches' bytes when all prompts were read.
+    /// Reads each prompt once and forces behind it, each time on a copy of what that left, the first `tasks` of: the
+    /// continuation, the passage, the questions. `compare` sees (sample, continuation token, logits) and says KL and
+    /// agreement.
     fn run(
         &self,
         policy: &dyn Policy,
-        prompts: &[&[u32]],
-        forced: &[&[u32]],
-        watch: &mut dyn FnMut(usize, Chosen<'_>),
-    ) -> Result<u64> {
-        let context = prompts.iter().map(|p| p.len()).max().unwrap_or(1);
+        samples: &[Sample],
+        tasks: usize,
+        measured: &mut Measured,
+        compare: &mut Compare<'_>,
+    ) -> Result<()> {
+        let context = samples.iter().map(|s| s.prompt.len()).max().unwrap_or(1);
         let together = (TOGETHER / context).max(1);
-        let mut bytes = 0;
-        for (batch, (prompts, forced)) in
-            prompts.chunks(together).zip(forced.chunks(together)).enumerate()
-        {
-            let prompts: Vec<Vec<u32>> = prompts.iter().map(|p| p.to_vec()).collect();
-            let forced: Vec<Vec<u32>> = forced.iter().map(|f| f.to_vec()).collect();
+        let (mut bytes, mut tokens) = (0, 0);
+        let mut asked = vec![(Vec::new(), Vec::new()); samples.len()];
+        for (batch, batched) in samples.chunks(together).enumerate() {
+            let tasks = tasks.min(2 + batched[0].questions.len());
+            let count = batched.len();
+            let branches = (0..tasks).flat_map(|t| batched.iter().map(move |s| (s, t)));
+            let (prompts, forced): (Vec<Vec<u32>>, Vec<Vec<u32>>) =
+                branches.map(|(s, t)| (s.prompt.clone(), s.forced(t))).unzip();
             let osl = forced.iter().map(Vec::len).max().unwrap_or(0);
-            let load = load_of(&prompts, osl as Tokens, Schedule::Static);
+            let schedule = Schedule::Staggered { prefill_batch: count as u32 };
+            let load = load_of(&prompts, osl as Tokens, schedule);
             let program = lower(&self.engine.model, policy, &load, self.setup)?;
-            let options = RunOptions { forced, ..RunOptions::default() };
+            let read_once = Some(count as u32);
+            let options = RunOptions { forced, read_once, ..RunOptions::default() };
+            let watch = &mut |c: Chosen<'_>| {
+                let sample = batch * together + c.sequence % count;
+                match c.sequence / count {
+                    0 => {
+                        if (1..=CONTINUATION).contains(&c.index) {
+                            let (kl, agrees) = compare(sample, c.index - 1, c.logits);
+                            measured.kl[sample] += kl / CONTINUATION as f64;
+                            measured.top1[sample] += agrees / CONTINUATION as f64;
+                        }
+                    }
+                    1 => {
+                        if let Some(token) =
+                            samples[sample].passage.get(c.index).filter(|_| c.index >= CUE)
+                        {
+                            let right = f64::from(u8::from(top(c.logits) == *token));
+                            measured.copy_nll[sample] += nll(c.logits, *token) / QUOTE as f64;
+                            measured.copy_top1[sample] += right / QUOTE as f64;
+                        }
+                    }
+                    task => {
+                        // Each digit is judged behind the true ones: a number mistaken for another by its first digit
+                        // is one mistake, not five.
+                        let question = &samples[sample].questions[task - 2];
+                        let digit = c.index.checked_sub(question.question.len());
+                        if let Some(&token) = digit.and_then(|d| question.answer.get(d)) {
+                            let share = 1.0 / question.answer.len() as f64;
+                            let right = if top(c.logits) == token { share } else { 0.0 };
+                            let (digits, nlls): &mut (Vec<f64>, Vec<f64>) = &mut asked[sample];
+                            digits.resize(digits.len().max(task - 1), 0.0);
+                            nlls.resize(digits.len(), 0.0);
+                            digits[task - 2] += right;
+                            nlls[task - 2] += nll(c.logits, token) * share;
+                        }
+                    }
+                }
+            };
             let result = self.engine.run_watched(
                 &program,
                 &prompts,
                 &options,
                 local::interrupted(),
                 &mut |_, _| self.bar.tick(),
-                &mut |c| watch(batch * together + c.sequence, c),
+                watch,
             )?;
             bytes += result.kv_after_prefill.0;
-            self.bar.inc(prompts.len() as u64);
+            tokens += prompts.iter().map(Vec::len).sum::<usize>();
+            self.bar.inc(count as u64);
         }
-        Ok(bytes)
+        measured.kv_bytes_per_token = bytes as f64 / tokens as f64;
+        if asked.iter().any(|(digits, _)| !digits.is_empty()) {
+            measured.digits = Some(asked.iter().map(|(digits, _)| mean(digits)).collect());
+            measured.answer_nll = Some(asked.iter().map(|(_, nlls)| mean(nlls)).collect());
+        }
+        Ok(())
     }
 }
 

@@ -113,10 +113,9 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
             asked.push((context, todo, control));
         }
     }
-    let sequences = samples * (1 + if tokenizer.is_some() { questions } else { 0 });
     let total: usize = asked
         .iter()
-        .map(|(_, todo, control)| (todo.len() + 1) * sequences + usize::from(*control) * samples)
+        .map(|(_, todo, control)| (todo.len() + 1 + usize::from(*control)) * samples)
         .sum();
     let bar = local::bar(global, total as u64, "measuring");
     let bench = Bench { engine: &engine, setup, bar: &bar };

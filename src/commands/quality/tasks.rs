@@ -17,30 +17,39 @@ const CITIES: [&str; 16] = [
     "Berlin", "Tokyo", "Geneva", "Boston", "Naples", "Warsaw",
 ];
 
-/// A prompt and tokens that are forced behind it.
-#[derive(Clone)]
-pub struct Prose {
-    pub prompt: Vec<u32>,
-    /// One token more than [`CONTINUATION`] (the first comes from the prompt's own pass, which one-shot compression does
-    /// not touch), then cue and quote.
-    pub forced: Vec<u32>,
-}
-
-/// A prompt with hidden numbers and a question about one of them.
+/// A question about a number hidden in a prompt.
 #[derive(Clone)]
 pub struct Question {
-    pub prompt: Vec<u32>,
     /// The question up to the answer.
     pub question: Vec<u32>,
     /// The tokens of the answer, one a digit.
     pub answer: Vec<u32>,
 }
 
-/// One sample at one context.
+/// One sample at one context: a prompt, and what is forced behind it, each time as if nothing else had been.
 pub struct Sample {
-    pub prose: Prose,
+    pub prompt: Vec<u32>,
+    /// How the prose goes on: one token more than [`CONTINUATION`] (the first comes from the prompt's own pass, which
+    /// one-shot compression does not touch).
+    pub continuation: Vec<u32>,
+    /// A passage of the prompt: [`CUE`] tokens and [`QUOTE`] more.
+    pub passage: Vec<u32>,
     /// Empty without a tokeniser.
     pub questions: Vec<Question>,
+}
+
+impl Sample {
+    /// What is forced behind the prompt: the continuation, the passage, or a question with its answer.
+    pub fn forced(&self, task: usize) -> Vec<u32> {
+        match task {
+            0 => self.continuation.clone(),
+            1 => self.passage.clone(),
+            _ => {
+                let Question { question, answer } = &self.questions[task - 2];
+                [question.as_slice(), answer].concat()
+            }
+        }
+    }
 }
 
 /// Where tokens come from.
@@ -77,60 +86,59 @@ impl<'a> Source<'a> {
         for index in 0..count {
             let from = if count > 1 { spare * index / (count - 1) } else { 0 };
             let text = &self.ids[from..from + needed];
-            let prompt = text[..context].to_vec();
-            // A quarter, a half and three quarters into the prompt in turn.
-            let at = (context * (1 + index % 3) / 4).min(context.saturating_sub(CUE + QUOTE));
-            let mut forced = text[context..].to_vec();
-            forced.extend_from_slice(&prompt[at..at + CUE + QUOTE]);
-            let questions = match self.tokenizer {
+            let hidden = Self::hidden(index as u64);
+            let needles = self.needles(&hidden)?;
+            let prompt = match self.tokenizer {
                 Some(tokenizer) => {
-                    self.questions(tokenizer, &prompt, index as u64, context, questions)?
+                    hide(text, &needles, context, &tokenizer.encode("\n\n", false)?)?
                 }
-                None => Vec::new(),
+                None => text[..context].to_vec(),
             };
-            samples.push(Sample { prose: Prose { prompt, forced }, questions });
+            let read = context - needles.iter().map(Vec::len).sum::<usize>();
+            let continuation = text[read..=read + CONTINUATION].to_vec();
+            // A quarter, a half and three quarters into the prompt in turn: numbers are hidden in between.
+            let at = (context * (1 + index % 3) / 4).min(context.saturating_sub(CUE + QUOTE));
+            let passage = prompt[at..at + CUE + QUOTE].to_vec();
+            let asked = hidden.iter().take(questions);
+            let questions = asked
+                .map(|h| self.question(h))
+                .filter_map(Result::transpose)
+                .collect::<Result<_>>()?;
+            samples.push(Sample { prompt, continuation, passage, questions });
         }
         Ok(samples)
     }
 
-    fn questions(
-        &self,
-        tokenizer: &Tokenizer,
-        prose: &[u32],
-        sample: u64,
-        context: usize,
-        count: usize,
-    ) -> Result<Vec<Question>> {
-        let hidden: Vec<(&str, String)> = (0..NEEDLES)
-            .map(|k| {
-                let city = CITIES[(sample as usize * NEEDLES + k) % CITIES.len()];
-                let number = 10_000 + mixed(1_000 + sample * NEEDLES as u64 + k as u64) % 90_000;
-                (city, number.to_string())
-            })
-            .collect();
-        let needles: Vec<Vec<u32>> = hidden
-            .iter()
-            .map(|(city, digits)| {
-                let text = format!("The special magic number for {city} is {digits}.\n\n");
-                tokenizer.encode(&text, false)
-            })
-            .collect::<Result<_, _>>()?;
-        let breaks = tokenizer.encode("\n\n", false)?;
-        let prompt = hide(prose, &needles, context, &breaks)?;
-        let mut asked = Vec::new();
-        for (city, digits) in hidden.iter().take(count) {
-            let question = format!(
-                "\n\nQuestion: What is the special magic number for {city}? Answer: The special magic number for {city} is"
-            );
-            let mut question_ids = tokenizer.encode(&question, false)?;
-            let mut answer = tokenizer.encode(&format!(" {digits}"), false)?;
-            // A blank that is a token of its own belongs to the question.
-            while answer.len() > 1 && tokenizer.decode(&answer[..1])?.trim().is_empty() {
-                question_ids.push(answer.remove(0));
-            }
-            asked.push(Question { prompt: prompt.clone(), question: question_ids, answer });
+    /// The cities and their numbers.
+    fn hidden(sample: u64) -> Vec<(&'static str, u64)> {
+        let of = |k| {
+            let index = sample * NEEDLES as u64 + k;
+            let city = CITIES[(index % CITIES.len() as u64) as usize];
+            (city, 10_000 + mixed(1_000 + index) % 90_000)
+        };
+        (0..NEEDLES as u64).map(of).collect()
+    }
+
+    fn needles(&self, hidden: &[(&str, u64)]) -> Result<Vec<Vec<u32>>> {
+        let Some(tokenizer) = self.tokenizer else { return Ok(Vec::new()) };
+        let text = |(city, number): &(&str, u64)| {
+            format!("The special magic number for {city} is {number}.\n\n")
+        };
+        Ok(hidden.iter().map(|h| tokenizer.encode(&text(h), false)).collect::<Result<_, _>>()?)
+    }
+
+    fn question(&self, (city, number): &(&str, u64)) -> Result<Option<Question>> {
+        let Some(tokenizer) = self.tokenizer else { return Ok(None) };
+        let text = format!(
+            "\n\nQuestion: What is the special magic number for {city}? Answer: The special magic number for {city} is"
+        );
+        let mut question = tokenizer.encode(&text, false)?;
+        let mut answer = tokenizer.encode(&format!(" {number}"), false)?;
+        // A blank that is a token of its own belongs to the question.
+        while answer.len() > 1 && tokenizer.decode(&answer[..1])?.trim().is_empty() {
+            question.push(answer.remove(0));
         }
-        Ok(asked)
+        Ok(Some(Question { question, answer }))
     }
 }
 
@@ -192,15 +200,13 @@ mod tests {
     fn samples_are_spread_and_carry_what_follows() {
         let source = Source::new(None, 512).expect("made up");
         let samples = source.samples(128, 3, 4).expect("fits");
-        let forced = CONTINUATION + 1 + CUE + QUOTE;
         for sample in &samples {
-            let prose = &sample.prose;
-            assert_eq!((prose.prompt.len(), prose.forced.len()), (128, forced));
-            let quoted = &prose.forced[CONTINUATION + 1..];
-            assert!(prose.prompt.windows(quoted.len()).any(|w| w == quoted));
+            let lengths = [&sample.prompt, &sample.continuation, &sample.passage].map(Vec::len);
+            assert_eq!(lengths, [128, CONTINUATION + 1, CUE + QUOTE]);
+            assert!(sample.prompt.windows(CUE + QUOTE).any(|w| w == sample.passage));
             assert!(sample.questions.is_empty());
         }
-        assert_ne!(samples[0].prose.prompt, samples[1].prose.prompt);
+        assert_ne!(samples[0].prompt, samples[1].prompt);
         assert!(source.samples(20_000, 1, 4).is_err());
     }
 }
