@@ -382,6 +382,7 @@ impl Engine {
             sequences,
             keep_prompt_logits: options.keep_details,
             cache_of: program.header.cache_of.clone(),
+            short_heads: program.header.short_heads.clone(),
             forwards: forwards(program),
         })
     }
@@ -408,7 +409,7 @@ fn check_read_once(
             format!("prompts of which each is that {count} places before, read {count} at once");
         Err(ExecError::WrongPrompts { expected, got: got.to_owned() })
     };
-    if count == 0 || prompts.len() % count != 0 || program.header.load.groups.len() != 1 {
+    if count == 0 || !prompts.len().is_multiple_of(count) || program.header.load.groups.len() != 1 {
         return wrong(&format!("{} prompts", prompts.len()));
     }
     if program.header.load.schedule != (Schedule::Staggered { prefill_batch: n }) {

@@ -121,6 +121,8 @@ pub struct Interpreter<'a> {
     pub keep_prompt_logits: bool,
     /// The layer whose cache each layer reads; empty: its own.
     pub cache_of: Vec<Layer>,
+    /// KV heads of each layer that hold sinks and newest tokens only; empty: none.
+    pub short_heads: Vec<Vec<u32>>,
     /// Layers behind which only some rows go on.
     pub forwards: Vec<usize>,
 }
@@ -256,6 +258,7 @@ impl Interpreter<'_> {
             OpKind::Select { heads, by } => self.select(heads, by, lanes, layer),
             OpKind::AttendChosen { heads, .. } => self.attend_chosen(heads, lanes, layer)?,
             OpKind::Pack { heads } => self.pack(heads, lanes, layer)?,
+            OpKind::Trim { heads } => self.trim(heads, lanes, layer)?,
             OpKind::PruneChannels { heads } => self.prune_channels(heads, lanes, layer)?,
             OpKind::Forward { width, recent } => {
                 self.forward(width as usize, recent, lanes, layer_index(layer));

@@ -8,9 +8,9 @@ use batchmax_exec::{Engine, RunResult};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
-    AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, DBudgetKv, ExpectedAttention,
-    Falling, FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Policy, PyramidKv, Quest,
-    Random, Snap, SnapKv, StreamingLlm, ThinK, Together, Tova,
+    AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, DBudgetKv, DuoAttention,
+    ExpectedAttention, Falling, FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Policy,
+    PyramidKv, Quest, Random, Snap, SnapKv, StreamingLlm, ThinK, Together, Tova,
 };
 use common::{made_up, run, small};
 
@@ -63,6 +63,10 @@ fn policies(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
     all
 }
 
+fn duo(sinks: u32, recent: u32, chunk: u32) -> DuoAttention {
+    DuoAttention { sinks, recent, chunk, slack: 8, ..DuoAttention::default() }
+}
+
 /// Policies under which heads or layers hold different numbers of tokens, or whose results differ from full in any case.
 fn uneven(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
     let budget = Budget::Tokens(budget_tokens);
@@ -77,6 +81,8 @@ fn uneven(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
         Box::new(PyramidKv { by: Falling(snap), ..pyramid }),
         Box::new(FastKv { retain: 0.4, forward: 0.6, ..FastKv::default() }),
         Box::new(KvSharer { layers: 1, ..KvSharer::default() }),
+        Box::new(duo(4, 40, 0)),
+        Box::new(duo(4, 40, 48)),
         Box::new(Composed::new(shared).expect("goes together")),
     ]
 }
@@ -154,7 +160,8 @@ fn with_room_for_everything_every_policy_is_full_bit_for_bit() {
     let engine = small();
     let lengths = [150, 97, 33];
     let full = outcome_of(&engine, &Full::default(), &lengths);
-    for policy in policies(400).into_iter().chain(selecting(400)) {
+    let roomy: Box<dyn Policy> = Box::new(duo(4, 400, 0));
+    for policy in policies(400).into_iter().chain(selecting(400)).chain([roomy]) {
         // Not `assert_eq!`: nobody reads thousands of numbers.
         assert!(outcome_of(&engine, policy.as_ref(), &lengths) == full, "{}", policy.label());
     }
@@ -319,4 +326,27 @@ fn nothing_is_packed_inside_the_residual() {
     assert!(outcome_of(&engine, &roomy, &[150, 97]) == full);
     let whole = ThinK { drop: 0.0, window: 16, recent: 0 };
     assert!(outcome_of(&engine, &whole, &[150, 97]) == full);
+}
+
+#[test]
+fn streaming_heads_hold_their_sinks_and_newest_tokens() {
+    let engine = small();
+    let policy = duo(4, 40, 0);
+    let program_of =
+        |osl| run(&engine, &policy, &prompts(&[150]), osl, Schedule::Static, DType::F16);
+    // One token comes from the prompt's own pass: what is kept is what that left.
+    let kept = program_of(1).sequences[0].kept.clone().expect("kept");
+    // 44 and, of the 106 beyond, what is left over of rounds of 9.
+    let newest: Vec<u32> = (0..4).chain(150 - 47..150).collect();
+    for (layer, heads) in kept.iter().enumerate() {
+        let short = policy.short_heads(layer as u32, &engine.model);
+        assert!(!short.is_empty());
+        for (head, positions) in heads.iter().enumerate() {
+            if short.contains(&(head as u32)) {
+                assert_eq!(*positions, newest, "layer {layer}, head {head}");
+            } else {
+                assert_eq!(positions.len(), 150);
+            }
+        }
+    }
 }

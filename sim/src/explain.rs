@@ -201,6 +201,10 @@ pub fn shape(op: &Op, growing: bool) -> String {
             let channels = heads.form.pruned.map_or(heads.dim, |p| p.channels);
             format!("{} to {channels} channels", tokens(&op.lanes, growing, false))
         }
+        OpKind::Trim { heads } => {
+            let short = heads.form.short.map_or((0, 0), |s| (s.heads, s.tokens));
+            format!("{} of {} KV heads to {} tokens", short.0, heads.kv, short.1)
+        }
         OpKind::Forward { width, .. } => {
             let kept: u64 = (op.lanes.as_slice().iter())
                 .map(|l| u64::from(l.sequences) * u64::from(l.keep))

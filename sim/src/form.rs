@@ -46,6 +46,8 @@ pub struct Pruned {
 pub struct Short {
     /// How many.
     pub heads: u32,
+    /// First tokens, which they keep.
+    pub sinks: Tokens,
     /// Tokens that each of them holds once settled, at most.
     pub tokens: Tokens,
     /// Tokens over that at which it is cut again.
@@ -59,7 +61,7 @@ impl Short {
         if tokens <= self.tokens {
             return tokens;
         }
-        self.tokens + (tokens - self.tokens) % (self.slack + 1)
+        self.tokens + (tokens - self.tokens) % self.slack.saturating_add(1)
     }
 }
 
@@ -309,7 +311,7 @@ mod tests {
 
     #[test]
     fn short_heads_hold_sinks_and_recent_tokens() {
-        let short = Short { heads: 2, tokens: 100, slack: 4 };
+        let short = Short { heads: 2, sinks: 10, tokens: 100, slack: 4 };
         let form = Form { short: Some(short), ..Form::default() };
         assert_eq!(
             [99, 100, 101, 104, 105, 106].map(|n| short.of(n)),

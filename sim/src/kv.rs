@@ -113,6 +113,9 @@ impl<'a> KvTape<'a> {
     pub(crate) fn settle(&mut self) {
         let form = self.heads.form;
         if self.length.settled < self.length.tokens {
+            if form.short.is_some() {
+                self.record("trim", OpKind::Trim { heads: self.heads }, 0);
+            }
             if form.pruned.is_some() {
                 self.record("prune_channels", OpKind::PruneChannels { heads: self.heads }, 0);
             }

@@ -185,6 +185,11 @@ fn header(
             let map: Vec<Layer> = (0..model.layers).map(|l| policy.cache_of(l, model)).collect();
             if map.iter().zip(0..).all(|(of, layer)| *of == layer) { Vec::new() } else { map }
         },
+        short_heads: {
+            let of = |l| policy.short_heads(l, model);
+            let all: Vec<Vec<u32>> = (0..model.layers).map(of).collect();
+            if all.iter().all(Vec::is_empty) { Vec::new() } else { all }
+        },
         held,
     }
 }
@@ -426,7 +431,10 @@ impl<'a> Lowering<'a> {
         let drops = |v: &Verb| {
             matches!(
                 v.kind,
-                OpKind::Evict { .. } | OpKind::Pack { .. } | OpKind::PruneChannels { .. }
+                OpKind::Evict { .. }
+                    | OpKind::Pack { .. }
+                    | OpKind::PruneChannels { .. }
+                    | OpKind::Trim { .. }
             )
         };
         let split = match self.classes[class].is_read {

@@ -289,6 +289,7 @@ impl Replay {
                     held(Length { tokens: now.tokens.saturating_add(lane.rows), ..now })
                 }
                 OpKind::Evict { .. } => held(heads.form.after_eviction(lane.keep.min(now.tokens))),
+                OpKind::Trim { .. } => held(Length::settled(now.tokens)),
                 // Pruning and packing come together; what is left is settled when both are done.
                 OpKind::Pack { .. } => held(Length::settled(now.tokens)),
                 OpKind::PruneChannels { .. } if heads.form.packed.is_none() => {

@@ -271,6 +271,11 @@ pub enum OpKind {
         /// Heads.
         heads: Heads,
     },
+    /// Cuts the short heads ([`crate::form::Short`]) to their sinks and newest tokens.
+    Trim {
+        /// Heads.
+        heads: Heads,
+    },
     /// Only the best `Lane::keep` rows of each sequence go on to the next layer, by the sum of the layer's last ranking
     /// over its KV heads.
     Forward {
@@ -350,6 +355,7 @@ impl Op {
             OpKind::AttendChosen { .. } => Family::AttendChosen,
             OpKind::Pack { .. } => Family::Pack,
             OpKind::PruneChannels { .. } => Family::PruneChannels,
+            OpKind::Trim { .. } => Family::Trim,
             OpKind::Forward { .. } => Family::Forward,
             OpKind::AllReduce { .. } => Family::Collective,
             OpKind::Gated { .. } => Family::Gated,
@@ -374,6 +380,7 @@ impl Op {
             | OpKind::AttendChosen { heads, .. }
             | OpKind::Pack { heads }
             | OpKind::PruneChannels { heads }
+            | OpKind::Trim { heads }
             | OpKind::Release { heads } => Some(heads),
             _ => None,
         }

@@ -156,6 +156,8 @@ pub struct Header {
     pub head: DType,
     /// The layer whose cache each layer reads; empty: its own.
     pub cache_of: Vec<Layer>,
+    /// KV heads of each layer that hold sinks and recent tokens only; empty: none.
+    pub short_heads: Vec<Vec<u32>>,
     /// What caches hold before the first step: prefixes that were read earlier.
     pub held: Vec<Held>,
 }

@@ -329,6 +329,7 @@ proptest! {
                             let left = heads.form.after_eviction(lane.keep);
                             held += bytes(left.settled, left.tokens) - now;
                         }
+                        OpKind::Trim { .. } => held += bytes(lane.kv, lane.kv) - now,
                         OpKind::Pack { .. } => held += bytes(lane.kv, lane.kv) - now,
                         OpKind::PruneChannels { .. } if heads.form.packed.is_none() => {
                             held += bytes(lane.kv, lane.kv) - now;

@@ -1,6 +1,7 @@
 //! Ops that bring caches into their settled form: fewer bits, fewer channels.
 
 use batchmax_kernels as k;
+use batchmax_kernels::evict::{EvictItem, Protect};
 use batchmax_kernels::kv::{BlockPool, Codec, HeadCache, KeyAxis};
 use batchmax_kernels::pack::PackItem;
 use batchmax_kernels::prune::{ChannelItem, PruneItem};
@@ -71,6 +72,38 @@ impl Interpreter<'_> {
             }
         }
         Ok(k::prune::prune(self.threads, pool, &mut items)?)
+    }
+
+    /// Cuts short heads to their sinks and newest tokens, where they have become too long.
+    pub(super) fn trim(
+        &mut self,
+        heads: Heads,
+        lanes: &Lanes,
+        layer: Option<Layer>,
+    ) -> Result<(), ExecError> {
+        let index = layer_index(layer);
+        let (Some(short), Some(which)) = (heads.form.short, self.short_heads.get(index)) else {
+            return Ok(());
+        };
+        let sequences = &self.sequences;
+        let (pool, picked) = self.kv.select(index, lanes.as_slice());
+        let mut scores = Vec::with_capacity(picked.len() * heads.kv as usize);
+        let mut items = Vec::with_capacity(picked.len());
+        for (sequence, lane, caches) in picked {
+            // The others say how long the sequence is.
+            let target = short.of(lane.kv) as usize;
+            let mut keep = Vec::with_capacity(caches.len());
+            for (head, cache) in caches.iter().enumerate() {
+                let cut = which.contains(&(head as u32)) && cache.tokens() > target;
+                keep.push(if cut { target } else { cache.tokens() });
+                let newest = cache.positions.iter().map(|p| *p as f32);
+                scores.push(if cut { newest.collect() } else { Vec::new() });
+            }
+            let seen = sequences[sequence as usize].seen_with_step();
+            items.push(EvictItem { heads: caches, seen, keep });
+        }
+        let protect = Protect { sinks: short.sinks, recent: 0 };
+        Ok(k::evict::evict(self.threads, pool, &mut items, &scores, protect)?)
     }
 
     /// Chooses the channels of sequences that have none yet, by this step's queries.

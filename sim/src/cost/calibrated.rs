@@ -183,7 +183,7 @@ pub fn features(op: &Op, step: u32) -> Features {
         OpKind::AttendChosen { heads, by } => {
             one(head_key(by.sets(heads)), [log2(sequences), log2(kept), log2(mean_kv)])
         }
-        OpKind::Pack { .. } | OpKind::PruneChannels { .. } => {
+        OpKind::Pack { .. } | OpKind::PruneChannels { .. } | OpKind::Trim { .. } => {
             one(head_key(0), [log2(rows), log2(sequences), log2(mean_kv)])
         }
         OpKind::Forward { width, .. } => {

@@ -54,6 +54,8 @@ pub enum Family {
     Pack,
     /// Dropping channels of keys.
     PruneChannels,
+    /// Cutting short heads.
+    Trim,
     /// Choice of the rows that go on.
     Forward,
     /// Sums over devices.
@@ -70,7 +72,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -95,6 +97,7 @@ impl Family {
         Self::AttendChosen,
         Self::Pack,
         Self::PruneChannels,
+        Self::Trim,
         Self::Forward,
         Self::Collective,
         Self::Gated,
@@ -131,6 +134,7 @@ impl Family {
             Self::AttendChosen => "attend-chosen",
             Self::Pack => "pack",
             Self::PruneChannels => "prune-channels",
+            Self::Trim => "trim",
             Self::Forward => "forward",
             Self::Collective => "collective",
             Self::Gated => "gated",

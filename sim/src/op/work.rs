@@ -260,6 +260,16 @@ impl Op {
                     written: Bytes((elements * packed) as u64),
                 }
             }
+            OpKind::Trim { .. } => {
+                let Some(short) = heads.form.short else { return Work::default() };
+                let before = short.of(length.settled) + (kv - length.settled);
+                let after = short.of(kv);
+                // What comes behind the sinks moves up, where anything goes.
+                let moved = if after < before { after.saturating_sub(short.sinks) } else { 0 };
+                let per_head = heads.dtype.bytes(2 * u64::from(heads.dim) * u64::from(moved));
+                let bytes = per_head * u64::from(short.heads);
+                Work { flops: Flops(0.0), read: bytes, written: bytes }
+            }
             OpKind::PruneChannels { .. } => {
                 let grown = settles(heads, lane, kv);
                 let elements = f64::from(heads.kv) * dim * grown;

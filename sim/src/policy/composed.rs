@@ -115,6 +115,14 @@ impl Policy for Composed {
         self.0.iter().find_map(|p| p.reads(layer, prompt, model))
     }
 
+    fn short_heads(&self, layer: Layer, model: &Model) -> Vec<u32> {
+        self.0
+            .iter()
+            .map(|p| p.short_heads(layer, model))
+            .find(|h| !h.is_empty())
+            .unwrap_or_default()
+    }
+
     fn form(&self, layer: Layer, model: &Model) -> Form {
         self.0.iter().fold(Form::default(), |form, p| form.and(p.form(layer, model)))
     }

@@ -10,6 +10,7 @@ mod budget;
 mod clusterkv;
 mod composed;
 mod dbudgetkv;
+mod duoattention;
 mod evicting;
 mod expected_attention;
 mod fastkv;
@@ -39,6 +40,7 @@ pub use budget::Budget;
 pub use clusterkv::ClusterKv;
 pub use composed::Composed;
 pub use dbudgetkv::{DBudgetKv, Kept, Order};
+pub use duoattention::DuoAttention;
 pub use evicting::{Cut, Evicting, Instant, Scoring};
 pub use expected_attention::{Expected, ExpectedAttention};
 pub use fastkv::FastKv;
@@ -212,6 +214,11 @@ pub trait Policy: Debug + Send + Sync {
         None
     }
 
+    /// The KV heads of a layer that hold sinks and recent tokens only: as many as its form says.
+    fn short_heads(&self, _layer: Layer, _model: &Model) -> Vec<u32> {
+        Vec::new()
+    }
+
     /// How a layer stores what it keeps.
     fn form(&self, _layer: Layer, _model: &Model) -> Form {
         Form::default()
@@ -340,4 +347,5 @@ registry! {
     "clusterkv" => build::<ClusterKv>,
     "rocketkv" => build::<RocketKv>,
     "dbudgetkv" => build::<DBudgetKv>,
+    "duoattention" => build::<DuoAttention>,
 }
