@@ -75,6 +75,9 @@ pub enum Command {
     /// Measure what KV-cache policies lose on a loaded model: KL, retrieval, quoting, against the bytes they keep
     #[cfg(feature = "exec")]
     Quality(QualityArgs),
+    /// Find on a loaded model what a policy needs to know beforehand; the result is a preset
+    #[cfg(feature = "exec")]
+    Prepare(PrepareArgs),
     /// List or show model descriptions
     Models(ListArgs),
     /// List or show device descriptions
@@ -476,6 +479,32 @@ pub struct CompareArgs {
     pub memory: MemoryArgs,
     #[command(flatten)]
     pub weights: WeightArgs,
+}
+
+/// `prepare`.
+#[cfg(feature = "exec")]
+#[derive(Args, Clone, Debug)]
+pub struct PrepareArgs {
+    /// What to find: the tokens that DBudgetKV's layers keep, DuoAttention's streaming heads, or the layer behind which
+    /// FastKV drops rows. With parameters where they are not to be the preset's: duoattention:retrieval=0.75
+    #[arg(value_name = "dbudgetkv|duoattention|fastkv[:KEY=VALUE,…]")]
+    pub policy: String,
+    /// Model: a name, a GGUF file or a safetensors directory
+    #[arg(long, short, default_value = "smollm2-135m")]
+    pub model: String,
+    /// Prompt tokens of each excerpt
+    #[arg(long, default_value = "1k")]
+    pub context: String,
+    /// Excerpts of the text
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub samples: u32,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub weights: WeightArgs,
+    /// Where the preset goes (TOML); --policy takes it [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
 }
 
 /// `quality`.

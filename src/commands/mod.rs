@@ -11,6 +11,8 @@ mod list;
 mod local;
 mod plan;
 #[cfg(feature = "exec")]
+mod prepare;
+#[cfg(feature = "exec")]
 mod profile;
 #[cfg(feature = "exec")]
 mod quality;
@@ -73,6 +75,8 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         Command::Compare(args) => compare::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]
         Command::Quality(args) => quality::run(&places, args, &cli.global),
+        #[cfg(feature = "exec")]
+        Command::Prepare(args) => prepare::run(&places, args, &cli.global),
         Command::Models(args) => list::models(&places, args, &cli.global),
         Command::Gpus(args) => list::gpus(&places, args, &cli.global),
         Command::Engines(args) => list::engines(&places, args, &cli.global),

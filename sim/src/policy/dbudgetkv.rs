@@ -160,7 +160,13 @@ impl Policy for DBudgetKv {
                 "use an evicting policy with a budget",
             );
         }
-        let Some(kept) = self.of(&model.name) else { return Ok(()) };
+        let Some(kept) = self.of(&model.name) else {
+            let Some(of) = self.kept.keys().next() else { return Ok(()) };
+            return refuse(
+                format!("what layers keep is known for {of}, not for {}", model.name),
+                "batchmax prepare dbudgetkv finds it; an entry `other` stands for all",
+            );
+        };
         for (what, shares) in [("mean", &kept.mean), ("deviation", &kept.deviation)] {
             let each = model.layers as usize;
             if shares.len() != 1 && (shares.len() != each || kept.mean.len() != each) {

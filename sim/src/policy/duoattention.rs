@@ -125,7 +125,13 @@ impl Policy for DuoAttention {
                 "use an evicting policy with a budget",
             );
         }
-        let Some(layers) = self.streaming.get(&model.name) else { return Ok(()) };
+        let Some(layers) = self.streaming.get(&model.name) else {
+            let Some(of) = self.streaming.keys().next() else { return Ok(()) };
+            return refuse(
+                format!("its heads are those of {of}, not of {}", model.name),
+                "batchmax prepare duoattention finds them; the preset goes by their number",
+            );
+        };
         if layers.len() != model.layers as usize {
             return refuse(
                 format!("heads of {} layers, {} has {}", layers.len(), model.name, model.layers),

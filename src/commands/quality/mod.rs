@@ -1,8 +1,8 @@
 //! `batchmax quality`: what policies lose on a loaded model, beside the bytes that they really keep.
 
-mod measure;
+pub mod measure;
 mod results;
-mod tasks;
+pub mod tasks;
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::ExecError;
