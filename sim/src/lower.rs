@@ -18,9 +18,11 @@ mod classes;
 mod emit;
 mod ops;
 mod prefix;
+mod uniform;
 
 use classes::{Class, classes};
 pub use prefix::lower_prefix;
+pub use uniform::Uniform;
 
 /// Tokens a sliding layer's cache may grow in decode before it is cut to its window again.
 const SLIDE_SLACK: Tokens = 32;

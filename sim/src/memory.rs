@@ -44,6 +44,12 @@ impl Footprint {
             && held.0.saturating_add(self.kv_shortfall.0) >= predicted.0
     }
 
+    /// The caches, in the worst case of what depends on the text.
+    #[must_use]
+    pub fn kv_most(&self) -> Bytes {
+        self.kv_peak() + self.kv_spread
+    }
+
     /// Everything, in the worst case of what depends on the text.
     #[must_use]
     pub fn most(&self) -> Bytes {

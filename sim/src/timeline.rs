@@ -120,6 +120,19 @@ impl Timeline {
             .unwrap_or_default()
     }
 
+    /// The family and phase in which most of the time goes, with its share; `host` is the time of steps that no op accounts
+    /// for.
+    #[must_use]
+    pub fn mostly(&self) -> Option<(Phase, &'static str, f64)> {
+        let ops = self.by_family().into_iter();
+        let ops = ops.map(|((phase, family), (time, _))| (phase, family.name(), time.0));
+        let host = [Phase::Prefill, Phase::Decode]
+            .map(|phase| (phase, "host", self.overhead[phase as usize].0));
+        let (phase, name, time) = ops.chain(host).max_by(|a, b| a.2.total_cmp(&b.2))?;
+        let total = self.total().0;
+        (total > 0.0).then(|| (phase, name, time / total))
+    }
+
     /// Time by phase and family.
     #[must_use]
     pub fn by_family(&self) -> BTreeMap<(Phase, Family), (Seconds, Source)> {

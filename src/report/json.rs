@@ -51,8 +51,8 @@ pub fn metrics(m: &Metrics) -> Value {
 /// One prediction.
 pub fn answer(a: &Answer) -> Value {
     json!({
-        "policy": a.program.header.policy,
-        "schedule": a.program.header.load.schedule.to_string(),
+        "policy": a.policy,
+        "schedule": a.schedule.to_string(),
         "batch": a.batch,
         "fits": a.over.is_none(),
         "over": a.over,
