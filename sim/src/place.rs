@@ -127,7 +127,8 @@ impl Placement {
             self.setup.kv.dtype,
             self.setup.tp,
         )
-        .streaming(engine.streams);
+        .streaming(engine.streams)
+        .remembering();
         if !knows_products(&kernels, &self.model, self.setup) {
             return roofline();
         }

@@ -41,7 +41,7 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
             .iter()
             .map(|l| {
                 let (found, missing) = match &l.answer {
-                    Ok((a, _)) => (json::answer(a), json!(null)),
+                    Ok((a, _)) => (json!(json::answer(a)), json!(null)),
                     Err((bound, by)) => (json!(null), json!({ "bound": bound, "by": by })),
                 };
                 json!({

@@ -7,6 +7,7 @@ use crate::cost::CostModel;
 use crate::load::{Hit, Schedule};
 use crate::lower::{LowerError, Uniform};
 use crate::op::Phase;
+use crate::parallel::in_order;
 use crate::place::Placement;
 use crate::policy::Preset;
 use crate::units::{Bytes, Tokens};
@@ -70,6 +71,8 @@ pub struct Query<'a> {
     pub smaller: bool,
     /// What counts.
     pub objective: Objective,
+    /// Threads to search with, over the hosts; the answer doesn't depend on it.
+    pub threads: usize,
 }
 
 /// One row of a plan.
@@ -141,11 +144,10 @@ impl Candidate {
 /// # Errors
 /// Where a policy can't be lowered.
 pub fn plan(query: &Query<'_>) -> Result<Vec<Candidate>, LowerError> {
-    let mut programs = Programs::default();
-    let mut candidates = Vec::new();
-    for index in 0..query.hosts.len() {
-        search(query, index, &mut programs, &mut candidates)?;
-    }
+    let found = in_order(query.hosts.len(), query.threads, Programs::default, |programs, index| {
+        search(query, index, programs)
+    });
+    let mut candidates = found.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
     let value = |c: &Candidate| c.value(query.objective);
     candidates.sort_by(|a, b| value(b).total_cmp(&value(a)));
     Ok(candidates)
@@ -191,8 +193,8 @@ fn search<'a>(
     query: &Query<'a>,
     index: usize,
     programs: &mut Programs<'a>,
-    candidates: &mut Vec<Candidate>,
-) -> Result<(), LowerError> {
+) -> Result<Vec<Candidate>, LowerError> {
+    let mut candidates = Vec::new();
     let host = &query.hosts[index];
     let cost = host.cost.as_ref();
     let devices = host.placement.devices();
@@ -227,5 +229,5 @@ fn search<'a>(
             }
         }
     }
-    Ok(())
+    Ok(candidates)
 }

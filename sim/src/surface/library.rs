@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock, RwLock};
 
 use super::curve::{Curve, Estimate, Prepared};
+use super::remembered::Remembered;
 use super::shape::{Hardware, Kernel, NumberType, Shape};
 use super::text::{Head, from_text};
 use super::{KEYS, Origin, Surface, SurfaceId};
@@ -327,17 +328,31 @@ pub struct Model {
     hardware: Vec<Hardware>,
     borrowed: f64,
     extra: f64,
+    remembered: Option<Arc<Remembered>>,
 }
 
 impl Model {
     fn new(gpu: &Gpu, parts: Vec<(Arc<Loaded>, f64)>, borrowed: f64, extra: f64) -> Self {
         let hardware = parts.iter().map(|(l, _)| Hardware::of(gpu, l.number)).collect();
-        Self { parts, hardware, borrowed, extra }
+        Self { parts, hardware, borrowed, extra, remembered: None }
+    }
+
+    /// Remembers what it estimates, for whoever asks about the same shapes again and again.
+    #[must_use]
+    pub fn remembering(self) -> Self {
+        Self { remembered: Some(Arc::default()), ..self }
     }
 
     /// The time of a shape.
     #[must_use]
     pub fn estimate(&self, shape: &Shape) -> Estimate {
+        match &self.remembered {
+            Some(remembered) => remembered.estimate(shape, || self.work_out(shape)),
+            None => self.work_out(shape),
+        }
+    }
+
+    fn work_out(&self, shape: &Shape) -> Estimate {
         if let [(only, _)] = self.parts.as_slice()
             && self.borrowed >= 1.0
         {
