@@ -1,7 +1,7 @@
 //! Look-ups that were made before: policies and schedules of a plan launch the same kernels.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::sync::Mutex;
 
 use super::{AXES, Estimate, KEYS, Shape};
@@ -10,7 +10,23 @@ use super::{AXES, Estimate, KEYS, Shape};
 const MOST: usize = 1 << 14;
 
 /// A shape's key and place on the axes, bit by bit.
-type Key = [u64; KEYS + AXES];
+#[derive(Clone, Copy, Debug)]
+struct Key([u64; KEYS + AXES]);
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        // All words at once: they differ seldom, and a call that compares bytes takes longer than this.
+        self.0.iter().zip(&other.0).fold(0, |differ, (a, b)| differ | (a ^ b)) == 0
+    }
+}
+
+impl Eq for Key {}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.iter().for_each(|word| state.write_u64(*word));
+    }
+}
 
 /// What a kernel was estimated at.
 #[derive(Debug, Default)]
@@ -19,8 +35,8 @@ pub(super) struct Remembered(Mutex<HashMap<Key, Estimate, BuildHasherDefault<Fol
 impl Remembered {
     /// The estimate of a shape; `work_out` says the same of equal shapes, so it is asked once.
     pub(super) fn estimate(&self, shape: &Shape, work_out: impl FnOnce() -> Estimate) -> Estimate {
-        let mut key = [0; KEYS + AXES];
-        for (slot, size) in key.iter_mut().zip(shape.key.iter().chain(&shape.at)) {
+        let mut key = Key([0; KEYS + AXES]);
+        for (slot, size) in key.0.iter_mut().zip(shape.key.iter().chain(&shape.at)) {
             *slot = size.to_bits();
         }
         // Nothing panics under the lock; and what is not remembered can be worked out.
