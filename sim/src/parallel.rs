@@ -1,30 +1,36 @@
 //! Work on several threads whose results don't depend on how many there are.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// `work` on each of `0..count` on at most `threads` threads, results in order. Each thread makes a state of its own, which
 /// must not change what is answered.
-pub fn in_order<S, R: Send>(
+///
+/// # Errors
+/// That of the first whose work fails; nothing is begun once one has.
+pub fn in_order<S, R: Send, E: Send>(
     count: usize,
     threads: usize,
     state: impl Fn() -> S + Sync,
-    work: impl Fn(&mut S, usize) -> R + Sync,
-) -> Vec<R> {
+    work: impl Fn(&mut S, usize) -> Result<R, E> + Sync,
+) -> Result<Vec<R>, E> {
     let threads = threads.clamp(1, count.max(1));
     if threads == 1 {
         let mut state = state();
         return (0..count).map(|index| work(&mut state, index)).collect();
     }
-    let next = AtomicUsize::new(0);
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     // Whoever is free takes the next one: some take much longer than others.
     let share = || {
         let (mut state, mut done) = (state(), Vec::new());
         loop {
+            // What comes before a failure was begun before it, and is finished: the first failure is always among them.
             let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= count {
+            if index >= count || failed.load(Ordering::Relaxed) {
                 return done;
             }
-            done.push((index, work(&mut state, index)));
+            let result = work(&mut state, index);
+            failed.fetch_or(result.is_err(), Ordering::Relaxed);
+            done.push((index, result));
         }
     };
     let mut done = std::thread::scope(|scope| {
@@ -49,9 +55,11 @@ mod tests {
     #[test]
     fn the_order_is_that_of_the_work() {
         for threads in [0, 1, 2, 3, 50] {
-            let squares = in_order(20, threads, || (), |(), i| i * i);
-            assert_eq!(squares, (0..20).map(|i| i * i).collect::<Vec<_>>());
+            let squares = in_order(20, threads, || (), |(), i| Ok::<_, ()>(i * i));
+            assert_eq!(squares, Ok((0..20).map(|i| i * i).collect()));
+            let failing = in_order(20, threads, || (), |(), i| if i < 7 { Ok(()) } else { Err(i) });
+            assert_eq!(failing, Err(7));
         }
-        assert!(in_order(0, 4, || (), |(), i| i).is_empty());
+        assert_eq!(in_order(0, 4, || (), |(), i| Ok::<_, ()>(i)), Ok(Vec::new()));
     }
 }

@@ -147,7 +147,7 @@ pub fn plan(query: &Query<'_>) -> Result<Vec<Candidate>, LowerError> {
     let found = in_order(query.hosts.len(), query.threads, Programs::default, |programs, index| {
         search(query, index, programs)
     });
-    let mut candidates = found.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
+    let mut candidates = found?.concat();
     let value = |c: &Candidate| c.value(query.objective);
     candidates.sort_by(|a, b| value(b).total_cmp(&value(a)));
     Ok(candidates)

@@ -257,9 +257,10 @@ impl<'a> Question<'a> {
         // A device's kernels are unpacked and blended on the way.
         let host = |_: &mut (), index: usize| {
             let (gpu, tp, kv) = wanted[index];
-            self.host(gpu, tp, kv).transpose()
+            self.host(gpu, tp, kv)
         };
-        in_order(wanted.len(), threads(), || (), host).into_iter().flatten().collect()
+        let hosts = in_order(wanted.len(), threads(), || (), host)?;
+        Ok(hosts.into_iter().flatten().collect())
     }
 
     /// The host of a placement; `None` where one that was not typed can't be.
