@@ -13,7 +13,7 @@
 //! - [`probe`]: the passes that a profile times;
 //! - [`metrics`]: TTFT, TPOT, tokens per second;
 //! - [`place`]: a model on devices under an [`engine`]: what each holds, in which types, within which memory;
-//! - [`plan`]: which batch, policy and schedule is the fastest that fits.
+//! - [`plan`]: which batch, policy and schedule is the fastest that fits, [`parallel`] over placements.
 //!
 //! Pure from the descriptions on: no clock, no randomness, no I/O outside [`profile`].
 #![forbid(unsafe_code)]
@@ -29,6 +29,7 @@ pub mod lower;
 pub mod memory;
 pub mod metrics;
 pub mod op;
+pub mod parallel;
 pub mod place;
 pub mod plan;
 pub mod policy;

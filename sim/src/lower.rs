@@ -8,19 +8,21 @@
 use crate::form::Length;
 use crate::kv::{KvLayout, KvTape, Verb};
 use crate::load::{Group, Load, Schedule};
-use crate::op::{DType, Lane, OpKind, Phase, Protect, Score};
+use crate::op::{DType, Lane, Op, OpKind, Phase, Protect, Score};
 use crate::policy::{Policy, PolicyError, Request, Step, check_with_prefix};
 use crate::profile::Model;
 use crate::program::{Header, Held, Node, Program};
-use crate::units::{Layer, Tokens};
+use crate::units::Tokens;
 
 mod classes;
 mod emit;
 mod ops;
 mod prefix;
+mod uniform;
 
 use classes::{Class, classes};
 pub use prefix::lower_prefix;
+pub use uniform::Uniform;
 
 /// Tokens a sliding layer's cache may grow in decode before it is cut to its window again.
 const SLIDE_SLACK: Tokens = 32;
@@ -182,8 +184,8 @@ fn header(
         activations: setup.activations,
         head: setup.head,
         cache_of: {
-            let map: Vec<Layer> = (0..model.layers).map(|l| policy.cache_of(l, model)).collect();
-            if map.iter().zip(0..).all(|(of, layer)| *of == layer) { Vec::new() } else { map }
+            let map = || (0..model.layers).map(|l| policy.cache_of(l, model));
+            if map().eq(0..model.layers) { Vec::new() } else { map().collect() }
         },
         short_heads: {
             let of = |l| policy.short_heads(l, model);
@@ -200,8 +202,11 @@ struct Lowering<'a> {
     setup: Setup,
     token_bytes: u64,
     classes: Vec<Class>,
+    // Lists that each pass fills anew.
     verbs: Vec<Verb>,
     probe: Vec<Verb>,
+    spoken: Vec<Op>,
+    stay: Vec<Tokens>,
 }
 
 impl<'a> Lowering<'a> {
@@ -214,6 +219,8 @@ impl<'a> Lowering<'a> {
             classes: classes(model, policy, setup),
             verbs: Vec::new(),
             probe: Vec::new(),
+            spoken: Vec::new(),
+            stay: Vec::new(),
         }
     }
 
@@ -242,7 +249,7 @@ impl<'a> Lowering<'a> {
             first += group.sequences;
         }
         let held = self.held(&all);
-        let mut nodes = Vec::new();
+        let mut nodes = Vec::with_capacity(8);
         match load.schedule {
             Schedule::Static => self.prefill(&mut all, &mut nodes),
             Schedule::Staggered { prefill_batch } => {
@@ -446,6 +453,15 @@ impl<'a> Lowering<'a> {
         (tape.tokens(), split)
     }
 
+    /// The largest cache up to which nothing is dropped and all steps say the same, where that is known.
+    fn quiet_up_to(&self, step: &Step<'_>, class: usize) -> Option<Tokens> {
+        let silent = step.phase == Phase::Decode && !self.policy.acts_in_decode();
+        let policy = if silent { Tokens::MAX } else { self.policy.quiet_up_to(step)? };
+        let slack = if step.phase == Phase::Decode { SLIDE_SLACK } else { 0 };
+        let window = self.classes[class].window.map(|w| w.saturating_add(slack));
+        Some(window.map_or(policy, |window| window.min(policy)))
+    }
+
     /// How many of the next steps drop nothing and speak the same verbs as the first of them.
     fn quiet_steps(
         &mut self,
@@ -465,25 +481,24 @@ impl<'a> Lowering<'a> {
             let s = &all[a.index];
             for class in 0..self.classes.len() {
                 let step = self.step(s, a, phase, class);
-                let kinds = |verbs: &[Verb]| verbs.iter().map(|v| v.kind).collect::<Vec<_>>();
-                let mut expected: Option<Vec<OpKind>> = None;
-                for i in 0..quiet {
+                // Steps that are known to be like the first, if that is one of them.
+                let known = self
+                    .quiet_up_to(&step, class)
+                    .map_or(0, |most| most.saturating_sub(s.resident[class]) / a.rows.max(1));
+                let mut i = 0;
+                while i < quiet {
                     let tokens = s.resident[class].saturating_add(a.rows.saturating_mul(i + 1));
                     let (stay, _) = self.hooks(&step, class, tokens, &mut now);
-                    let same = match &expected {
-                        None => {
-                            expected = Some(kinds(&now));
-                            true
-                        }
-                        Some(kinds) => {
-                            now.len() == kinds.len()
-                                && now.iter().zip(kinds).all(|(v, kind)| v.kind == *kind)
-                        }
-                    };
+                    if i == 0 {
+                        first.clone_from(&now);
+                    }
+                    let same = now.len() == first.len()
+                        && now.iter().zip(&first).all(|(v, verb)| v.kind == verb.kind);
                     if stay != tokens || !same {
                         quiet = i;
                         break;
                     }
+                    i = (i + 1).max(known);
                 }
             }
         }

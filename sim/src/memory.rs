@@ -44,6 +44,12 @@ impl Footprint {
             && held.0.saturating_add(self.kv_shortfall.0) >= predicted.0
     }
 
+    /// The caches, in the worst case of what depends on the text.
+    #[must_use]
+    pub fn kv_most(&self) -> Bytes {
+        self.kv_peak() + self.kv_spread
+    }
+
     /// Everything, in the worst case of what depends on the text.
     #[must_use]
     pub fn most(&self) -> Bytes {
@@ -157,8 +163,17 @@ pub fn weight_bytes(model: &Model, dtype: crate::op::DType, head: crate::op::DTy
 /// The footprint of a program on an engine that takes `runtime` bytes for itself.
 #[must_use]
 pub fn footprint(model: &Model, program: &Program, runtime: Bytes) -> Footprint {
+    footprint_with(model, program, &Buffers::of(program), runtime)
+}
+
+/// The same where its buffers are known.
+pub(crate) fn footprint_with(
+    model: &Model,
+    program: &Program,
+    buffers: &Buffers,
+    runtime: Bytes,
+) -> Footprint {
     let peaks = kv_peaks(program);
-    let buffers = Buffers::of(program);
     let held = peaks.prefill.max(peaks.decode);
     let per_token = model.kv_elements_per_token_layer() / u64::from(model.kv_heads.max(1));
     let token_bytes = program.header.kv.dtype.bytes(per_token).0.max(1);

@@ -2,7 +2,6 @@
 
 use serde::Serialize;
 
-use crate::op::Phase;
 use crate::program::Program;
 use crate::timeline::{Source, Timeline};
 use crate::units::Seconds;
@@ -35,7 +34,7 @@ impl Metrics {
     #[must_use]
     pub fn of(program: &Program, timeline: &Timeline) -> Self {
         let load = &program.header.load;
-        let (prefill, decode) = (timeline.phase(Phase::Prefill), timeline.phase(Phase::Decode));
+        let [prefill, decode] = timeline.phases();
         let total = prefill + decode;
         let (_, decode_steps) = program.steps();
         let outputs = load.output_tokens() as f64;
@@ -49,8 +48,8 @@ impl Metrics {
             decode_tokens_per_s: rate(decoded, decode),
             output_tokens_per_s: rate(outputs, total),
             total_tokens_per_s: rate(outputs + load.input_tokens() as f64, total),
-            error: timeline.half_width(None),
-            source: timeline.weakest_source(),
+            error: timeline.half_width_of(total, None),
+            source: timeline.weakest_source_of(total),
         }
     }
 }

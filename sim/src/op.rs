@@ -386,10 +386,28 @@ impl Op {
         }
     }
 
+    /// Whether it works on the cache, so that its lanes grow from step to step.
+    #[must_use]
+    pub fn touches_cache(&self) -> bool {
+        !matches!(
+            self.kind,
+            OpKind::Embed { .. }
+                | OpKind::RmsNorm { .. }
+                | OpKind::Gemm { .. }
+                | OpKind::QkNorm { .. }
+                | OpKind::Rope { .. }
+                | OpKind::Forward { .. }
+                | OpKind::AllReduce { .. }
+                | OpKind::Gated { .. }
+                | OpKind::Softcap { .. }
+                | OpKind::Sample { .. }
+        )
+    }
+
     /// The lanes `step` steps later in the same pass: caches have grown by the rows of each step.
     #[must_use]
     pub fn lanes_at(&self, step: u32, shift: u32) -> Lanes {
-        let grows = self.cache_heads().is_some();
+        let grows = self.touches_cache();
         let move_on = |lane: &Lane| {
             let length = lane.length(if grows { step } else { 0 });
             let Length { settled, tokens: kv } = length;

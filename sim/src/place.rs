@@ -4,7 +4,7 @@ use crate::cost::{CostModel, GpuKernels, Roofline, UnderEngine, roofline::Effici
 use crate::engine::Engine;
 use crate::load::Schedule;
 use crate::lower::Setup;
-use crate::memory::{Buffers, Footprint, footprint};
+use crate::memory::{Buffers, Footprint, footprint_with};
 use crate::op::{DType, Lane, Lanes, Op, OpKind, Phase};
 use crate::plan::Limits;
 use crate::profile::{Gpu, Model};
@@ -127,7 +127,8 @@ impl Placement {
             self.setup.kv.dtype,
             self.setup.tp,
         )
-        .streaming(engine.streams);
+        .streaming(engine.streams)
+        .remembering();
         if !knows_products(&kernels, &self.model, self.setup) {
             return roofline();
         }
@@ -140,9 +141,9 @@ impl Placement {
     /// cached tokens only once some were dropped; this project's own executor allocates both.
     #[must_use]
     pub fn footprint(&self, program: &Program) -> Footprint {
-        let whole = footprint(&self.model, program, self.limits.runtime);
-        let Some(engine) = &self.engine else { return whole };
         let mut buffers = Buffers::of(program);
+        let whole = footprint_with(&self.model, program, &buffers, self.limits.runtime);
+        let Some(engine) = &self.engine else { return whole };
         buffers.rows = buffers.rows.min(u64::from(engine.step_tokens));
         let activations = buffers.bytes(&self.model, self.setup.activations.bits() / 8);
         let held = Bytes((whole.kv_peak().0 as f64 * engine.kv_copies) as u64);

@@ -75,32 +75,51 @@ impl Timeline {
     /// Time of a phase, overhead included.
     #[must_use]
     pub fn phase(&self, phase: Phase) -> Seconds {
-        let ops: Seconds =
-            self.spans.iter().filter(|s| s.site.phase == phase).map(|s| s.time).sum();
-        ops + self.overhead[phase as usize]
+        self.phases()[phase as usize]
+    }
+
+    /// Time of both phases: prefill, decode.
+    #[must_use]
+    pub fn phases(&self) -> [Seconds; 2] {
+        let mut ops = [Seconds(0.0); 2];
+        for span in &self.spans {
+            ops[span.site.phase as usize] += span.time;
+        }
+        [ops[0] + self.overhead[0], ops[1] + self.overhead[1]]
     }
 
     /// Time of everything.
     #[must_use]
     pub fn total(&self) -> Seconds {
-        self.phase(Phase::Prefill) + self.phase(Phase::Decode)
+        let [prefill, decode] = self.phases();
+        prefill + decode
     }
 
     /// Standard deviation of the spans that `select` takes: errors inside a family are one model's and add up, errors
     /// of different families are independent.
     #[must_use]
     pub fn stddev(&self, select: impl Fn(&Span) -> bool) -> Seconds {
-        let mut families: BTreeMap<Family, f64> = BTreeMap::new();
+        let mut families = [0.0; Family::ALL.len()];
         for span in self.spans.iter().filter(|s| select(s)) {
-            *families.entry(span.family).or_default() += span.stddev.0;
+            families[span.family as usize] += span.stddev.0;
         }
-        Seconds(families.values().map(|s| s * s).sum::<f64>().sqrt())
+        Seconds(families.iter().map(|s| s * s).sum::<f64>().sqrt())
     }
 
     /// Half width of the 90 % interval of a phase's time, or of all of it, relative.
     #[must_use]
     pub fn half_width(&self, phase: Option<Phase>) -> f64 {
-        let time = phase.map_or_else(|| self.total(), |p| self.phase(p)).0;
+        let [prefill, decode] = self.phases();
+        let time = match phase {
+            None => prefill + decode,
+            Some(Phase::Prefill) => prefill,
+            Some(Phase::Decode) => decode,
+        };
+        self.half_width_of(time, phase)
+    }
+
+    /// The same where the time is known.
+    pub(crate) fn half_width_of(&self, Seconds(time): Seconds, phase: Option<Phase>) -> f64 {
         if time <= 0.0 {
             return 0.0;
         }
@@ -111,13 +130,37 @@ impl Timeline {
     /// The weakest source among the spans that take at least 1 % of the time (a guess about nothing changes nothing).
     #[must_use]
     pub fn weakest_source(&self) -> Source {
-        let total = self.total().0;
+        self.weakest_source_of(self.total())
+    }
+
+    /// The same where the total is known.
+    pub(crate) fn weakest_source_of(&self, Seconds(total): Seconds) -> Source {
         self.spans
             .iter()
             .filter(|s| s.time.0 >= 0.01 * total)
             .map(|s| s.source)
             .max()
             .unwrap_or_default()
+    }
+
+    /// The family and phase in which most of the time goes, with its share; `host` is the time of steps that no op accounts
+    /// for.
+    #[must_use]
+    pub fn mostly(&self) -> Option<(Phase, &'static str, f64)> {
+        let mut times = [[None::<f64>; Family::ALL.len()]; 2];
+        for span in &self.spans {
+            let time = &mut times[span.site.phase as usize][span.family as usize];
+            *time = Some(time.unwrap_or_default() + span.time.0);
+        }
+        let ops = [Phase::Prefill, Phase::Decode].into_iter().zip(&times).flat_map(|(phase, t)| {
+            let known = Family::ALL.into_iter().zip(t);
+            known.filter_map(move |(family, time)| Some((phase, family.name(), (*time)?)))
+        });
+        let host = [Phase::Prefill, Phase::Decode]
+            .map(|phase| (phase, "host", self.overhead[phase as usize].0));
+        let (phase, name, time) = ops.chain(host).max_by(|a, b| a.2.total_cmp(&b.2))?;
+        let total = self.total().0;
+        (total > 0.0).then(|| (phase, name, time / total))
     }
 
     /// Time by phase and family.

@@ -77,6 +77,7 @@ fn found(hosts: &[Host], policies: &[&str], change: impl FnOnce(&mut Query<'_>))
         batch: None,
         smaller: false,
         objective: Objective::Output,
+        threads: 2,
     };
     change(&mut query);
     plan(&query).expect("it lowers")

@@ -5,6 +5,8 @@ use batchmax_sim::load::Schedule;
 use batchmax_sim::op::{DType, Phase};
 use batchmax_sim::plan::{Answer, Bound, Case, Host, LARGEST_BATCH};
 use batchmax_sim::policy::Preset;
+use batchmax_sim::timeline::Timeline;
+use batchmax_sim::units::Bytes;
 use serde_json::json;
 
 use crate::cli::{Global, WhatIfArgs};
@@ -23,8 +25,8 @@ struct Line {
     osl: u32,
     hit: u32,
     preset: String,
-    /// `None`: not even one sequence fits; the bytes that are missing.
-    answer: Result<Answer, (Bound, batchmax_sim::units::Bytes)>,
+    /// `Err`: not even one sequence fits; the bytes that are missing.
+    answer: Result<(Answer, Timeline), (Bound, Bytes)>,
 }
 
 /// Sweeps and prints.
@@ -33,13 +35,13 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
         return scenarios::run(places, file, args, global);
     }
     let lines = sweep(places, args)?;
-    let any = lines.iter().any(|l| l.answer.as_ref().is_ok_and(|a| a.over.is_none()));
+    let any = lines.iter().any(|l| l.answer.as_ref().is_ok_and(|(a, _)| a.over.is_none()));
     if global.json {
         let list: Vec<_> = lines
             .iter()
             .map(|l| {
                 let (found, missing) = match &l.answer {
-                    Ok(a) => (json::answer(a), json!(null)),
+                    Ok((a, _)) => (json!(json::answer(a)), json!(null)),
                     Err((bound, by)) => (json!(null), json!({ "bound": bound, "by": by })),
                 };
                 json!({
@@ -52,11 +54,13 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
         answer(&json::document("what-if", json!({ "answers": list })));
     } else if args.csv {
         answer(&csv_text(&lines)?);
-    } else if let [Line { answer: Ok(one), model, isl, osl, hit, preset, .. }] = lines.as_slice() {
+    } else if let [Line { answer: Ok((one, timeline)), model, isl, osl, hit, preset, .. }] =
+        lines.as_slice()
+    {
         let site = site(&lines[0]);
         let cached = if *hit > 0 { format!(" ({hit} cached)") } else { String::new() };
         let title = format!("{model} on {site} · {preset} · {isl} in{cached}, {osl} out");
-        answer(&detail(one, &title));
+        answer(&detail(one, timeline, &title));
     } else {
         answer(&format!("{}\n{}", sweep_table(&lines), table::LEGEND));
     }
@@ -148,7 +152,7 @@ fn one(
     case: &Case<'_>,
     batch: Option<u32>,
     host: &Host,
-) -> Result<Result<Answer, (Bound, batchmax_sim::units::Bytes)>> {
+) -> Result<Result<(Answer, Timeline), (Bound, Bytes)>> {
     let batch = match batch {
         Some(batch) => batch,
         None => match case.largest_batch(LARGEST_BATCH)? {
@@ -156,7 +160,7 @@ fn one(
             (batch, _) => batch,
         },
     };
-    Ok(Ok(case.answer(batch, host.cost.as_ref())?))
+    Ok(Ok(case.answer_of(&case.program(batch)?, host.cost.as_ref())))
 }
 
 fn cells(line: &Line) -> Vec<String> {
@@ -169,11 +173,11 @@ fn cells(line: &Line) -> Vec<String> {
         line.osl.to_string(),
     ];
     match &line.answer {
-        Ok(a) => {
+        Ok((a, _)) => {
             let verdict = a.over.map_or_else(|| "fits".to_owned(), |over| over.to_string());
             row.extend([
                 a.batch.to_string(),
-                a.program.header.load.schedule.to_string(),
+                a.schedule.to_string(),
                 table::rate(a.metrics.output_tokens_per_s),
                 table::plus_minus(a.metrics.error),
                 a.metrics.ttft.to_string(),
@@ -248,9 +252,9 @@ fn csv_text(lines: &[Line]) -> Result<String> {
             line.osl.to_string(),
         ];
         match &line.answer {
-            Ok(a) => row.extend([
+            Ok((a, _)) => row.extend([
                 a.batch.to_string(),
-                a.program.header.load.schedule.to_string(),
+                a.schedule.to_string(),
                 a.metrics.ttft.0.to_string(),
                 a.metrics.tpot.0.to_string(),
                 a.metrics.output_tokens_per_s.to_string(),
@@ -275,11 +279,11 @@ fn csv_text(lines: &[Line]) -> Result<String> {
 }
 
 /// One configuration in full.
-fn detail(a: &Answer, title: &str) -> String {
+fn detail(a: &Answer, timeline: &Timeline, title: &str) -> String {
     let m = &a.metrics;
-    let spread = |phase: Phase| table::plus_minus(a.timeline.half_width(Some(phase)));
+    let spread = |phase: Phase| table::plus_minus(timeline.half_width(Some(phase)));
     let mut rows = Vec::new();
-    for ((phase, family), (time, source)) in a.timeline.by_family() {
+    for ((phase, family), (time, source)) in timeline.by_family() {
         if time.0 > 0.002 * m.total.0 {
             rows.push(vec![
                 phase.name().to_owned(),
@@ -294,7 +298,7 @@ fn detail(a: &Answer, title: &str) -> String {
     format!(
         "{title} · batch {} · {} schedule\n\n{}\n\nmemory\n{}\n{verdict}\n\n  output      {} tokens/s {}\n  TTFT        {} {}\n  TPOT        {} {}\n  total       {} {}\n{}",
         a.batch,
-        a.program.header.load.schedule,
+        a.schedule,
         table::table(&["phase", "op", "time", "share", ""], rows, 2),
         table::memory(&a.footprint),
         table::rate(m.output_tokens_per_s),

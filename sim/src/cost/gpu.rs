@@ -158,6 +158,28 @@ impl GpuKernels {
         Self { streams, ..self }
     }
 
+    /// Remembers its look-ups: the policies and schedules of a plan launch the same kernels. Attention of single
+    /// tokens seldom comes back with the same caches; it is remembered where many devices are asked about it.
+    #[must_use]
+    pub fn remembering(self) -> Self {
+        let all = |model: Option<Model>| model.map(Model::remembering);
+        let dear =
+            |model: Option<Model>| model.map(|m| if m.is_timed() { m } else { m.remembering() });
+        Self {
+            gemm: all(self.gemm),
+            gemm16: all(self.gemm16),
+            prefill: all(self.prefill),
+            decode: dear(self.decode),
+            all_reduce: self.all_reduce.into_iter().map(Model::remembering).collect(),
+            norm: all(self.norm),
+            rope: all(self.rope),
+            gated: all(self.gated),
+            embedding: all(self.embedding),
+            sampler: all(self.sampler),
+            ..self
+        }
+    }
+
     /// A product of a single row by an engine's own kernel: its weights through memory and through the processors.
     fn stream(&self, streams: Streams, weights: DType, elements: u64) -> Cost {
         let bits = match weights {

@@ -5,7 +5,7 @@ pub mod engine;
 pub mod gpu;
 pub mod roofline;
 
-use crate::op::{Op, OpKind, Phase};
+use crate::op::{Lanes, Op, OpKind, Phase};
 use crate::program::{Pass, Program, site};
 use crate::timeline::{Source, Span, Timeline};
 use crate::units::Seconds;
@@ -55,9 +55,14 @@ pub trait CostModel: Send + Sync {
 #[must_use]
 pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
     let mut timeline = Timeline { common: model.common_stddev(), ..Timeline::default() };
-    let (mut seen, mut decode_steps) = (Seen::default(), 0.0);
+    let mut ops = 0;
+    program
+        .visit_passes(|_, pass, _| ops += pass.blocks().map(|(_, b)| b.ops.len()).sum::<usize>());
+    timeline.spans.reserve_exact(ops);
+    let (mut seen, mut decode_steps) = (Seen::new(), 0.0);
     program.visit_passes(|pass_index, pass, times| {
         let steps = f64::from(pass.steps) * times;
+        seen.at = 0;
         for (block_index, block) in pass.blocks() {
             for (op_index, op) in block.ops.iter().enumerate() {
                 let cost = seen.cost(model, op, pass.phase, pass.steps);
@@ -84,32 +89,50 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
 }
 
 /// Costs of launches that depend on their rows alone: the chunks of a prompt repeat them.
-#[derive(Default)]
-struct Seen {
-    costs: Vec<(OpKind, u64, Phase, Cost)>,
+struct Seen<'p> {
+    costs: Vec<(&'p OpKind, u64, Phase, Cost)>,
+    /// Which of those each launch of the pass before had: passes repeat their launches in order.
+    before: Vec<usize>,
+    /// Launches of this pass so far.
+    at: usize,
 }
 
-impl Seen {
-    fn cost(&mut self, model: &dyn CostModel, op: &Op, phase: Phase, steps: u32) -> Cost {
-        if op.cache_heads().is_some() || op.lanes.as_slice().len() > 1 {
+impl<'p> Seen<'p> {
+    fn new() -> Self {
+        // A decoder's launches while prompts are read, of their rest, and while tokens are generated.
+        Self { costs: Vec::with_capacity(40), before: Vec::with_capacity(20), at: 0 }
+    }
+
+    fn cost(&mut self, model: &dyn CostModel, op: &'p Op, phase: Phase, steps: u32) -> Cost {
+        let Lanes::One(lane) = &op.lanes else { return mean_cost(model, op, phase, steps) };
+        if op.touches_cache() {
             return mean_cost(model, op, phase, steps);
         }
-        let rows = op.lanes.rows();
-        let same = |(kind, r, p, _): &&(OpKind, u64, Phase, Cost)| {
-            *r == rows && *p == phase && *kind == op.kind
+        let rows = u64::from(lane.sequences) * u64::from(lane.rows);
+        let same = |(kind, r, p, _): &(&OpKind, u64, Phase, Cost)| {
+            *r == rows && *p == phase && **kind == op.kind
         };
-        if let Some((.., cost)) = self.costs.iter().find(same) {
-            return *cost;
+        let at = self.at;
+        self.at += 1;
+        let before = self.before.get(at).filter(|b| same(&self.costs[**b])).copied();
+        let found = match before.or_else(|| self.costs.iter().position(same)) {
+            Some(found) => found,
+            None => {
+                self.costs.push((&op.kind, rows, phase, mean_cost(model, op, phase, steps)));
+                self.costs.len() - 1
+            }
+        };
+        match self.before.get_mut(at) {
+            Some(before) => *before = found,
+            None => self.before.push(found),
         }
-        let cost = mean_cost(model, op, phase, steps);
-        self.costs.push((op.kind, rows, phase, cost));
-        cost
+        self.costs[found].3
     }
 }
 
 /// The mean over the steps of a pass.
 fn mean_cost(model: &dyn CostModel, op: &Op, phase: Phase, steps: u32) -> Cost {
-    if steps == 1 || op.cache_heads().is_none() {
+    if steps == 1 || !op.touches_cache() {
         return model.launch(op, phase, 0);
     }
     if steps == 2 {

@@ -16,8 +16,6 @@ struct Emitted {
     block: Block,
     /// Cache work after the whole pass.
     late: Block,
-    /// Tokens that stay per active sequence.
-    stay: Vec<Tokens>,
 }
 
 impl Lowering<'_> {
@@ -31,16 +29,15 @@ impl Lowering<'_> {
         release: bool,
         nodes: &mut Vec<Node>,
     ) {
-        let embedded = self.lanes(all, active, &|_, a| (a.rows, Length::settled(0)));
+        let embedded = self.lanes(all, active, |_, a| (a.rows, Length::settled(0)));
         let embed = self.op("embed", OpKind::Embed { width: self.model.hidden }, embedded);
         let before = Block { layers: None, ops: vec![embed] };
         let mut layers = Vec::with_capacity(self.classes.len());
         let mut after_layers = Vec::new();
-        let mut stay: Vec<Vec<Tokens>> = Vec::with_capacity(self.classes.len());
+        self.stay.clear();
         for class in 0..self.classes.len() {
             let emitted = self.class(all, active, phase, release, class);
             layers.push(emitted.block);
-            stay.push(emitted.stay);
             if !emitted.late.ops.is_empty() {
                 after_layers.push(emitted.late);
             }
@@ -48,7 +45,7 @@ impl Lowering<'_> {
         let after = Block { layers: None, ops: self.head(all, active) };
         let pass = Pass { phase, steps, before, layers, after_layers, after };
         nodes.push(Node::Pass(Box::new(pass)));
-        for (class, stays) in stay.iter().enumerate() {
+        for (class, stays) in self.stay.chunks_exact(active.len().max(1)).enumerate() {
             for (a, left) in active.iter().zip(stays) {
                 let grown = if self.classes[class].reads.is_some() {
                     0
@@ -65,16 +62,16 @@ impl Lowering<'_> {
         &self,
         all: &[Sequences],
         active: &[Active],
-        of: &dyn Fn(&Sequences, &Active) -> (Tokens, Length),
+        of: impl Fn(&Sequences, &Active) -> (Tokens, Length),
     ) -> Lanes {
-        let lanes: Vec<_> = (active.iter())
+        active
+            .iter()
             .map(|a| {
                 let s = &all[a.index];
                 let (rows, length) = of(s, a);
                 lane(s, rows, length, 0)
             })
-            .collect();
-        Lanes::new(&lanes)
+            .collect()
     }
 
     fn class(
@@ -90,26 +87,25 @@ impl Lowering<'_> {
         // A class without caches attends over those it reads, which hold this step's tokens already.
         let cache = self.classes[class].reads.unwrap_or(class);
         let rows_of = |s: &Sequences, a: &Active| self.rows(s, a, phase, class);
-        let rows = self.lanes(all, active, &|s, a| (rows_of(s, a), Length::settled(0)));
+        let rows = self.lanes(all, active, |s, a| (rows_of(s, a), Length::settled(0)));
         let appended =
-            self.lanes(all, active, &|s, a| (rows_of(s, a), Length::settled(s.resident[class])));
-        let seen = self.lanes(all, active, &|s, a| {
+            self.lanes(all, active, |s, a| (rows_of(s, a), Length::settled(s.resident[class])));
+        let seen = self.lanes(all, active, |s, a| {
             let rows = rows_of(s, a);
             (rows, Length::with_new(s.resident[cache].saturating_add(rows), rows))
         });
-        let (mut spoken, mut late) = (Vec::new(), Vec::new());
-        let mut stay = Vec::with_capacity(active.len());
+        let (mut spoken, mut late) = (std::mem::take(&mut self.spoken), Vec::new());
         let has_cache = self.classes[class].reads.is_none();
         for a in active {
             let s = &all[a.index];
             if !has_cache {
-                stay.push(0);
+                self.stay.push(0);
                 continue;
             }
             let step = self.step(s, a, phase, class);
             let tokens = s.resident[class].saturating_add(step.rows);
             let (left, split) = self.hooks(&step, class, tokens, &mut verbs);
-            stay.push(left);
+            self.stay.push(left);
             self.merge(&mut spoken, &verbs[..split], s, step.rows);
             self.merge(&mut late, &verbs[split..], s, step.rows);
             if release && s.generated + 1 == s.osl {
@@ -120,11 +116,13 @@ impl Lowering<'_> {
         }
         self.verbs = verbs;
         let at = Some(self.classes[class].layers);
-        let attend = self.attend(all, active, phase, class, seen);
-        spoken.extend(self.index(all, active, phase, class, &stay));
-        let mut ops = self.layer(&rows, class, appended, attend, spoken);
+        let stay = &self.stay[self.stay.len() - active.len()..];
+        spoken.extend(self.index(all, active, phase, class, stay));
+        let attend = |ops: &mut Vec<Op>| self.attend(all, active, phase, class, seen, ops);
+        let mut ops = self.layer(&rows, class, appended, attend, &mut spoken);
         ops.extend(self.forward(all, active, phase, class));
-        Emitted { block: Block { layers: at, ops }, late: Block { layers: at, ops: late }, stay }
+        self.spoken = spoken;
+        Emitted { block: Block { layers: at, ops }, late: Block { layers: at, ops: late } }
     }
 
     /// The attention of a class: over its caches, or over what a decode step chooses of them.
@@ -135,7 +133,8 @@ impl Lowering<'_> {
         phase: Phase,
         class: usize,
         seen: Lanes,
-    ) -> Vec<Op> {
+        ops: &mut Vec<Op>,
+    ) {
         let Class { heads, window, layers, .. } = self.classes[class];
         let reading = |a: &Active| {
             let s = &all[a.index];
@@ -143,10 +142,11 @@ impl Lowering<'_> {
         };
         let Some((first, _)) = active.first().and_then(reading).filter(|_| phase == Phase::Decode)
         else {
-            return vec![self.op("attend", OpKind::Attend { heads, window }, seen)];
+            ops.push(self.op("attend", OpKind::Attend { heads, window }, seen));
+            return;
         };
         let by = first.by;
-        let lanes: Vec<Lane> = (seen.as_slice().iter().zip(active))
+        let lanes: Lanes = (seen.as_slice().iter().zip(active))
             .map(|(lane, a)| {
                 let (tokens, isl) = reading(a).map_or((lane.kv, 0), |(r, isl)| (r.tokens, isl));
                 // Clusters are made of the prompt.
@@ -155,14 +155,11 @@ impl Lowering<'_> {
                 Lane { keep, ..*lane }
             })
             .collect();
-        let lanes = Lanes::new(&lanes);
-        let mut ops = Vec::with_capacity(3);
         if let Pick::Bounds { page, .. } | Pick::Shares { page, .. } = by {
             ops.push(self.op("index", OpKind::Index { heads, page }, lanes.clone()));
         }
         ops.push(self.op("select", OpKind::Select { heads, by }, lanes.clone()));
         ops.push(self.op("attend", OpKind::AttendChosen { heads, by }, lanes));
-        ops
     }
 
     /// At the end of a prompt: what later steps choose by.

@@ -35,8 +35,8 @@ impl Lowering<'_> {
         rows: &Lanes,
         class: usize,
         appended: Lanes,
-        mut attend: Vec<Op>,
-        mut spoken: Vec<Op>,
+        attend: impl FnOnce(&mut Vec<Op>),
+        spoken: &mut Vec<Op>,
     ) -> Vec<Op> {
         let model = self.model;
         let Class { heads, reads, .. } = self.classes[class];
@@ -49,7 +49,7 @@ impl Lowering<'_> {
         let attention_width = u64::from(model.heads) * u64::from(model.head_dim);
         // With norms behind the blocks the norm, not the product, adds to the residual.
         let residual = !model.post_norms;
-        let mut ops = Vec::with_capacity(14 + spoken.len());
+        let mut ops = Vec::with_capacity(16 + spoken.len());
         ops.push(norm("attention_norm", false));
         if reads.is_some() {
             ops.push(self.gemm("query", attention_width, hidden, false, rows));
@@ -63,8 +63,8 @@ impl Lowering<'_> {
         if reads.is_none() {
             ops.push(self.op("append", OpKind::Append { heads }, appended));
         }
-        ops.append(&mut attend);
-        ops.append(&mut spoken);
+        attend(&mut ops);
+        ops.append(spoken);
         ops.push(self.gemm("output", hidden, attention_width, residual, rows));
         self.reduce(&mut ops, rows);
         if model.post_norms {
@@ -87,18 +87,16 @@ impl Lowering<'_> {
 
     /// Logits and the next token, for the sequences whose prompt is read; only their last row.
     pub(super) fn head(&self, all: &[Sequences], active: &[Active]) -> Vec<Op> {
-        let lanes: Vec<Lane> = active
-            .iter()
+        if !active.iter().any(|a| a.prompt_read) {
+            return Vec::new();
+        }
+        let rows: Lanes = (active.iter())
             .filter(|a| a.prompt_read)
             .map(|a| {
                 let s = &all[a.index];
                 Lane { first: s.first, sequences: s.count, rows: 1, ..Lane::default() }
             })
             .collect();
-        if lanes.is_empty() {
-            return Vec::new();
-        }
-        let rows = Lanes::new(&lanes);
         let (width, vocab) = (self.model.hidden, self.model.vocab);
         let final_norm = OpKind::RmsNorm { width, accumulate: false };
         let head = OpKind::Gemm {
@@ -107,10 +105,9 @@ impl Lowering<'_> {
             weights: self.setup.head,
             accumulate: false,
         };
-        let mut ops = vec![
-            self.op("final_norm", final_norm, rows.clone()),
-            self.op("head", head, rows.clone()),
-        ];
+        let mut ops = Vec::with_capacity(4);
+        ops.push(self.op("final_norm", final_norm, rows.clone()));
+        ops.push(self.op("head", head, rows.clone()));
         if self.model.logit_softcap.is_some() {
             ops.push(self.op("softcap", OpKind::Softcap { width: vocab }, rows.clone()));
         }

@@ -144,3 +144,13 @@ impl Family {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Family;
+
+    #[test]
+    fn families_are_listed_in_their_order() {
+        assert!(Family::ALL.iter().enumerate().all(|(i, f)| *f as usize == i));
+    }
+}

@@ -42,6 +42,17 @@ pub enum Lanes {
     Many(Vec<Lane>),
 }
 
+impl FromIterator<Lane> for Lanes {
+    /// One element is stored inline, without a list on the way.
+    fn from_iter<I: IntoIterator<Item = Lane>>(lanes: I) -> Self {
+        let mut lanes = lanes.into_iter();
+        match (lanes.next(), lanes.next()) {
+            (Some(one), None) => Self::One(one),
+            (first, second) => Self::Many(first.into_iter().chain(second).chain(lanes).collect()),
+        }
+    }
+}
+
 impl Lanes {
     /// From a list; one element is stored inline.
     #[must_use]

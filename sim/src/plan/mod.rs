@@ -5,6 +5,7 @@
 
 mod crossing;
 mod front;
+mod largest;
 mod search;
 
 use serde::Serialize;
@@ -13,11 +14,14 @@ pub use crossing::{Crossing, crossing};
 pub use front::{Marks, marks};
 pub use search::{Candidate, Host, Objective, Query, plan};
 
+use largest::largest;
+
 use crate::cost::{CostModel, predict};
 use crate::load::{Hit, Load, Schedule};
-use crate::lower::{LowerError, lower, lower_prefix};
+use crate::lower::{LowerError, Uniform, lower, lower_prefix};
 use crate::memory::Footprint;
 use crate::metrics::Metrics;
+use crate::op::Phase;
 use crate::place::Placement;
 use crate::policy::Policy;
 use crate::program::Program;
@@ -156,7 +160,7 @@ impl Case<'_> {
     pub fn over(&self, footprint: &Footprint) -> Option<Over> {
         let limits = &self.placement.limits;
         if let Some(kv) = limits.kv_memory {
-            let peak = footprint.kv_peak() + footprint.kv_spread;
+            let peak = footprint.kv_most();
             if peak > kv {
                 let bound = if footprint.kv_prefill_peak >= footprint.kv_decode_peak {
                     Bound::KvPrefill
@@ -181,58 +185,87 @@ impl Case<'_> {
         (batch > self.most_sequences()).then_some(over)
     }
 
-    fn fits(&self, batch: u32) -> Result<Option<Over>, LowerError> {
-        let program = self.program(batch)?;
-        let over = self.over(&self.placement.footprint(&program));
-        Ok(over.or_else(|| self.beyond_engine(batch)))
+    /// Its program, lowered once for all batches.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn lowered(&self) -> Result<Uniform, LowerError> {
+        Uniform::new(&self.placement.model, self.policy, &self.load(1), self.placement.setup)
+    }
+
+    fn footprint(&self, programs: &mut Uniform, batch: u32) -> Result<Footprint, LowerError> {
+        Ok(self.placement.footprint(programs.at(batch)?))
     }
 
     /// The largest batch that fits and what stops the next one; 0 where not even one sequence fits.
+    ///
+    /// # Errors
+    /// Where there is no program.
     pub fn largest_batch(&self, most: u32) -> Result<(u32, Over), LowerError> {
-        if let Some(over) = self.fits(1)? {
-            return Ok((0, over));
-        }
-        // Doubling, then bisection: `good` fits, `bad` does not.
-        let (mut good, mut bad) = (1u32, None);
-        while good < most {
-            let next = good.saturating_mul(2).min(most);
-            match self.fits(next)? {
-                None => good = next,
-                Some(over) => {
-                    bad = Some((next, over));
-                    break;
-                }
-            }
-        }
-        let Some((mut bad, mut over)) = bad else {
-            return Ok((good, Over { bound: Bound::Batch, by: Bytes(0) }));
+        self.largest_of(&mut self.lowered()?, most)
+    }
+
+    fn largest_of(&self, programs: &mut Uniform, most: u32) -> Result<(u32, Over), LowerError> {
+        let guess = self.guess(programs, most)?;
+        let why_not = |batch| -> Result<Option<Over>, LowerError> {
+            let over = self.over(&self.footprint(programs, batch)?);
+            Ok(over.or_else(|| self.beyond_engine(batch)))
         };
-        while bad - good > 1 {
-            let middle = good + (bad - good) / 2;
-            match self.fits(middle)? {
-                None => good = middle,
-                Some(why) => (bad, over) = (middle, why),
-            }
+        let (largest, over) = largest(most, guess, why_not)?;
+        Ok((largest, over.unwrap_or(Over { bound: Bound::Batch, by: Bytes(0) })))
+    }
+
+    /// Where to look for the largest batch: footprints of one and of two sequences, extended. Only a place to begin at, what
+    /// is found there is replayed; `None` where last groups that are smaller than the others make the footprint uneven.
+    fn guess(&self, programs: &mut Uniform, most: u32) -> Result<Option<u32>, LowerError> {
+        if matches!(self.schedule, Schedule::Staggered { prefill_batch: 2.. }) || most < 2 {
+            return Ok(None);
         }
-        Ok((good, over))
+        let (one, two) = (self.footprint(programs, 1)?, self.footprint(programs, 2)?);
+        let more = |limit: Bytes, of: fn(&Footprint) -> Bytes| {
+            let each = of(&two).saturating_sub(of(&one)).0.max(1);
+            limit.saturating_sub(of(&one)).0 / each
+        };
+        let limits = &self.placement.limits;
+        let caches = limits.kv_memory.map_or(u64::MAX, |kv| more(kv, Footprint::kv_most));
+        let fit = more(limits.memory, Footprint::most).min(caches).saturating_add(1);
+        let most = most.min(self.most_sequences()).max(1);
+        Ok(Some(u32::try_from(fit).unwrap_or(u32::MAX).min(most)))
     }
 
     /// The largest batch that fits and meets the latencies (or `batch`, if it does), what stops a larger one, and the
     /// bytes that are missing.
+    ///
+    /// # Errors
+    /// Where there is no program.
     pub fn best(
         &self,
         cost: &dyn CostModel,
         slo: Slo,
         batch: Option<u32>,
     ) -> Result<(Option<Answer>, Bound, Bytes), LowerError> {
-        let (largest, over) = self.largest_batch(batch.unwrap_or(LARGEST_BATCH))?;
+        self.best_of(&mut self.lowered()?, cost, slo, batch)
+    }
+
+    /// The same over programs that are lowered ([`Self::lowered`]): they don't depend on limits and devices.
+    ///
+    /// # Errors
+    /// Where a batch is larger than an index can count.
+    pub fn best_of(
+        &self,
+        programs: &mut Uniform,
+        cost: &dyn CostModel,
+        slo: Slo,
+        batch: Option<u32>,
+    ) -> Result<(Option<Answer>, Bound, Bytes), LowerError> {
+        let (largest, over) = self.largest_of(programs, batch.unwrap_or(LARGEST_BATCH))?;
         if largest == 0 {
             return Ok((None, Bound::NothingFits, over.by));
         }
         if batch.is_some_and(|batch| batch > largest) {
             return Ok((None, over.bound, over.by));
         }
-        let answer = self.answer(largest, cost)?;
+        let answer = self.answer_of(programs.at(largest)?, cost).0;
         let Some(mut bound) = slo.missed(&answer.metrics) else {
             return Ok((Some(answer), over.bound, over.by));
         };
@@ -243,7 +276,7 @@ impl Case<'_> {
         let (mut best, mut good, mut bad) = (None, 0u32, largest);
         while bad - good > 1 {
             let middle = good + (bad - good) / 2;
-            let trial = self.answer(middle, cost)?;
+            let trial = self.answer_of(programs.at(middle)?, cost).0;
             match slo.missed(&trial.metrics) {
                 None => (good, best) = (middle, Some(trial)),
                 Some(why) => (bad, bound) = (middle, why),
@@ -253,13 +286,29 @@ impl Case<'_> {
     }
 
     /// Predicts one batch.
+    ///
+    /// # Errors
+    /// Where there is no program.
     pub fn answer(&self, batch: u32, cost: &dyn CostModel) -> Result<Answer, LowerError> {
-        let program = self.program(batch)?;
-        let timeline = predict(cost, &program);
-        let footprint = self.placement.footprint(&program);
-        let metrics = Metrics::of(&program, &timeline);
-        let over = self.over(&footprint).or_else(|| self.beyond_engine(batch));
-        Ok(Answer { batch, over, footprint, metrics, timeline, program })
+        Ok(self.answer_of(&self.program(batch)?, cost).0)
+    }
+
+    /// Predicts a program of this case, with its time op by op.
+    #[must_use]
+    pub fn answer_of(&self, program: &Program, cost: &dyn CostModel) -> (Answer, Timeline) {
+        let timeline = predict(cost, program);
+        let footprint = self.placement.footprint(program);
+        let batch = program.header.load.sequences() as u32;
+        let answer = Answer {
+            batch,
+            policy: program.header.policy.clone(),
+            schedule: program.header.load.schedule,
+            over: self.over(&footprint).or_else(|| self.beyond_engine(batch)),
+            footprint,
+            metrics: Metrics::of(program, &timeline),
+            mostly: timeline.mostly(),
+        };
+        (answer, timeline)
     }
 }
 
@@ -268,14 +317,16 @@ impl Case<'_> {
 pub struct Answer {
     /// Sequences.
     pub batch: u32,
+    /// The policy with its parameters.
+    pub policy: String,
+    /// Who runs when.
+    pub schedule: Schedule,
     /// Memory.
     pub footprint: Footprint,
     /// The limit it breaks, if any.
     pub over: Option<Over>,
     /// Times and rates.
     pub metrics: Metrics,
-    /// Op by op.
-    pub timeline: Timeline,
-    /// The program.
-    pub program: Program,
+    /// Where most of the time goes, with its share.
+    pub mostly: Option<(Phase, &'static str, f64)>,
 }

@@ -5,8 +5,9 @@ use serde::Serialize;
 use super::{Answer, Bound, Case, Slo};
 use crate::cost::CostModel;
 use crate::load::{Hit, Schedule};
-use crate::lower::LowerError;
+use crate::lower::{LowerError, Uniform};
 use crate::op::Phase;
+use crate::parallel::in_order;
 use crate::place::Placement;
 use crate::policy::Preset;
 use crate::units::{Bytes, Tokens};
@@ -70,6 +71,8 @@ pub struct Query<'a> {
     pub smaller: bool,
     /// What counts.
     pub objective: Objective,
+    /// Threads to search with, over the hosts; the answer doesn't depend on it.
+    pub threads: usize,
 }
 
 /// One row of a plan.
@@ -129,81 +132,102 @@ impl Candidate {
             Objective::Cost => self.usd_per_million().map_or(0.0, f64::recip),
         }
     }
-
-    /// Where most of the time goes, with its share; `host` is the time of steps that no op accounts for.
+    /// Where most of the time goes, with its share.
     #[must_use]
     pub fn mostly(&self) -> Option<(Phase, &'static str, f64)> {
-        let timeline = &self.answer.as_ref()?.timeline;
-        let ops = timeline.by_family().into_iter();
-        let ops = ops.map(|((phase, family), (time, _))| (phase, family.name(), time.0));
-        let host = [Phase::Prefill, Phase::Decode]
-            .map(|phase| (phase, "host", timeline.overhead[phase as usize].0));
-        let (phase, name, time) = ops.chain(host).max_by(|a, b| a.2.total_cmp(&b.2))?;
-        let total = timeline.total().0;
-        (total > 0.0).then(|| (phase, name, time / total))
+        self.answer.as_ref()?.mostly
     }
 }
 
 /// Candidates, the best first; those that do not fit last.
+///
+/// # Errors
+/// Where a policy can't be lowered.
 pub fn plan(query: &Query<'_>) -> Result<Vec<Candidate>, LowerError> {
-    let mut candidates = Vec::new();
-    for host in 0..query.hosts.len() {
-        for preset in query.policies {
-            for &schedule in query.schedules {
-                search(query, host, preset, schedule, &mut candidates)?;
-            }
-        }
-    }
+    let found = in_order(query.hosts.len(), query.threads, Programs::default, |programs, index| {
+        search(query, index, programs)
+    });
+    let mut candidates = found?.concat();
     let value = |c: &Candidate| c.value(query.objective);
     candidates.sort_by(|a, b| value(b).total_cmp(&value(a)));
     Ok(candidates)
 }
 
-fn search(
-    query: &Query<'_>,
+/// What was lowered for hosts with the same part of the model in the same types: programs don't depend on the device.
+#[derive(Default)]
+struct Programs<'a> {
+    kinds: Vec<(&'a Placement, Vec<Uniform>)>,
+}
+
+impl<'a> Programs<'a> {
+    /// One for each policy and schedule, in their order.
+    fn of(&mut self, query: &Query<'a>, index: usize) -> Result<&mut [Uniform], LowerError> {
+        let placement = &query.hosts[index].placement;
+        let same =
+            |(p, _): &(&Placement, _)| p.model == placement.model && p.setup == placement.setup;
+        let kind = match self.kinds.iter().position(same) {
+            Some(kind) => kind,
+            None => {
+                let lowered = cases(query, index).map(|(_, case)| case.lowered());
+                self.kinds.push((placement, lowered.collect::<Result<_, _>>()?));
+                self.kinds.len() - 1
+            }
+        };
+        Ok(&mut self.kinds[kind].1)
+    }
+}
+
+/// What is tried on a host: policies x schedules.
+fn cases<'a>(query: &Query<'a>, index: usize) -> impl Iterator<Item = (&'a Preset, Case<'a>)> {
+    let (isl, osl, hit) = (query.isl, query.osl, query.hit);
+    let (placement, schedules) = (&query.hosts[index].placement, query.schedules);
+    query.policies.iter().flat_map(move |preset| {
+        schedules.iter().map(move |&schedule| {
+            let policy = preset.policy.as_ref();
+            (preset, Case { placement, policy, isl, osl, hit, schedule })
+        })
+    })
+}
+
+fn search<'a>(
+    query: &Query<'a>,
     index: usize,
-    preset: &Preset,
-    schedule: Schedule,
-    candidates: &mut Vec<Candidate>,
-) -> Result<(), LowerError> {
+    programs: &mut Programs<'a>,
+) -> Result<Vec<Candidate>, LowerError> {
+    let mut candidates = Vec::new();
     let host = &query.hosts[index];
     let cost = host.cost.as_ref();
-    let case = Case {
-        placement: &host.placement,
-        policy: preset.policy.as_ref(),
-        isl: query.isl,
-        osl: query.osl,
-        hit: query.hit,
-        schedule,
-    };
     let devices = host.placement.devices();
     let replicas = (query.gpus / devices).max(1);
     let gpus = devices.saturating_mul(replicas);
-    let row = |answer, bound, missing| Candidate {
-        host: index,
-        replicas,
-        gpus,
-        usd_per_hour: host.usd_per_hour.map(|usd| usd * f64::from(gpus)),
-        preset: preset.name.clone(),
-        policy: case.policy.label(),
-        compresses: case.policy.compresses(),
-        schedule,
-        answer,
-        bound,
-        missing,
-    };
-    let (answer, bound, missing) = case.best(cost, query.slo, query.batch)?;
-    let best = answer.as_ref().map_or(0, |a| a.batch);
-    candidates.push(row(answer, bound, missing));
-    if query.smaller && query.batch.is_none() {
-        let mut batch = 1;
-        while batch < best {
-            let answer = case.answer(batch, cost)?;
-            if query.slo.missed(&answer.metrics).is_none() {
-                candidates.push(row(Some(answer), Bound::Batch, Bytes(0)));
+    let programs = programs.of(query, index)?;
+    for ((preset, case), programs) in cases(query, index).zip(programs) {
+        let row = |answer, bound, missing| Candidate {
+            host: index,
+            replicas,
+            gpus,
+            usd_per_hour: host.usd_per_hour.map(|usd| usd * f64::from(gpus)),
+            preset: preset.name.clone(),
+            policy: case.policy.label(),
+            compresses: case.policy.compresses(),
+            schedule: case.schedule,
+            answer,
+            bound,
+            missing,
+        };
+        let (answer, bound, missing) = case.best_of(programs, cost, query.slo, query.batch)?;
+        let best = answer.as_ref().map_or(0, |a| a.batch);
+        candidates.push(row(answer, bound, missing));
+        if query.smaller && query.batch.is_none() {
+            let mut batch = 1;
+            while batch < best {
+                let (answer, _) = case.answer_of(programs.at(batch)?, cost);
+                if query.slo.missed(&answer.metrics).is_none() {
+                    candidates.push(row(Some(answer), Bound::Batch, Bytes(0)));
+                }
+                batch *= 2;
             }
-            batch *= 2;
         }
     }
-    Ok(())
+    Ok(candidates)
 }

@@ -4,7 +4,7 @@
 //! (E1) or after the whole prefill (E0), or after every chunk (E2: the regime of Batch-Max), eviction in decode with
 //! hysteresis, budgets per layer and per head.
 
-use std::fmt::Debug;
+use std::fmt::{Debug, Write};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -101,10 +101,11 @@ impl Cut {
 
     /// The part of a label that says what differs from `usual`.
     fn label(&self, usual: &Self) -> String {
-        let mut parts = vec![format!("budget={}", self.budget)];
+        let mut label = format!("budget={}", self.budget);
         let mut add = |differs: bool, key: &str, value: &dyn std::fmt::Display| {
             if differs {
-                parts.push(format!("{key}={value}"));
+                // Writing to a string can't fail.
+                write!(label, ",{key}={value}").ok();
             }
         };
         add(self.chunk.is_some() || usual.chunk.is_some(), "chunk", &self.chunk.unwrap_or(0));
@@ -119,7 +120,7 @@ impl Cut {
         add(self.slack != usual.slack, "slack", &self.slack);
         add(self.pyramid != usual.pyramid, "pyramid", &self.pyramid.unwrap_or(1.0));
         add(self.guaranteed != usual.guaranteed, "guaranteed", &self.guaranteed.unwrap_or(1.0));
-        parts.join(",")
+        label
     }
 
     /// Tokens of a layer, `forced` of which stay in any case and are not part of what layers share.
@@ -266,6 +267,15 @@ impl<S: Scoring> Policy for Evicting<S> {
 
     fn acts_in_decode(&self) -> bool {
         self.cut.decode
+    }
+
+    fn quiet_up_to(&self, step: &Step<'_>) -> Option<Tokens> {
+        let decode = step.phase == Phase::Decode;
+        if decode && !self.cut.decode {
+            return Some(Tokens::MAX);
+        }
+        let slack = if decode { self.cut.slack } else { 0 };
+        Some(self.budget(step).0.saturating_add(slack))
     }
 
     fn is_floor(&self) -> bool {

@@ -188,6 +188,12 @@ pub trait Policy: Debug + Send + Sync {
         true
     }
 
+    /// The largest cache, this step's tokens included, up to which the hooks drop nothing and say the same as over any
+    /// smaller one; `None` where only asking them tells. It spares the lowering a scan of the steps on the way.
+    fn quiet_up_to(&self, _step: &Step<'_>) -> Option<Tokens> {
+        None
+    }
+
     /// Whether a cache is ever smaller than the full one: what never is is what compression is compared with.
     fn compresses(&self) -> bool {
         true

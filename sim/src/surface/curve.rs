@@ -29,6 +29,8 @@ pub struct Prepared {
     kriging: Kriging,
     keys: Vec<[f64; KEYS]>,
     axes: Vec<Vec<f64>>,
+    /// Added to a size on each axis before the logarithm.
+    shifts: [f64; AXES],
     /// Residuals key by key, gaps filled from their neighbours in the grid.
     filled: Vec<f32>,
 }
@@ -51,11 +53,30 @@ fn log_key(kernel: Kernel, key: &[f64; KEYS]) -> [f64; KEYS] {
     std::array::from_fn(|i| key[i].max(1.0).log2() / scales[i])
 }
 
-fn coordinate(kernel: Kernel, axis: usize, value: f64) -> f64 {
-    let shift = match kernel.axis_names()[axis] {
-        "prefix_len" => PREFIX_SHIFT,
-        _ => 0.0,
-    };
+/// The first point of an axis that is not below `x`, which lies on it. Points are about evenly spaced, so a guess is near.
+fn upper(axis: &[f64], x: f64) -> usize {
+    let last = axis.len() - 1;
+    let (low, high) = (axis[0], axis[last]);
+    let share = if high > low { (x - low) / (high - low) } else { 0.0 };
+    let mut at = ((share * last as f64) as usize).min(last);
+    while at < last && axis[at] < x {
+        at += 1;
+    }
+    while at > 0 && axis[at - 1] >= x {
+        at -= 1;
+    }
+    at
+}
+
+fn shifts(kernel: Kernel) -> [f64; AXES] {
+    let mut shifts = [0.0; AXES];
+    for (shift, name) in shifts.iter_mut().zip(kernel.axis_names()) {
+        *shift = if *name == "prefix_len" { PREFIX_SHIFT } else { 0.0 };
+    }
+    shifts
+}
+
+fn coordinate(shift: f64, value: f64) -> f64 {
     (value + shift).max(1e-3).log2()
 }
 
@@ -66,11 +87,9 @@ impl Prepared {
         let kernel = surface.id.kernel;
         let keys: Vec<[f64; KEYS]> =
             surface.keys.iter().map(|k| log_key(kernel, &k.map(f64::from))).collect();
-        let axes: Vec<Vec<f64>> = surface
-            .axes
-            .iter()
-            .enumerate()
-            .map(|(a, values)| values.iter().map(|v| coordinate(kernel, a, *v as f64)).collect())
+        let shifts = shifts(kernel);
+        let axes: Vec<Vec<f64>> = (surface.axes.iter().zip(shifts))
+            .map(|(values, shift)| values.iter().map(|v| coordinate(shift, *v as f64)).collect())
             .collect();
         let mut filled: Vec<f32> = surface
             .residuals
@@ -91,7 +110,7 @@ impl Prepared {
             }
             filled.chunks_mut(cells).for_each(|grid| fill_lines(grid, &axes, false));
         }
-        Self { kriging: surface.kriging, keys, axes, filled }
+        Self { kriging: surface.kriging, keys, axes, shifts, filled }
     }
 
     /// With other kriging parameters.
@@ -129,11 +148,11 @@ impl Prepared {
         let mut cells = [(0usize, 0.0f64); AXES];
         let (mut outside, mut on_point) = (0.0, true);
         for (a, axis) in self.axes.iter().enumerate() {
-            let x = coordinate(kernel, a, at[a]);
+            let x = coordinate(self.shifts[a], at[a]);
             let (low, high) = (axis[0], axis[axis.len() - 1]);
             outside += (low - x).max(0.0) + (x - high).max(0.0);
             let x = x.clamp(low, high);
-            let upper = axis.partition_point(|v| *v < x).min(axis.len() - 1);
+            let upper = upper(axis, x);
             cells[a] = if upper == 0 || (axis[upper] - x).abs() < 1e-9 {
                 (upper, 0.0)
             } else {
@@ -143,7 +162,8 @@ impl Prepared {
             };
         }
         let value = self.interpolate(curve, &cells[..self.axes.len()]);
-        (value * (-outside / FADE_OCTAVES).exp(), outside, on_point && outside < 1e-9)
+        let faded = if outside > 0.0 { value * (-outside / FADE_OCTAVES).exp() } else { value };
+        (faded, outside, on_point && outside < 1e-9)
     }
 
     /// Surfaces that were timed without a prefix: a chunk over cached tokens does the work of a longer chunk without,
@@ -226,12 +246,18 @@ fn fill_lines(grid: &mut [f32], axes: &[Vec<f64>], inner: bool) {
     }
     // One round fills lines that have something; a round per axis reaches every cell from any other.
     for _ in 0..axes.len() {
+        // Most keys were timed at all of their sizes.
+        if grid.iter().all(|v| !v.is_nan()) {
+            return;
+        }
         let mut stride = grid.len();
         for axis in axes {
             let block = stride;
             stride /= axis.len();
-            for start in (0..grid.len()).filter(|i| (i % block) / stride == 0) {
-                fill_line(grid, start, stride, axis, inner);
+            for first in (0..grid.len()).step_by(block) {
+                for start in first..first + stride {
+                    fill_line(grid, start, stride, axis, inner);
+                }
             }
         }
     }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock, RwLock};
 
 use super::curve::{Curve, Estimate, Prepared};
+use super::remembered::Remembered;
 use super::shape::{Hardware, Kernel, NumberType, Shape};
 use super::text::{Head, from_text};
 use super::{KEYS, Origin, Surface, SurfaceId};
@@ -21,8 +22,40 @@ pub struct Loaded {
     pub surface: Surface,
     prepared: Prepared,
     number: NumberType,
-    /// Curves by key: a model asks for a handful, many times.
-    curves: RwLock<HashMap<[u32; KEYS], Arc<Curve>>>,
+    curves: Curves,
+}
+
+/// Curves by key. A model asks for a handful, many times and on several threads: those are read without a lock.
+#[derive(Debug, Default)]
+struct Curves {
+    first: [OnceLock<([u32; KEYS], Curve)>; 32],
+    others: RwLock<HashMap<[u32; KEYS], Arc<Curve>>>,
+}
+
+impl Curves {
+    fn with<R>(
+        &self,
+        key: [u32; KEYS],
+        make: impl Fn() -> Curve,
+        read: impl FnOnce(&Curve) -> R,
+    ) -> R {
+        for slot in &self.first {
+            let (owner, curve) = slot.get_or_init(|| (key, make()));
+            if *owner == key {
+                return read(curve);
+            }
+        }
+        if let Ok(others) = self.others.read()
+            && let Some(curve) = others.get(&key)
+        {
+            return read(curve);
+        }
+        let curve = Arc::new(make());
+        if let Ok(mut others) = self.others.write() {
+            others.insert(key, Arc::clone(&curve));
+        }
+        read(&curve)
+    }
 }
 
 impl Loaded {
@@ -31,31 +64,17 @@ impl Loaded {
     pub fn new(surface: Surface) -> Option<Self> {
         let number = NumberType::parse(&surface.id.dtype)?;
         let prepared = Prepared::new(&surface);
-        Some(Self { surface, prepared, number, curves: RwLock::default() })
-    }
-
-    /// The residuals at a key.
-    #[must_use]
-    pub fn curve(&self, key: [u32; KEYS]) -> Arc<Curve> {
-        if let Ok(curves) = self.curves.read()
-            && let Some(curve) = curves.get(&key)
-        {
-            return Arc::clone(curve);
-        }
-        let curve =
-            Arc::new(self.prepared.curve(self.surface.id.kernel, &key.map(f64::from), None));
-        if let Ok(mut curves) = self.curves.write() {
-            curves.insert(key, Arc::clone(&curve));
-        }
-        curve
+        Some(Self { surface, prepared, number, curves: Curves::default() })
     }
 
     /// The time of a shape on `gpu`, which may be another device than the one that was timed: the core is in shares of
     /// the data sheet, `borrowed` scales the residuals.
     fn estimate_on(&self, hardware: &Hardware, shape: &Shape, borrowed: f64) -> Estimate {
-        let curve = self.curve(shape.key.map(|k| k as u32));
-        let mut estimate =
-            self.surface.estimate(&self.prepared, &curve, shape, hardware, self.number);
+        let make =
+            || self.prepared.curve(shape.kernel, &shape.key.map(|k| f64::from(k as u32)), None);
+        let mut estimate = self.curves.with(shape.key.map(|k| k as u32), make, |curve| {
+            self.surface.estimate(&self.prepared, curve, shape, hardware, self.number)
+        });
         if borrowed < 1.0 {
             let core = shape.seconds(&self.surface.core, hardware, self.number);
             estimate.seconds = core * (estimate.seconds / core).powf(borrowed);
@@ -327,17 +346,31 @@ pub struct Model {
     hardware: Vec<Hardware>,
     borrowed: f64,
     extra: f64,
+    remembered: Option<Arc<Remembered>>,
 }
 
 impl Model {
     fn new(gpu: &Gpu, parts: Vec<(Arc<Loaded>, f64)>, borrowed: f64, extra: f64) -> Self {
         let hardware = parts.iter().map(|(l, _)| Hardware::of(gpu, l.number)).collect();
-        Self { parts, hardware, borrowed, extra }
+        Self { parts, hardware, borrowed, extra, remembered: None }
+    }
+
+    /// Remembers what it estimates, for whoever asks about the same shapes again and again.
+    #[must_use]
+    pub fn remembering(self) -> Self {
+        Self { remembered: Some(Arc::default()), ..self }
     }
 
     /// The time of a shape.
     #[must_use]
     pub fn estimate(&self, shape: &Shape) -> Estimate {
+        match &self.remembered {
+            Some(remembered) => remembered.estimate(shape, || self.work_out(shape)),
+            None => self.work_out(shape),
+        }
+    }
+
+    fn work_out(&self, shape: &Shape) -> Estimate {
         if let [(only, _)] = self.parts.as_slice()
             && self.borrowed >= 1.0
         {

@@ -14,6 +14,7 @@ mod fit;
 mod kriging;
 mod library;
 mod points;
+mod remembered;
 mod shape;
 mod text;
 

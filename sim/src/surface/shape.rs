@@ -362,7 +362,9 @@ fn p_norm(a: f64, b: f64, p: f64) -> f64 {
     if large <= 0.0 {
         return 0.0;
     }
-    large * (1.0 + (small / large).powf(p)).powf(1.0 / p)
+    // Kernels that compute nothing, or next to nothing, have one side only; any power of 1 is 1.
+    let sum = if small > 0.0 { 1.0 + (small / large).powf(p) } else { 1.0 };
+    if sum > 1.0 { large * sum.powf(1.0 / p) } else { large }
 }
 
 fn attention(

@@ -4,6 +4,7 @@ use anyhow::{Result, anyhow, bail};
 use batchmax_sim::engine::Engine;
 use batchmax_sim::load::{Hit, Schedule};
 use batchmax_sim::op::DType;
+use batchmax_sim::parallel::in_order;
 use batchmax_sim::place::runs_policy;
 use batchmax_sim::plan::{Host, Objective, Query, Slo, plan};
 use batchmax_sim::policy::{Policy, Preset, Request, check_with_prefix};
@@ -247,43 +248,49 @@ impl<'a> Question<'a> {
     }
 
     fn hosts(&self) -> Result<Vec<Host>> {
-        let mut hosts = Vec::new();
+        let mut wanted = Vec::new();
         for gpu in &self.gpus {
             for &tp in &self.tps {
-                for &kv in &self.kvs {
-                    let mut choice =
-                        setting::choice(&self.args.memory, kv, tp, self.args.placement.pp)?;
-                    choice.weights = self.weights;
-                    let wanted = Wanted {
-                        model: &self.model,
-                        gpu,
-                        engine: self.args.placement.engine.as_deref(),
-                        choice,
-                        policies: self.policies.iter().map(|p| p.name.as_str()).collect(),
-                        schedules: self.schedules.clone(),
-                        memory: &self.args.memory,
-                    };
-                    let mut host = match wanted.host(self.places) {
-                        Ok(host) => host,
-                        Err(_) if tp > 1 && !self.tps_typed => continue,
-                        Err(error) => return Err(error),
-                    };
-                    let limits = &mut host.placement.limits;
-                    limits.memory += self.extra;
-                    limits.kv_memory = limits.kv_memory.map(|kv| kv + self.extra);
-                    let name = &host.placement.gpu.name;
-                    let price = self.prices.iter().find(|(gpu, _)| gpu == name);
-                    host.usd_per_hour = price.map_or(host.usd_per_hour, |(_, usd)| Some(*usd));
-                    if self.objective == Objective::Cost && host.usd_per_hour.is_none() {
-                        bail!(
-                            "--objective cost: {name} has no price; hint: --price {name}=USD (per hour)"
-                        );
-                    }
-                    hosts.push(host);
-                }
+                wanted.extend(self.kvs.iter().map(|&kv| (gpu.as_str(), tp, kv)));
             }
         }
-        Ok(hosts)
+        // A device's kernels are unpacked and blended on the way.
+        let host = |_: &mut (), index: usize| {
+            let (gpu, tp, kv) = wanted[index];
+            self.host(gpu, tp, kv)
+        };
+        let hosts = in_order(wanted.len(), threads(), || (), host)?;
+        Ok(hosts.into_iter().flatten().collect())
+    }
+
+    /// The host of a placement; `None` where one that was not typed can't be.
+    fn host(&self, gpu: &str, tp: u32, kv: Option<DType>) -> Result<Option<Host>> {
+        let mut choice = setting::choice(&self.args.memory, kv, tp, self.args.placement.pp)?;
+        choice.weights = self.weights;
+        let wanted = Wanted {
+            model: &self.model,
+            gpu,
+            engine: self.args.placement.engine.as_deref(),
+            choice,
+            policies: self.policies.iter().map(|p| p.name.as_str()).collect(),
+            schedules: self.schedules.clone(),
+            memory: &self.args.memory,
+        };
+        let mut host = match wanted.host(self.places) {
+            Ok(host) => host,
+            Err(_) if tp > 1 && !self.tps_typed => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let limits = &mut host.placement.limits;
+        limits.memory += self.extra;
+        limits.kv_memory = limits.kv_memory.map(|kv| kv + self.extra);
+        let name = &host.placement.gpu.name;
+        let price = self.prices.iter().find(|(gpu, _)| gpu == name);
+        host.usd_per_hour = price.map_or(host.usd_per_hour, |(_, usd)| Some(*usd));
+        if self.objective == Objective::Cost && host.usd_per_hour.is_none() {
+            bail!("--objective cost: {name} has no price; hint: --price {name}=USD (per hour)");
+        }
+        Ok(Some(host))
     }
 
     /// Searches.
@@ -301,10 +308,16 @@ impl<'a> Question<'a> {
             batch: self.batch,
             smaller: self.args.pareto,
             objective: self.objective,
+            threads: threads(),
         };
         let candidates = plan(&query)?;
         Ok(Plan { hosts, candidates })
     }
+}
+
+/// Cores of this machine: a plan answers the same on any number of them.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// The measurements that --max-kl and --min-recall go by: of the model, else of the one that has some.

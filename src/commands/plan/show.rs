@@ -1,7 +1,8 @@
 //! A plan as text and as JSON.
 
 use batchmax_sim::plan::{Bound, Candidate, Crossing, Marks, Objective};
-use batchmax_sim::units::Bytes;
+use batchmax_sim::units::{Bytes, Tokens};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::advice::{Advice, Change, Crossings};
@@ -381,19 +382,10 @@ fn next_step(question: &Question<'_>, plan: &Plan, best: &Candidate, batch: u32)
 
 /// All of it as data.
 pub fn document(question: &Question<'_>, plan: &Plan, marks: &[Marks], advice: &Advice) -> String {
-    let candidate = |(c, m): (&Candidate, &Marks)| -> Value {
-        let mut row = json::candidate(c, &plan.host(c).placement);
-        row["front_tpot"] = m.tpot.into();
-        row["front_memory"] = m.memory.into();
-        row
-    };
-    let pairs = || plan.candidates.iter().zip(marks);
-    let list: Vec<_> = if question.args.pareto {
-        pairs().filter(|(_, m)| m.tpot || m.memory).map(candidate).collect()
-    } else {
-        pairs().map(candidate).collect()
-    };
-    let changes: Vec<_> = advice
+    let row = |c, marks| json::candidate(c, &plan.host(c).placement, marks);
+    let pairs = plan.candidates.iter().zip(marks);
+    let shown = pairs.filter(|(_, m)| !question.args.pareto || m.tpot || m.memory);
+    let changes = advice
         .changes
         .iter()
         .map(|c| {
@@ -412,29 +404,48 @@ pub fn document(question: &Question<'_>, plan: &Plan, marks: &[Marks], advice: &
             "equal_batch": c.batch.map(crossing), "memory_bytes": crossing(c.memory),
         })
     });
-    let recommended = advice.recommended.map(|i| {
-        let c = &plan.candidates[i];
-        json::candidate(c, &plan.host(c).placement)
-    });
     let first = plan.hosts.first().map(|h| &h.placement);
-    let body = json!({
-        "model": question.model.name,
-        "gpu": first.map(|p| p.gpu.name.clone()),
-        "engine": first.map(|p| p.engine_name()),
-        "isl": question.isl,
-        "osl": question.osl,
-        "prefix_hit": question.hit.of(question.isl),
-        "gpus": question.count,
-        "objective": question.objective,
-        "left_out": question.left_out,
-        "candidates": list,
-        "recommended": recommended,
-        "compression_gain": advice.gain,
-        "compression_pays": advice.only_compressed || advice.gain.is_some_and(|g| g >= WORTH),
-        "changes": changes,
-        "crossings": crossings,
-    });
-    json::document("plan", body)
+    json::pretty(&Document {
+        candidates: shown.map(|(c, m)| row(c, Some(m))).collect(),
+        changes,
+        compression_gain: advice.gain,
+        compression_pays: advice.only_compressed || advice.gain.is_some_and(|g| g >= WORTH),
+        crossings,
+        engine: first.map(|p| p.engine_name()),
+        gpu: first.map(|p| p.gpu.name.as_str()),
+        gpus: question.count,
+        isl: question.isl,
+        kind: "plan",
+        left_out: &question.left_out,
+        model: &question.model.name,
+        objective: question.objective,
+        osl: question.osl,
+        prefix_hit: question.hit.of(question.isl),
+        recommended: advice.recommended.map(|i| row(&plan.candidates[i], None)),
+        schema_version: json::SCHEMA_VERSION,
+    })
+}
+
+/// A plan as JSON, fields in the order of the alphabet.
+#[derive(Serialize)]
+struct Document<'a> {
+    candidates: Vec<json::Row<'a>>,
+    changes: Vec<Value>,
+    compression_gain: Option<f64>,
+    compression_pays: bool,
+    crossings: Option<Value>,
+    engine: Option<&'a str>,
+    gpu: Option<&'a str>,
+    gpus: u32,
+    isl: Tokens,
+    kind: &'static str,
+    left_out: &'a [String],
+    model: &'a str,
+    objective: Objective,
+    osl: Tokens,
+    prefix_hit: Tokens,
+    recommended: Option<json::Row<'a>>,
+    schema_version: u32,
 }
 
 fn crossing(crossing: Crossing) -> Value {
