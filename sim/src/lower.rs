@@ -454,7 +454,7 @@ impl<'a> Lowering<'a> {
     }
 
     /// The largest cache up to which nothing is dropped and all steps say the same, where that is known.
-    fn quiet_up_to(&self, step: &Step, class: usize) -> Option<Tokens> {
+    fn quiet_up_to(&self, step: &Step<'_>, class: usize) -> Option<Tokens> {
         let silent = step.phase == Phase::Decode && !self.policy.acts_in_decode();
         let policy = if silent { Tokens::MAX } else { self.policy.quiet_up_to(step)? };
         let slack = if step.phase == Phase::Decode { SLIDE_SLACK } else { 0 };

@@ -23,9 +23,12 @@ pub fn in_order<S, R: Send, E: Send>(
     let share = || {
         let (mut state, mut done) = (state(), Vec::new());
         loop {
-            // What comes before a failure was begun before it, and is finished: the first failure is always among them.
+            if failed.load(Ordering::Relaxed) {
+                return done;
+            }
+            // Whatever is taken is worked on, and what comes before it was taken: the first failure is always found.
             let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= count || failed.load(Ordering::Relaxed) {
+            if index >= count {
                 return done;
             }
             let result = work(&mut state, index);

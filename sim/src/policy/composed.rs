@@ -92,7 +92,7 @@ impl Policy for Composed {
         self.0.iter().any(|p| p.acts_in_decode())
     }
 
-    fn quiet_up_to(&self, step: &Step) -> Option<Tokens> {
+    fn quiet_up_to(&self, step: &Step<'_>) -> Option<Tokens> {
         let parts = self.0.iter().map(|p| p.quiet_up_to(step));
         parts.reduce(|a, b| Some(a?.min(b?))).flatten()
     }

@@ -269,7 +269,7 @@ impl<S: Scoring> Policy for Evicting<S> {
         self.cut.decode
     }
 
-    fn quiet_up_to(&self, step: &Step) -> Option<Tokens> {
+    fn quiet_up_to(&self, step: &Step<'_>) -> Option<Tokens> {
         let decode = step.phase == Phase::Decode;
         if decode && !self.cut.decode {
             return Some(Tokens::MAX);

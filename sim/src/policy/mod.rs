@@ -190,7 +190,7 @@ pub trait Policy: Debug + Send + Sync {
 
     /// The largest cache, this step's tokens included, up to which the hooks drop nothing and say the same as over any
     /// smaller one; `None` where only asking them tells. It spares the lowering a scan of the steps on the way.
-    fn quiet_up_to(&self, _step: &Step) -> Option<Tokens> {
+    fn quiet_up_to(&self, _step: &Step<'_>) -> Option<Tokens> {
         None
     }
 
