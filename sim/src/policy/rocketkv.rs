@@ -157,12 +157,7 @@ mod tests {
 
     #[test]
     fn parameters_are_those_of_the_reference() {
-        let policy = |answer| RocketKv {
-            budget: Budget::Tokens(1),
-            answer,
-            window: 32,
-            pool: 63,
-        };
+        let policy = |answer| RocketKv { budget: Budget::Tokens(1), answer, window: 32, pool: 63 };
         // 512 prompt tokens and 32 generated ones at a budget of 128.
         let expected = Parameters { kept: 307, read: 64, page: 2, channels: 48 };
         assert_eq!(policy(32).parameters(512, 128, 64), expected);
