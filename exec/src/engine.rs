@@ -10,7 +10,7 @@ use batchmax_sim::op::{OpKind, Phase};
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
-use batchmax_sim::units::{Bytes, Seconds, Tokens};
+use batchmax_sim::units::{Bytes, Layer, Seconds, Tokens};
 
 use crate::clock::Clock;
 use crate::error::ExecError;
@@ -63,6 +63,8 @@ pub struct SequenceResult {
     pub gaps: Vec<f32>,
     /// Logits at the last prompt position, if details were kept.
     pub prompt_logits: Option<Vec<f32>>,
+    /// Decode steps, from 1, and layers in which its partial cache was filled anew, in the order in which it happened.
+    pub refreshed: Vec<(u32, Layer)>,
     /// Positions kept per layer and KV head after the prefill, if details were kept.
     pub kept: Option<Vec<Vec<Vec<Tokens>>>>,
 }
@@ -368,6 +370,7 @@ impl Engine {
                 step: 0,
                 forced: options.forced.get(i).cloned().unwrap_or_default(),
                 generated: Vec::new(),
+                refreshed: Vec::new(),
                 gaps: Vec::new(),
                 sampler: Sampler::new(options.sampling, i),
                 prompt_logits: None,
@@ -469,6 +472,7 @@ fn finish(
                 generated: s.generated,
                 gaps: s.gaps,
                 prompt_logits: s.prompt_logits,
+                refreshed: s.refreshed,
                 kept,
             }
         })

@@ -3,12 +3,13 @@
 
 mod cache;
 mod choice;
+mod refresh;
 mod settle;
 
 use batchmax_kernels as k;
 use batchmax_kernels::threads::Threads;
 use batchmax_sim::memory::Buffers;
-use batchmax_sim::op::{Lane, Lanes, Op, OpKind, Phase};
+use batchmax_sim::op::{Branch, Lane, Lanes, Op, OpKind, Phase};
 use batchmax_sim::profile::{Activation, Model};
 use batchmax_sim::program::{Pass, StepView};
 use batchmax_sim::units::Layer;
@@ -18,6 +19,7 @@ use crate::error::ExecError;
 use crate::kv_store::KvStore;
 use crate::sampling::Sampler;
 use crate::weights::Weights;
+use refresh::Noted;
 
 /// The buffers between ops, as large as [`Buffers`] says and no larger.
 pub struct Slots {
@@ -32,6 +34,10 @@ pub struct Slots {
     logits: Vec<f32>,
     /// Chosen tokens of the layer at work, set after set.
     reads: Vec<Vec<u32>>,
+    /// Queries that were noted, per layer and sequence; empty until some are.
+    noted: Vec<Vec<Noted>>,
+    /// Sequences whose partial cache in the layer at work is stale.
+    stale: Vec<u32>,
     /// Key channels that stay, per layer, sequence and KV head; empty until they are chosen.
     channels: Vec<Vec<Vec<u16>>>,
     /// Scores per layer, from a ranking until its eviction.
@@ -66,6 +72,8 @@ impl Slots {
             sampled: vec![0.0; sampled * model.hidden as usize],
             logits: vec![0.0; sampled * model.vocab as usize],
             reads: Vec::new(),
+            noted: vec![Vec::new(); model.layers as usize],
+            stale: Vec::new(),
             channels: vec![Vec::new(); model.layers as usize],
             scores: vec![Vec::new(); model.layers as usize],
             ids: Vec::with_capacity(rows),
@@ -90,6 +98,8 @@ pub struct SequenceState {
     pub generated: Vec<u32>,
     /// Gap between the two best logits of each.
     pub gaps: Vec<f32>,
+    /// Decode steps, from 1, and layers in which its partial cache was filled anew.
+    pub refreshed: Vec<(u32, Layer)>,
     /// The choice of tokens.
     pub sampler: Sampler,
     /// Logits at the last prompt position, where they were asked for.
@@ -158,6 +168,9 @@ impl Interpreter<'_> {
                 channels[to * kv_heads + head] = channels[from * kv_heads + head].clone();
             }
         }
+        for noted in self.slots.noted.iter_mut().filter(|n| !n.is_empty()) {
+            noted[to] = noted[from].clone();
+        }
         let source = &self.sequences[from];
         let (seen, gaps) = (source.seen, source.gaps.clone());
         let (generated, prompt_logits) = (source.generated.clone(), source.prompt_logits.clone());
@@ -206,6 +219,21 @@ impl Interpreter<'_> {
         lanes: &Lanes,
         layer: Option<Layer>,
     ) -> Result<(), ExecError> {
+        let taken;
+        let lanes = match op.branch {
+            Branch::All => lanes,
+            Branch::Stale { .. } => {
+                taken = self.taking_part(lanes, true);
+                &taken
+            }
+            Branch::Fresh { .. } => {
+                taken = self.taking_part(lanes, false);
+                &taken
+            }
+        };
+        if lanes.as_slice().is_empty() {
+            return Ok(());
+        }
         let rows = lanes.rows() as usize;
         let model = self.model;
         let qkv_width = model.qkv_width() as usize;
@@ -257,6 +285,13 @@ impl Interpreter<'_> {
             OpKind::Cluster { sinks, rounds, .. } => self.cluster(sinks, rounds, lanes, layer),
             OpKind::Select { heads, by } => self.select(heads, by, lanes, layer),
             OpKind::AttendChosen { heads, .. } => self.attend_chosen(heads, lanes, layer)?,
+            OpKind::Compare { heads, below } => self.compare(heads, below, lanes, layer),
+            OpKind::Refresh { .. } => self.refresh(lanes, layer)?,
+            OpKind::AppendPart { .. } => self.append_part(lanes, layer)?,
+            OpKind::AttendPart { heads } => self.attend_part(heads, lanes, layer),
+            OpKind::ReleasePart { .. } => {
+                self.kv.release_parts(layer_index(layer), &refresh::sequences(lanes));
+            }
             OpKind::Pack { heads } => self.pack(heads, lanes, layer)?,
             OpKind::Trim { heads } => self.trim(heads, lanes, layer)?,
             OpKind::PruneChannels { heads } => self.prune_channels(heads, lanes, layer)?,

@@ -2,7 +2,7 @@
 //! byte budget.
 
 use batchmax_kernels::kv::{BlockPool, HeadCache, KvFormat};
-use batchmax_kernels::select::{Clusters, PageIndex};
+use batchmax_kernels::select::{Clusters, LeavingOrder, PageIndex, PartItem};
 use batchmax_sim::op::{DType, Lane};
 use batchmax_sim::units::{Bytes, Tokens};
 
@@ -14,6 +14,9 @@ pub struct KvStore {
     kv_heads: usize,
     /// Extremes of pages and clusters of keys, as the caches; empty until a program makes some.
     indices: Vec<Vec<Indices>>,
+    /// Partial caches beside the others; empty until a program fills some.
+    parts: Vec<Vec<HeadCache>>,
+    orders: Vec<Vec<LeavingOrder>>,
 }
 
 /// The KV heads of a sequence in one layer, and what their tokens are chosen by.
@@ -61,6 +64,8 @@ impl KvStore {
             layers: std::iter::repeat_with(layer).take(layers).collect(),
             kv_heads,
             indices: vec![Vec::new(); layers],
+            parts: std::iter::repeat_with(Vec::new).take(layers).collect(),
+            orders: vec![Vec::new(); layers],
         }
     }
 
@@ -104,6 +109,43 @@ impl KvStore {
         (&self.pool, picked)
     }
 
+    /// The pool, and the partial caches of some sequences in one layer with the tokens that each holds, head after head.
+    pub fn parts(
+        &mut self,
+        layer: usize,
+        sequences: &[(u32, Tokens)],
+    ) -> (&mut BlockPool, Vec<PartItem<'_>>) {
+        let (caches, parts) = (&self.layers[layer], &mut self.parts[layer]);
+        let orders = &mut self.orders[layer];
+        parts.resize_with(caches.len(), HeadCache::default);
+        orders.resize_with(caches.len(), LeavingOrder::default);
+        let mut items = Vec::with_capacity(sequences.len() * self.kv_heads);
+        let all = caches.iter().zip(parts).zip(orders).enumerate();
+        for (i, ((head, part), order)) in all {
+            let sequence = (i / self.kv_heads) as u32;
+            if let Some((_, keep)) = sequences.iter().find(|(s, _)| *s == sequence) {
+                items.push(PartItem { head, part, order, keep: *keep as usize });
+            }
+        }
+        (&mut self.pool, items)
+    }
+
+    /// The partial caches of one sequence in one layer, and the pool; none before they are filled.
+    #[must_use]
+    pub fn part(&self, layer: usize, sequence: usize) -> &[HeadCache] {
+        let heads = sequence * self.kv_heads..(sequence + 1) * self.kv_heads;
+        self.parts[layer].get(heads).unwrap_or_default()
+    }
+
+    /// Gives the partial caches of sequences in one layer back.
+    pub fn release_parts(&mut self, layer: usize, sequences: &[(u32, Tokens)]) {
+        let (pool, items) = self.parts(layer, sequences);
+        for item in items {
+            item.part.clear(pool);
+            item.order.clear();
+        }
+    }
+
     /// The heads of one sequence in one layer.
     #[must_use]
     pub fn heads(&self, layer: usize, sequence: usize) -> &[HeadCache] {
@@ -128,14 +170,21 @@ impl KvStore {
 impl KvStore {
     /// Gives the sequence `to`, which holds nothing, copies of all that the sequence `from` holds.
     pub fn copy(&mut self, from: usize, to: usize) -> Result<(), batchmax_kernels::kv::PoolFull> {
-        for (layer, indices) in self.layers.iter_mut().zip(&mut self.indices) {
-            for head in 0..self.kv_heads {
-                let (from, to) = (from * self.kv_heads + head, to * self.kv_heads + head);
-                layer[to] = layer[from].copy(&mut self.pool)?;
-                if let Some(index) = indices.get(from).cloned() {
-                    indices.resize_with(indices.len().max(to + 1), Indices::default);
-                    indices[to] = index;
-                }
+        let heads = (0..self.kv_heads).map(|h| (from * self.kv_heads + h, to * self.kv_heads + h));
+        let pool = &mut self.pool;
+        for (from, to) in heads {
+            for layer in &mut self.layers {
+                layer[to] = layer[from].copy(pool)?;
+            }
+            // What a program does not use is empty.
+            for parts in self.parts.iter_mut().filter(|p| !p.is_empty()) {
+                parts[to] = parts[from].copy(pool)?;
+            }
+            for orders in self.orders.iter_mut().filter(|o| !o.is_empty()) {
+                orders[to] = orders[from].clone();
+            }
+            for indices in self.indices.iter_mut().filter(|i| !i.is_empty()) {
+                indices[to] = indices[from].clone();
             }
         }
         Ok(())

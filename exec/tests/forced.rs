@@ -9,7 +9,7 @@ use batchmax_exec::{Chosen, Engine, ExecError, RunOptions, load_of};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::lower::lower;
 use batchmax_sim::op::DType;
-use batchmax_sim::policy::{Budget, ClusterKv, Full, H2o, Kivi, Policy, SnapKv, ThinK};
+use batchmax_sim::policy::{Budget, ClusterKv, Full, H2o, Kivi, Policy, RefreshKv, SnapKv, ThinK};
 use batchmax_sim::units::Bytes;
 use common::{made_up, setup, small};
 
@@ -100,11 +100,12 @@ fn prompts_read_once_go_on_as_if_each_had_been_read() {
     let prompts: Vec<Vec<u32>> = unique.iter().cycle().take(6).cloned().collect();
     let forced: Vec<Vec<u32>> = (0..6).map(|i| made_up(9, 20 + i, 512)).collect();
     let schedule = Schedule::Staggered { prefill_batch: 2 };
-    let policies: [Box<dyn Policy>; 5] = [
+    let policies: [Box<dyn Policy>; 6] = [
         Box::new(Full::default()),
         Box::new(H2o::new(Budget::Tokens(64))),
         Box::new(Kivi { bits: 4, group: 32, residual: 32, swapped: false }),
         Box::new(ThinK { drop: 0.4, window: 16, recent: 32 }),
+        Box::new(RefreshKv { every: 3, ..RefreshKv::new(Budget::Tokens(40)) }),
         Box::new(ClusterKv { budget: Budget::Tokens(64), sinks: 4, per_cluster: 20 }),
     ];
     for policy in policies {

@@ -15,7 +15,8 @@ use batchmax_sim::lower::lower;
 use batchmax_sim::op::{DType, Pooling};
 use batchmax_sim::policy::{
     AdaKv, Budget, ClusterKv, Composed, DBudgetKv, FastKv, H2o, HeavyHitters, Kivi, KvSharer,
-    LagKv, Order, Policy, PyramidKv, Quest, RocketKv, Snap, SnapKv, StreamingLlm, ThinK, Tova,
+    LagKv, Order, Policy, PyramidKv, Quest, RefreshKv, RocketKv, Snap, SnapKv, StreamingLlm, ThinK,
+    Tova,
 };
 use common::{
     Golden, assert_greedy, engine, from_runs, ids, numbers, overlap, run, setup, worst_logit,
@@ -307,4 +308,40 @@ fn pruned_channels_give_the_reference_tokens() {
     println!("think after snapkv: logits within {worst:.1e}");
     assert!(worst <= 5e-3, "logits differ by {worst}");
     assert_greedy("think after snapkv", &generated, reference, 0.05);
+}
+
+#[test]
+fn refreshkv_refreshes_where_the_reference_does() {
+    let Some(engine) = engine() else { return };
+    for prompt in Golden::read("evict.json").prompts() {
+        for (name, before_rope) in [("refreshkv", false), ("refreshkv_before_rope", true)] {
+            let reference = &prompt[name];
+            let budget = Budget::Tokens(reference["k"].as_u64().expect("number") as u32);
+            let policy = RefreshKv { before_rope, ..RefreshKv::new(budget) };
+            let source = ids(&prompt["ids"]);
+            let result = run(&engine, &policy, &[source], 32, Schedule::Static, DType::F32);
+            let result = &result.sequences[0];
+            let gap = numbers(&reference["greedy_gap"]).iter().position(|g| *g < 0.01);
+            let sure = gap.unwrap_or(32) as u32;
+            let cosines = if before_rope { "cos_before_rope" } else { "cos" };
+            let (mut compared, mut all) = (0, 0);
+            for check in reference["checks"].as_array().expect("checks") {
+                let step = check["step"].as_u64().expect("number") as u32;
+                // A cosine at the threshold may fall either way, and what comes later with it.
+                if numbers(&check[cosines]).iter().any(|c| (c - 0.85).abs() < 1e-4) || step > sure {
+                    break;
+                }
+                let layers: Vec<u32> =
+                    result.refreshed.iter().filter(|(s, _)| *s == step).map(|r| r.1).collect();
+                assert_eq!(layers, ids(&check["full_layers"]), "{name}, step {step}");
+                compared += 30;
+                all += layers.len();
+            }
+            println!(
+                "{name}, {} tokens: {all} of {compared} compared layers refresh",
+                prompt["len"]
+            );
+            assert_greedy(name, &result.generated, reference, 0.01);
+        }
+    }
 }

@@ -10,7 +10,7 @@ use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
     AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, DBudgetKv, DuoAttention,
     ExpectedAttention, Falling, FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Policy,
-    PyramidKv, Quest, Random, Snap, SnapKv, StreamingLlm, ThinK, Together, Tova,
+    PyramidKv, Quest, Random, RefreshKv, Snap, SnapKv, StreamingLlm, ThinK, Together, Tova,
 };
 use common::{made_up, run, small};
 
@@ -95,6 +95,8 @@ fn selecting(budget: u32) -> Vec<Box<dyn Policy>> {
         Box::new(quest(false)),
         Box::new(quest(true)),
         Box::new(ClusterKv { budget, sinks: 4, per_cluster: 20 }),
+        Box::new(RefreshKv::new(budget)),
+        Box::new(RefreshKv { every: 3, similarity: 1.5, ..RefreshKv::new(budget) }),
     ]
 }
 
@@ -349,4 +351,32 @@ fn streaming_heads_hold_their_sinks_and_newest_tokens() {
             }
         }
     }
+}
+
+#[test]
+fn a_partial_cache_that_is_filled_at_every_step_is_full_bit_for_bit() {
+    let engine = small();
+    let full = outcome_of(&engine, &Full::default(), &[150, 97]);
+    let policy = RefreshKv { every: 1, similarity: 1.01, ..RefreshKv::new(Budget::Tokens(20)) };
+    assert!(outcome_of(&engine, &policy, &[150, 97]) == full);
+}
+
+#[test]
+fn sequences_refresh_for_themselves() {
+    let engine = small();
+    let policy = RefreshKv { every: 2, similarity: 0.9, ..RefreshKv::new(Budget::Tokens(20)) };
+    let run_of = |prompts: &[Vec<u32>]| {
+        run(&engine, &policy, prompts, 24, Schedule::Static, DType::F16).sequences
+    };
+    let prompts = prompts(&[150, 97, 97, 33]);
+    let together = run_of(&prompts);
+    let mut some = 0;
+    for (prompt, together) in prompts.into_iter().zip(&together) {
+        let alone = &run_of(&[prompt])[0];
+        assert_eq!(alone.refreshed, together.refreshed);
+        assert_eq!(alone.generated, together.generated);
+        some += alone.refreshed.len();
+    }
+    // Eleven comparisons of three layers in four sequences: some are stale and some are not.
+    assert!(some > 0 && some < 4 * 3 * 11, "{some}");
 }

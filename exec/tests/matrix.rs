@@ -23,6 +23,7 @@ fn every_preset_runs_and_holds_what_is_predicted() {
     // Deep enough that four layers can read others' caches.
     let mut model = small_model();
     model.layers = 9;
+    model.name = "small".to_owned();
     let weights = Weights::synthetic(&model, DType::F32).expect("executable");
     let engine = Engine::new(model, weights, 2);
     let catalog = Catalog::built_in();

@@ -6,6 +6,7 @@ pub(crate) mod keys;
 mod lag;
 mod last;
 mod mass;
+mod newest;
 #[cfg(test)]
 mod tests;
 
@@ -79,6 +80,12 @@ pub enum Scorer {
     /// The attention from the sequence's last row, averaged over all query heads: a token has the same score in every head
     /// that holds it. The tallies serve as scratch space and are left empty.
     LastAttention,
+    /// The attention from the sequence's last row: the largest over the group's heads and over `pool` neighbours. The
+    /// newest token has none and is nobody's neighbour. The tallies serve as scratch space and are left empty.
+    NewestAttention {
+        /// Neighbours that a score is pooled over, itself included.
+        pool: u32,
+    },
     /// A number in 0..1 from seed, layer, head and position.
     Random {
         /// The seed.
@@ -97,8 +104,7 @@ pub enum Scorer {
 }
 
 /// Scores every cached token of every head: `scores[item * kv_heads + head][token]`. `qkv` and `lse` are those of this
-/// step's attention; only [`Scorer::WindowAttention`] and
-/// [`Scorer::LastAttention`] read them.
+/// step's attention; only [`Scorer::WindowAttention`], [`Scorer::LastAttention`] and [`Scorer::NewestAttention`] read them.
 ///
 /// # Panics
 /// If the sizes do not fit each other.
@@ -143,12 +149,16 @@ fn rank_with(
                 last,
                 by,
                 anew,
+                only: None,
             });
         }
         mass::add(isa, threads, pool, work, step);
     }
     if scorer == Scorer::LastAttention {
         return last::scores(isa, threads, pool, items, step, scores);
+    }
+    if let Scorer::NewestAttention { pool: near } = scorer {
+        return newest::scores(isa, threads, pool, items, near.max(1) as usize, step, scores);
     }
     let kv_heads = items.first().map_or(0, |i| i.heads.len());
     scores.resize_with(items.len() * kv_heads, Vec::new);
@@ -181,7 +191,7 @@ fn rank_with(
                 lag::ranks(pool, head, lag as usize, sinks as usize, scores);
             }
             // Ranked before, all heads at once.
-            Scorer::LastAttention => {}
+            Scorer::LastAttention | Scorer::NewestAttention { .. } => {}
             Scorer::Tallied { mean } => {
                 let known = head.tally.len().min(scores.len());
                 scores[..known].copy_from_slice(&head.tally[..known]);
@@ -253,6 +263,7 @@ fn tally_with(
             last: rows,
             by: 1,
             anew: false,
+            only: None,
         });
     }
     mass::add(isa, threads, pool, work, step);

@@ -5,9 +5,11 @@
 
 mod clusters;
 mod pages;
+mod part;
 
 pub use clusters::{ClusterItem, Clusters, cluster};
 pub use pages::{IndexItem, PageIndex, index};
+pub use part::{LeavingOrder, PartItem, append_part, refresh};
 
 use crate::attend::{AttendItem, AttendShape, attend_decode};
 use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, KvFormat, PoolFull};

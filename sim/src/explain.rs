@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::op::{Choice, Lanes, Op, OpKind};
+use crate::op::{Branch, Choice, Lanes, Op, OpKind};
 use crate::profile::Model;
 use crate::program::{Block, Node, Pass, Program};
 use crate::units::{Bytes, Flops};
@@ -134,6 +134,15 @@ fn tokens(lanes: &Lanes, growing: bool, kept: bool) -> String {
 /// The shape column of an op.
 #[must_use]
 pub fn shape(op: &Op, growing: bool) -> String {
+    let sizes = sizes(op, growing);
+    match op.branch {
+        Branch::All => sizes,
+        Branch::Stale { share } => format!("{sizes}, if stale ({}%)", f64::from(share) / 10.0),
+        Branch::Fresh { share } => format!("{sizes}, if not ({}%)", f64::from(share) / 10.0),
+    }
+}
+
+fn sizes(op: &Op, growing: bool) -> String {
     let rows = op.lanes.rows();
     match op.kind {
         OpKind::Embed { width }
@@ -193,6 +202,18 @@ pub fn shape(op: &Op, growing: bool) -> String {
             by.sets(heads),
             tokens(&op.lanes, growing, true)
         ),
+        OpKind::Compare { below, .. } => {
+            format!("{rows} q, stale below {:.3}", f64::from(below) / 1000.0)
+        }
+        OpKind::Refresh { .. } => format!("the best of {}", tokens(&op.lanes, growing, true)),
+        OpKind::AppendPart { heads } => format!("{rows} tokens x {} kv heads", heads.kv),
+        OpKind::AttendPart { heads } => format!(
+            "{rows} q x {}h/{}kv over the best of {}",
+            heads.query,
+            heads.kv,
+            tokens(&op.lanes, growing, true)
+        ),
+        OpKind::ReleasePart { .. } => tokens(&op.lanes, growing, true),
         OpKind::Pack { heads } => {
             let bits = heads.form.packed.map_or(0, |p| p.bits);
             format!("{} to {bits} bits", tokens(&op.lanes, growing, false))

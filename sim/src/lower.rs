@@ -18,10 +18,12 @@ mod classes;
 mod emit;
 mod ops;
 mod prefix;
+mod refresh;
 mod uniform;
 
 use classes::{Class, classes};
 pub use prefix::lower_prefix;
+use refresh::Comparing;
 pub use uniform::Uniform;
 
 /// Tokens a sliding layer's cache may grow in decode before it is cut to its window again.
@@ -103,6 +105,8 @@ struct Active {
     index: usize,
     rows: Tokens,
     prompt_read: bool,
+    /// Whether partial caches may be filled anew.
+    comparing: Comparing,
 }
 
 /// Lowers a run.
@@ -160,7 +164,8 @@ pub fn lower_pass(
         let mut sequences = lowering.sequences(first, group);
         sequences.resident.fill(resident);
         all.push(sequences);
-        active.push(Active { index, rows, prompt_read: true });
+        // One step stands for all.
+        active.push(Active { index, rows, prompt_read: true, comparing: Comparing::Averaged });
         first += group.sequences;
     }
     let mut nodes = Vec::new();
@@ -295,7 +300,12 @@ impl<'a> Lowering<'a> {
                 .filter(|(_, s)| s.read < s.isl)
                 .map(|(index, s)| {
                     let left = s.isl - s.read;
-                    Active { index, rows: left.min(chunk), prompt_read: left <= chunk }
+                    Active {
+                        index,
+                        rows: left.min(chunk),
+                        prompt_read: left <= chunk,
+                        comparing: Comparing::Never,
+                    }
                 })
                 .collect();
             if active.is_empty() {
@@ -322,11 +332,16 @@ impl<'a> Lowering<'a> {
     /// Generates until every sequence has its answer; the first token came from the prefill.
     fn decode(&mut self, all: &mut [Sequences], nodes: &mut Vec<Node>) {
         loop {
-            let active: Vec<Active> = all
+            let mut active: Vec<Active> = all
                 .iter()
                 .enumerate()
                 .filter(|(_, s)| s.generated < s.osl)
-                .map(|(index, _)| Active { index, rows: 1, prompt_read: true })
+                .map(|(index, _)| Active {
+                    index,
+                    rows: 1,
+                    prompt_read: true,
+                    comparing: Comparing::Never,
+                })
                 .collect();
             let Some(steps) =
                 active.iter().map(|a| all[a.index].osl - all[a.index].generated).min()
@@ -336,12 +351,17 @@ impl<'a> Lowering<'a> {
             let some_stay =
                 active.iter().any(|a| all[a.index].osl - all[a.index].generated > steps);
             // Where some sequences go on, the step that ends the others is one of its own: it releases their caches.
-            let last = u32::from(some_stay);
-            self.stretch(all, &active, Phase::Decode, steps - last, nodes);
-            for a in &active {
-                all[a.index].generated += steps - last;
+            let mut left = steps - u32::from(some_stay);
+            while left > 0 {
+                let alike = self.compare(all, &mut active).min(left);
+                self.stretch(all, &active, Phase::Decode, alike, nodes);
+                for a in &active {
+                    all[a.index].generated += alike;
+                }
+                left -= alike;
             }
             if some_stay {
+                self.compare(all, &mut active);
                 self.emit(all, &active, Phase::Decode, 1, true, nodes);
                 for a in &active {
                     all[a.index].generated += 1;

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::form::Length;
 use crate::kv::KvLayout;
-use crate::op::{Choice, Op, OpKind, Phase, Score};
+use crate::op::{Choice, Lane, Op, OpKind, Phase, Score, part_room};
 use crate::profile::Model;
 use crate::program::{Block, Header, Node, Pass, Program};
 use crate::units::{Bytes, Tokens};
@@ -109,8 +109,12 @@ impl Buffers {
                         if matches!(by, Score::ExpectedAttention { .. }) {
                             head_scores = head_scores.max(tokens * u64::from(heads.query));
                         }
-                        need.tallied |=
-                            matches!(by, Score::WindowAttention { .. } | Score::LastAttention);
+                        need.tallied |= matches!(
+                            by,
+                            Score::WindowAttention { .. }
+                                | Score::LastAttention
+                                | Score::NewestAttention { .. }
+                        );
                     }
                     need.tallied |= matches!(op.kind, OpKind::Tally { .. });
                 }
@@ -296,9 +300,21 @@ impl Replay {
     fn delta(&self, op: &Op, step: u32) -> i128 {
         let Some(heads) = op.cache_heads() else { return 0 };
         let held = |length| i128::from(self.layout.held(heads, length).0);
+        let part = |keep: Tokens, tokens| held(Length::settled(part_room(keep, tokens)));
         let mut sum = 0;
         for lane in op.lanes.as_slice() {
             let now = lane.length(step);
+            // Partial caches stand beside the others.
+            let beside = match op.kind {
+                OpKind::Refresh { first: true, .. } => part(lane.keep, now.tokens),
+                OpKind::AppendPart { .. } => {
+                    part(lane.keep, now.tokens)
+                        - part(lane.keep, now.tokens.saturating_sub(lane.rows))
+                }
+                OpKind::ReleasePart { .. } => -part(lane.keep, now.tokens),
+                _ => 0,
+            };
+            sum += beside * i128::from(lane.sequences);
             let after = match op.kind {
                 OpKind::Append { .. } => {
                     held(Length { tokens: now.tokens.saturating_add(lane.rows), ..now })
@@ -336,12 +352,23 @@ impl Replay {
 
     /// What the appends of `steps` steps add to one layer.
     fn growth(&self, op: &Op, steps: u32) -> i128 {
-        let (OpKind::Append { heads }, lanes) = (op.kind, op.lanes.as_slice()) else { return 0 };
+        let lanes = op.lanes.as_slice().iter();
+        let Some(heads) = op.cache_heads() else { return 0 };
         let held = |length| i128::from(self.layout.held(heads, length).0);
-        lanes
-            .iter()
-            .map(|l| (held(l.length(steps)) - held(l.length(0))) * i128::from(l.sequences))
-            .sum()
+        let grown = |lane: &Lane, length: &dyn Fn(Length) -> Length| {
+            (held(length(lane.length(steps))) - held(length(lane.length(0))))
+                * i128::from(lane.sequences)
+        };
+        match op.kind {
+            OpKind::Append { .. } => lanes.map(|l| grown(l, &|length| length)).sum(),
+            OpKind::AppendPart { .. } => lanes
+                .map(|l| {
+                    let before = |now: Length| now.tokens.saturating_sub(l.rows);
+                    grown(l, &|now| Length::settled(part_room(l.keep, before(now))))
+                })
+                .sum(),
+            _ => 0,
+        }
     }
 
     fn see(&mut self, phase: Phase, held: i128) {

@@ -7,12 +7,14 @@ use serde::{Deserialize, Serialize};
 use crate::form::{Form, Length};
 use crate::units::{Bytes, Layer, Tokens};
 
+mod branch;
 mod dtype;
 mod family;
 mod lanes;
 mod score;
 mod work;
 
+pub use branch::Branch;
 pub use dtype::DType;
 pub use family::Family;
 pub use lanes::{Lane, Lanes};
@@ -161,6 +163,13 @@ impl Pick {
     }
 }
 
+/// Tokens that a partial cache has room for, beside a cache of `tokens` of which it holds the `keep` best: those, and
+/// one that comes before another leaves.
+#[must_use]
+pub fn part_room(keep: Tokens, tokens: Tokens) -> Tokens {
+    keep.min(tokens).saturating_add(1)
+}
+
 /// What a kernel does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpKind {
@@ -261,6 +270,38 @@ pub enum OpKind {
         /// How they were chosen.
         by: Pick,
     },
+    /// Notes each sequence's query, the mean over the heads of its newest row, and compares it with the one noted when
+    /// its partial cache was filled: below this cosine the partial cache is stale.
+    Compare {
+        /// Heads.
+        heads: Heads,
+        /// Thousandths.
+        below: i32,
+    },
+    /// Copies the `Lane::keep` best tokens of the last ranking, the newest among them, into the partial cache that
+    /// stands beside a layer's cache.
+    Refresh {
+        /// Heads.
+        heads: Heads,
+        /// It is the first time: memory is taken.
+        first: bool,
+    },
+    /// Copies the newest token into the partial cache; once that holds one more than `Lane::keep`, in the place of the
+    /// token that the last ranking liked least.
+    AppendPart {
+        /// Heads.
+        heads: Heads,
+    },
+    /// Attention of one row per sequence over its partial cache.
+    AttendPart {
+        /// Heads.
+        heads: Heads,
+    },
+    /// The sequence is done: its partial cache goes back to the pool.
+    ReleasePart {
+        /// Heads.
+        heads: Heads,
+    },
     /// Packs what the step has pushed out of the residual.
     Pack {
         /// Heads.
@@ -322,6 +363,8 @@ pub struct Op {
     pub dtype: DType,
     /// The sequences it works on.
     pub lanes: Lanes,
+    /// Which of them take part, where only the run can tell.
+    pub branch: Branch,
 }
 
 impl Op {
@@ -333,9 +376,9 @@ impl Op {
             OpKind::RmsNorm { .. } | OpKind::QkNorm { .. } => Family::Norm,
             OpKind::Gemm { .. } => Family::Gemm,
             OpKind::Rope { .. } => Family::Rope,
-            OpKind::Append { .. } => Family::Append,
+            OpKind::Append { .. } | OpKind::AppendPart { .. } => Family::Append,
             OpKind::Attend { .. } if phase == Phase::Prefill => Family::AttendPrefill,
-            OpKind::Attend { .. } => Family::AttendDecode,
+            OpKind::Attend { .. } | OpKind::AttendPart { .. } => Family::AttendDecode,
             OpKind::Tally { .. } => Family::Tally,
             OpKind::Rank { by, .. } => match by {
                 Score::Recency => Family::RankRecency,
@@ -343,7 +386,7 @@ impl Op {
                 Score::KeyDiff => Family::RankKeydiff,
                 Score::WindowAttention { .. } => Family::RankWindow,
                 Score::TalliedAttention { .. } => Family::RankTally,
-                Score::LastAttention => Family::RankLast,
+                Score::LastAttention | Score::NewestAttention { .. } => Family::RankLast,
                 Score::Random { .. } => Family::RankRandom,
                 Score::Lag { .. } => Family::RankLag,
                 Score::ExpectedAttention { .. } => Family::RankExpected,
@@ -353,6 +396,8 @@ impl Op {
             OpKind::Cluster { .. } => Family::Cluster,
             OpKind::Select { .. } => Family::Select,
             OpKind::AttendChosen { .. } => Family::AttendChosen,
+            OpKind::Compare { .. } => Family::Compare,
+            OpKind::Refresh { .. } => Family::Refresh,
             OpKind::Pack { .. } => Family::Pack,
             OpKind::PruneChannels { .. } => Family::PruneChannels,
             OpKind::Trim { .. } => Family::Trim,
@@ -361,7 +406,7 @@ impl Op {
             OpKind::Gated { .. } => Family::Gated,
             OpKind::Softcap { .. } => Family::Softcap,
             OpKind::Sample { .. } => Family::Sample,
-            OpKind::Release { .. } => Family::Release,
+            OpKind::Release { .. } | OpKind::ReleasePart { .. } => Family::Release,
         }
     }
 
@@ -378,6 +423,11 @@ impl Op {
             | OpKind::Cluster { heads, .. }
             | OpKind::Select { heads, .. }
             | OpKind::AttendChosen { heads, .. }
+            | OpKind::Compare { heads, .. }
+            | OpKind::Refresh { heads, .. }
+            | OpKind::AppendPart { heads }
+            | OpKind::AttendPart { heads }
+            | OpKind::ReleasePart { heads }
             | OpKind::Pack { heads }
             | OpKind::PruneChannels { heads }
             | OpKind::Trim { heads }
@@ -402,6 +452,20 @@ impl Op {
                 | OpKind::Softcap { .. }
                 | OpKind::Sample { .. }
         )
+    }
+
+    /// The same op over partial caches as an attention over caches of their length, `step` steps into its pass: it is the
+    /// same kernel.
+    #[must_use]
+    pub fn over_part(&self, step: u32) -> Option<Self> {
+        let OpKind::AttendPart { heads } = self.kind else { return None };
+        let short = |lane: &Lane| {
+            let kv = lane.length(step).tokens.min(lane.keep.saturating_add(1));
+            Lane { kv, settled: kv, ..*lane }
+        };
+        let lanes: Vec<Lane> = self.lanes.as_slice().iter().map(short).collect();
+        let kind = OpKind::Attend { heads, window: None };
+        Some(Self { kind, lanes: Lanes::new(&lanes), ..self.clone() })
     }
 
     /// The lanes `step` steps later in the same pass: caches have grown by the rows of each step.

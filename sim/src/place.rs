@@ -5,7 +5,7 @@ use crate::engine::Engine;
 use crate::load::Schedule;
 use crate::lower::Setup;
 use crate::memory::{Buffers, Footprint, footprint_with};
-use crate::op::{DType, Lane, Lanes, Op, OpKind, Phase};
+use crate::op::{Branch, DType, Lane, Lanes, Op, OpKind, Phase};
 use crate::plan::Limits;
 use crate::profile::{Gpu, Model};
 use crate::program::Program;
@@ -239,7 +239,7 @@ fn knows_products(kernels: &GpuKernels, model: &Model, setup: Setup) -> bool {
         accumulate: false,
     };
     let lanes = Lanes::One(Lane { sequences: 1, rows: 1, ..Lane::default() });
-    let op = Op { name: "qkv", kind, dtype: setup.activations, lanes };
+    let op = Op { name: "qkv", kind, dtype: setup.activations, lanes, branch: Branch::All };
     kernels.launch(&op, Phase::Decode, 0).source != Source::Roofline
 }
 
@@ -374,7 +374,7 @@ mod tests {
             let cost = placement.cost(library);
             let kind = OpKind::Gemm { n: 6144, k: 4096, weights: DType::Bf16, accumulate: false };
             let lanes = Lanes::One(Lane { sequences: 8, rows: 1, ..Lane::default() });
-            let op = Op { name: "qkv", kind, dtype: DType::Bf16, lanes };
+            let op = Op { name: "qkv", kind, dtype: DType::Bf16, lanes, branch: Branch::All };
             (cost.launch(&op, Phase::Decode, 0).source, cost.common_stddev())
         };
         let none = Library::only(catalog.clone(), Vec::new());

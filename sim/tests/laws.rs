@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use batchmax_sim::cost::roofline::Efficiency;
 use batchmax_sim::cost::{CostModel, Roofline};
 use batchmax_sim::load::{Hit, Schedule};
-use batchmax_sim::op::{DType, Heads, Lane, Lanes, Op, OpKind, Phase};
+use batchmax_sim::op::{Branch, DType, Heads, Lane, Lanes, Op, OpKind, Phase};
 use batchmax_sim::place::{Choice, Placement};
 use batchmax_sim::plan::{Answer, Case};
 use batchmax_sim::policy::Preset;
@@ -218,14 +218,14 @@ proptest! {
 fn product(rows: u32) -> Op {
     let kind = OpKind::Gemm { n: 6144, k: 4096, weights: DType::Bf16, accumulate: false };
     let lanes = Lanes::One(Lane { sequences: rows, rows: 1, ..Lane::default() });
-    Op { name: "qkv", kind, dtype: DType::Bf16, lanes }
+    Op { name: "qkv", kind, dtype: DType::Bf16, lanes, branch: Branch::All }
 }
 
 fn attention(sequences: u32, kv: Tokens) -> Op {
     let heads = Heads { query: 32, kv: 8, dim: 128, dtype: DType::Bf16, form: Default::default() };
     let kind = OpKind::Attend { heads, window: None };
     let lanes = Lanes::One(Lane { sequences, rows: 1, kv, settled: kv - 1, ..Lane::default() });
-    Op { name: "attend", kind, dtype: DType::Bf16, lanes }
+    Op { name: "attend", kind, dtype: DType::Bf16, lanes, branch: Branch::All }
 }
 
 #[test]

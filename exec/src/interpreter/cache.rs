@@ -72,16 +72,14 @@ impl Interpreter<'_> {
         let rows = lanes.rows() as usize;
         let width = self.model.qkv_width() as usize;
         let out_width = shape.heads * shape.head_dim;
+        let step_rows = self.rows_of(lanes.as_slice());
+        // Some of the step's sequences may attend elsewhere.
+        let rows = step_rows.last().map_or(rows, |(first, count)| first + count);
         let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
-        let mut first_row = 0;
         let items: Vec<AttendItem<'_>> = picked
             .into_iter()
-            .map(|(_, lane, heads)| {
-                let rows = lane.rows as usize;
-                let item = AttendItem { heads, first_row, rows };
-                first_row += rows;
-                item
-            })
+            .zip(step_rows)
+            .map(|((.., heads), (first_row, rows))| AttendItem { heads, first_row, rows })
             .collect();
         let run = match phase {
             Phase::Prefill => k::attend::attend_prefill,
@@ -228,7 +226,11 @@ impl Interpreter<'_> {
 }
 
 /// Takes the scores of some sequences out of a layer's, which stand by sequence and KV head.
-fn take_scores(layer: &mut Vec<Vec<f32>>, lanes: &Lanes, kv_heads: u32) -> Vec<Vec<f32>> {
+pub(super) fn take_scores(
+    layer: &mut Vec<Vec<f32>>,
+    lanes: &Lanes,
+    kv_heads: u32,
+) -> Vec<Vec<f32>> {
     let mut taken = Vec::new();
     for lane in lanes.as_slice() {
         let (from, to) = (lane.first, lane.first + lane.sequences);
@@ -266,6 +268,7 @@ fn scorer(by: Score, layer: Option<Layer>) -> Option<Scorer> {
         }
         Score::TalliedAttention { mean } => Scorer::Tallied { mean },
         Score::LastAttention => Scorer::LastAttention,
+        Score::NewestAttention { pool } => Scorer::NewestAttention { pool },
         Score::Lag { lag, sinks } => Scorer::Lag { lag, sinks },
         Score::ExpectedAttention { .. } => return None,
         Score::Random { seed } => Scorer::Random { seed, layer: layer.unwrap_or(0) },

@@ -24,6 +24,7 @@ pub(super) fn scores(
             last: 1,
             by: 1,
             anew: true,
+            only: None,
         })
         .collect();
     mass::add(isa, threads, pool, work, step);

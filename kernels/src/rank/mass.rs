@@ -34,6 +34,8 @@ pub(super) struct Mass<'a> {
     pub(super) by: usize,
     /// Start from zero.
     pub(super) anew: bool,
+    /// The one query head of each group that counts, if not all do.
+    pub(super) only: Option<usize>,
 }
 
 /// A task: some tokens of one head.
@@ -47,6 +49,8 @@ struct Part<'a> {
     first_row: usize,
     rows: usize,
     last: usize,
+    /// Query heads of the group that count.
+    queries: Range<usize>,
     weight: f32,
 }
 
@@ -63,7 +67,8 @@ pub(super) fn add(
     let mut parts = Vec::new();
     for work in work {
         step.shape.check_item(work.heads.len(), work.first_row + work.rows, rows);
-        let weight = 1.0 / (step.shape.group() * work.by) as f32;
+        let queries = work.only.map_or(0..step.shape.group(), |h| h..h + 1);
+        let weight = 1.0 / (queries.len() * work.by) as f32;
         for (kv_head, head) in work.heads.iter_mut().enumerate() {
             if work.anew {
                 head.tally.clear();
@@ -80,6 +85,7 @@ pub(super) fn add(
                     first_row: work.first_row,
                     rows: work.rows,
                     last: work.last,
+                    queries: queries.clone(),
                     weight,
                 });
             }
@@ -133,7 +139,7 @@ unsafe fn body<S: Simd, B: Source>(s: S, pool: &BlockPool, step: &Step<'_>, part
                 pool.ptr(part.keys.whole[block - part.keys.whole_base()]).cast_const()
             };
             let row = part.first_row + rows.start;
-            for h in 0..group {
+            for h in part.queries.clone() {
                 let head = part.kv_head * group + h;
                 // SAFETY: rows and block are the caller's contract, the tile is inside the scratch space.
                 unsafe {
@@ -191,7 +197,7 @@ unsafe fn add_block<S: Simd>(
             for (i, seen) in seen.iter().enumerate() {
                 let keep_from = seen.start as isize - from as isize;
                 let keep_to = seen.end as isize - from as isize;
-                for h in 0..group {
+                for h in part.queries.clone() {
                     let lse = step.lse[(row + i) * shape.heads + part.kv_head * group + h];
                     let tile = (h * S::TILE_ROWS + i) * BLOCK_TOKENS + half * LANES;
                     let score = to_score(s, s.load(scores[tile..tile + LANES].as_ptr()), shape);

@@ -132,6 +132,9 @@ fn pick(by: Pick) -> u32 {
 /// The features of `op`, `step` steps into its pass.
 #[must_use]
 pub fn features(op: &Op, step: u32) -> Features {
+    if let Some(part) = op.over_part(step) {
+        return features(&part, 0);
+    }
     let rows = op.lanes.rows() as f64;
     let one = |key: Key, at: Coordinates| Features { key, parts: vec![(at, 1.0)] };
     let kv = |lane: &Lane| f64::from(lane.kv.saturating_add(step.saturating_mul(lane.rows)));
@@ -173,8 +176,15 @@ pub fn features(op: &Op, step: u32) -> Features {
         }
         OpKind::Softcap { width } => one([0; 5], [log2(rows * f64::from(width)), 0.0, 0.0]),
         OpKind::Sample { vocab } => one([vocab, 0, 0, 0, 0], [log2(rows), 0.0, 0.0]),
-        OpKind::Append { .. } => one(head_key(0), [log2(rows), log2(sequences), 0.0]),
+        OpKind::Append { .. } | OpKind::AppendPart { .. } => {
+            one(head_key(0), [log2(rows), log2(sequences), 0.0])
+        }
         OpKind::Release { .. } => one(head_key(0), [log2(cached), 0.0, 0.0]),
+        OpKind::ReleasePart { .. } => {
+            one(head_key(0), [log2(kept.min(mean_kv) * sequences), 0.0, 0.0])
+        }
+        OpKind::Compare { .. } => one(head_key(0), [log2(sequences), 0.0, 0.0]),
+        OpKind::Refresh { .. } => one(head_key(0), [log2(sequences), log2(mean_kv), log2(kept)]),
         OpKind::Index { page, .. } => one(head_key(page), [log2(rows), log2(sequences), 0.0]),
         OpKind::Cluster { .. } => one(head_key(0), [log2(mean_kv), log2(sequences), log2(kept)]),
         OpKind::Select { by, .. } => {
@@ -192,7 +202,7 @@ pub fn features(op: &Op, step: u32) -> Features {
         OpKind::Attend { .. } if op.lanes.as_slice().iter().all(|l| l.rows == 1) => {
             one(head_key(0), [log2(sequences), log2(mean_kv), 0.0])
         }
-        OpKind::Attend { .. } | OpKind::Tally { .. } => {
+        OpKind::Attend { .. } | OpKind::AttendPart { .. } | OpKind::Tally { .. } => {
             let parts = op.lanes.as_slice().iter().map(|lane| {
                 let prefix = kv(lane) - f64::from(lane.rows);
                 let pairs = f64::from(lane.rows) * (kv(lane) - f64::from(lane.rows) / 2.0);
@@ -207,6 +217,7 @@ pub fn features(op: &Op, step: u32) -> Features {
                 Score::WindowAttention { window, .. } => {
                     op.lanes.as_slice().iter().map(|l| l.rows.min(window)).max().unwrap_or(0)
                 }
+                Score::NewestAttention { pool } => pool,
                 _ => 0,
             };
             // The queries that are a sample are all of the step's.

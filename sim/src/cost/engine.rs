@@ -175,7 +175,7 @@ impl CostModel for UnderEngine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::op::{DType, Heads, OpKind, Score};
+    use crate::op::{Branch, DType, Heads, OpKind, Score};
     use crate::profile::Catalog;
     use crate::program::{Block, Layers};
     use crate::timeline::Source;
@@ -219,7 +219,7 @@ mod tests {
     fn op(sequences: u32, rows: Tokens) -> Op {
         let lane = Lane { sequences, rows, kv: rows, ..Lane::default() };
         let kind = OpKind::Embed { width: 8 };
-        Op { name: "embed", kind, dtype: DType::Bf16, lanes: Lanes::One(lane) }
+        Op { name: "embed", kind, dtype: DType::Bf16, lanes: Lanes::One(lane), branch: Branch::All }
     }
 
     fn pass(phase: Phase, sequences: u32, rows: Tokens) -> Pass {

@@ -306,6 +306,9 @@ impl GpuKernels {
 
 impl CostModel for GpuKernels {
     fn launch(&self, op: &Op, phase: Phase, step: u32) -> Cost {
+        if let Some(part) = op.over_part(step) {
+            return self.launch(&part, phase, 0);
+        }
         let rows = op.lanes.rows() as f64;
         let wide = |width: f64| ([width, 0.0, 0.0], [rows, 0.0, 0.0, 0.0]);
         let by_width = |model: &Option<Model>, kernel, width: f64| {
@@ -360,7 +363,7 @@ impl CostModel for GpuKernels {
             }
             OpKind::Sample { vocab } => by_width(&self.sampler, Kernel::Sampler, f64::from(vocab)),
             // Attention kernels were timed with the write of the new keys and values; returning blocks is the host's.
-            OpKind::Append { .. } | OpKind::Release { .. } => {
+            OpKind::Append { .. } | OpKind::Release { .. } | OpKind::ReleasePart { .. } => {
                 Cost { seconds: 0.0, relative_stddev: 0.0, source: Source::Measured }
             }
             _ => self.by_work(op, step),

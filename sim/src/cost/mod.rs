@@ -67,7 +67,8 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
             for (op_index, op) in block.ops.iter().enumerate() {
                 let cost = seen.cost(model, op, pass.phase, pass.steps);
                 let launches = steps * f64::from(block.times());
-                let time = Seconds(cost.seconds * launches);
+                // Of an op that only some sequences need, the expectation.
+                let time = Seconds(cost.seconds * launches * op.branch.share());
                 timeline.spans.push(Span {
                     site: site(pass_index, pass, block_index, block, op_index as u32),
                     family: op.family(pass.phase),

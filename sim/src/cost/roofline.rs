@@ -64,7 +64,7 @@ impl CostModel for Roofline {
     fn launch(&self, op: &Op, _phase: Phase, step: u32) -> Cost {
         let (compute, memory) = Self::floor(&self.gpu, op, step);
         let busy = (compute / self.efficiency.compute).max(memory / self.efficiency.bandwidth);
-        let free = matches!(op.kind, OpKind::Release { .. });
+        let free = matches!(op.kind, OpKind::Release { .. } | OpKind::ReleasePart { .. });
         Cost {
             seconds: if free { 0.0 } else { LAUNCH + busy },
             relative_stddev: self.efficiency.relative_stddev,

@@ -112,14 +112,24 @@ impl Lowering<'_> {
                 let (kind, length) = (OpKind::Release { heads }, Length::settled(left));
                 let verb = Verb { name: "release", kind, length, keep: s.shared[class] };
                 self.merge(&mut late, &[verb], s, step.rows);
+                if let Some(refreshing) = self.policy.refreshes(s.isl, self.model) {
+                    let kind = OpKind::ReleasePart { heads };
+                    let keep = refreshing.tokens;
+                    let verb = Verb { name: "release_part", kind, length, keep };
+                    self.merge(&mut late, &[verb], s, step.rows);
+                }
             }
         }
         self.verbs = verbs;
         let at = Some(self.classes[class].layers);
         let stay = &self.stay[self.stay.len() - active.len()..];
         spoken.extend(self.index(all, active, phase, class, stay));
+        if phase == Phase::Prefill {
+            spoken.extend(self.first_fill(all, active, class));
+        }
         let attend = |ops: &mut Vec<Op>| self.attend(all, active, phase, class, seen, ops);
         let mut ops = self.layer(&rows, class, appended, attend, &mut spoken);
+        self.compare_early(all, active, &mut ops);
         ops.extend(self.forward(all, active, phase, class));
         self.spoken = spoken;
         Emitted { block: Block { layers: at, ops }, late: Block { layers: at, ops: late } }
@@ -136,6 +146,12 @@ impl Lowering<'_> {
         ops: &mut Vec<Op>,
     ) {
         let Class { heads, window, layers, .. } = self.classes[class];
+        if phase == Phase::Decode
+            && let Some(part) = self.attend_part(all, active, class, &seen)
+        {
+            ops.extend(part);
+            return;
+        }
         let reading = |a: &Active| {
             let s = &all[a.index];
             self.policy.reads(layers.first, s.isl, self.model).map(|r| (r, s.isl))

@@ -2,11 +2,11 @@
 
 use super::classes::Class;
 use super::{Active, Lowering, Sequences};
-use crate::op::{Heads, Lane, Lanes, Op, OpKind};
+use crate::op::{Branch, Heads, Lane, Lanes, Op, OpKind};
 
 impl Lowering<'_> {
     pub(super) fn op(&self, name: &'static str, kind: OpKind, lanes: Lanes) -> Op {
-        Op { name, kind, dtype: self.setup.activations, lanes }
+        Op { name, kind, dtype: self.setup.activations, lanes, branch: Branch::All }
     }
 
     pub(super) fn gemm(

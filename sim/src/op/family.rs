@@ -50,6 +50,10 @@ pub enum Family {
     Select,
     /// Attention over chosen tokens.
     AttendChosen,
+    /// Comparison of queries over time.
+    Compare,
+    /// Copies of chosen tokens that are read for several steps.
+    Refresh,
     /// Packing into fewer bits.
     Pack,
     /// Dropping channels of keys.
@@ -72,7 +76,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 33] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -95,6 +99,8 @@ impl Family {
         Self::Cluster,
         Self::Select,
         Self::AttendChosen,
+        Self::Compare,
+        Self::Refresh,
         Self::Pack,
         Self::PruneChannels,
         Self::Trim,
@@ -132,6 +138,8 @@ impl Family {
             Self::Cluster => "cluster",
             Self::Select => "select",
             Self::AttendChosen => "attend-chosen",
+            Self::Compare => "compare",
+            Self::Refresh => "refresh",
             Self::Pack => "pack",
             Self::PruneChannels => "prune-channels",
             Self::Trim => "trim",

@@ -42,6 +42,12 @@ pub enum Score {
     },
     /// Attention that the newest query pays, over all query heads: one order for the whole layer.
     LastAttention,
+    /// Attention that the newest query pays: the largest of some neighbours and of the group's heads. The newest token
+    /// itself is no candidate and nobody's neighbour (`RefreshKV`).
+    NewestAttention {
+        /// Neighbours that a score is taken over, itself included.
+        pool: Tokens,
+    },
     /// A hash of layer, head and position.
     Random {
         /// Another seed, another order.
@@ -74,6 +80,7 @@ impl Score {
             Self::WindowAttention { .. } => "window",
             Self::TalliedAttention { .. } => "tally",
             Self::LastAttention => "last",
+            Self::NewestAttention { .. } => "newest",
             Self::Random { .. } => "random",
             Self::Lag { .. } => "lag",
             Self::ExpectedAttention { .. } => "expected",

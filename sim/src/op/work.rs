@@ -98,6 +98,9 @@ impl Op {
     }
 
     fn cache_work(&self, step: u32) -> Work {
+        if let Some(part) = self.over_part(step) {
+            return part.work(0);
+        }
         let mut total = Work::default();
         let Some(heads) = self.cache_heads() else { return total };
         for lane in self.lanes.as_slice() {
@@ -158,7 +161,7 @@ impl Op {
                         let window = window.min(lane.rows);
                         (dot(visible_pairs(window, kv, None)).0, all_keys)
                     }
-                    Score::LastAttention => {
+                    Score::LastAttention | Score::NewestAttention { .. } => {
                         (dot(visible_pairs(1, kv, None)).0, all_keys + queries(1))
                     }
                     Score::Random { .. } => (0.0, f32s(kv_heads * tokens)),
@@ -244,6 +247,27 @@ impl Op {
                     written: moved + self.dtype.bytes(rows * query_width),
                 }
             }
+            OpKind::Compare { .. } => {
+                let width = query_width * u64::from(lane.rows.min(1));
+                Work {
+                    // The mean over the heads, then a product and two lengths.
+                    flops: Flops(width as f64 + 6.0 * dim),
+                    read: self.dtype.bytes(width) + f32s(u64::from(heads.dim)),
+                    written: f32s(u64::from(heads.dim)),
+                }
+            }
+            OpKind::Refresh { .. } => {
+                let copied = heads.kv_bytes(u64::from(lane.keep.min(kv)));
+                Work {
+                    flops: Flops(f64::from(heads.kv) * f64::from(kv)),
+                    read: copied + f32s(kv_heads * tokens),
+                    written: copied,
+                }
+            }
+            OpKind::AppendPart { .. } => {
+                let moved = heads.kv_bytes(rows);
+                Work { flops: Flops(0.0), read: moved, written: moved }
+            }
             OpKind::Pack { .. } => {
                 // As many tokens as came, on the average over the steps: keys are packed in bursts of a whole residual.
                 let grown = settles(heads, lane, kv);
@@ -303,7 +327,7 @@ fn settles(heads: Heads, lane: &Lane, kv: Tokens) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::op::{DType, Lanes};
+    use crate::op::{Branch, DType, Lanes};
 
     const HEADS: Heads = Heads {
         query: 9,
@@ -314,7 +338,7 @@ mod tests {
     };
 
     fn op(kind: OpKind, lane: Lane) -> Op {
-        Op { name: "x", kind, dtype: DType::F32, lanes: Lanes::One(lane) }
+        Op { name: "x", kind, dtype: DType::F32, lanes: Lanes::One(lane), branch: Branch::All }
     }
 
     fn lane(sequences: u32, rows: Tokens, kv: Tokens) -> Lane {

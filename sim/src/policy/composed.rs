@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{Forwards, Policy, PolicyError, Reading, Request, Role, Step};
+use super::{Forwards, Policy, PolicyError, Reading, Refreshing, Request, Role, Step};
 use crate::form::Form;
 use crate::kv::KvTape;
 use crate::profile::Model;
@@ -53,6 +53,10 @@ fn contradiction(a: Role, b: Role) -> Option<(&'static str, &'static str)> {
         (Shares, Prunes | Selects) | (Prunes | Selects, Shares) => Some((
             "channels and pages are chosen by a layer's own queries, and a shared cache has several",
             "share layers together with an evicting or packing policy instead",
+        )),
+        (Selects, Packs | Prunes) | (Packs | Prunes, Selects) => Some((
+            "tokens that are chosen are copied as they came, and the other part stores them otherwise",
+            "name one of them",
         )),
         (Selects, Selects) => Some(("two policies choose what to read", "name one")),
         (Selects, Evicts) | (Evicts, Selects) => Some((
@@ -126,6 +130,10 @@ impl Policy for Composed {
             .map(|p| p.short_heads(layer, model))
             .find(|h| !h.is_empty())
             .unwrap_or_default()
+    }
+
+    fn refreshes(&self, prompt: Tokens, model: &Model) -> Option<Refreshing> {
+        self.0.iter().find_map(|p| p.refreshes(prompt, model))
     }
 
     fn form(&self, layer: Layer, model: &Model) -> Form {

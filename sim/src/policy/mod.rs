@@ -25,6 +25,7 @@ mod preset;
 mod pyramidkv;
 mod quest;
 mod random;
+mod refreshkv;
 mod rocketkv;
 mod snapkv;
 mod streaming_llm;
@@ -55,6 +56,7 @@ pub use preset::Preset;
 pub use pyramidkv::{Falling, PyramidKv};
 pub use quest::Quest;
 pub use random::{Chance, Random};
+pub use refreshkv::RefreshKv;
 pub use rocketkv::RocketKv;
 use serde::de::DeserializeOwned;
 pub use snapkv::{Snap, SnapKv};
@@ -109,6 +111,30 @@ pub struct Reading {
     pub by: Pick,
     /// How many, per set; clusters: sinks included, tokens that came after them not.
     pub tokens: Tokens,
+}
+
+/// A partial cache beside the full one, which decode steps read instead, and when it is filled anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refreshing {
+    /// Tokens of it; one more while a step reads it.
+    pub tokens: Tokens,
+    /// Decode steps from one that may fill it to the next.
+    pub every: u32,
+    /// Such a step fills it where the query's cosine with the one at the last filling is below this; `None`: always.
+    pub below: Option<Cosine>,
+    /// Neighbours that a token's score is taken over.
+    pub pool: Tokens,
+}
+
+/// When a partial cache is stale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cosine {
+    /// Thousandths.
+    pub thousandths: i32,
+    /// Of queries before they are rotated.
+    pub before_rope: bool,
+    /// Expected thousandths of the comparisons that are below.
+    pub share: u32,
 }
 
 /// What evictions leave, for those that share a cache with them.
@@ -235,6 +261,11 @@ pub trait Policy: Debug + Send + Sync {
         None
     }
 
+    /// The partial cache that decode steps read instead of the full one, for a prompt of `prompt` tokens.
+    fn refreshes(&self, _prompt: Tokens, _model: &Model) -> Option<Refreshing> {
+        None
+    }
+
     /// Tokens that an eviction leaves in the layer that keeps fewest, and whether it happens more than once per sequence.
     fn leaves(&self, _request: &Request<'_>) -> Option<Leaves> {
         None
@@ -354,4 +385,5 @@ registry! {
     "rocketkv" => build::<RocketKv>,
     "dbudgetkv" => build::<DBudgetKv>,
     "duoattention" => build::<DuoAttention>,
+    "refreshkv" => build::<RefreshKv>,
 }
