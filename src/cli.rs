@@ -539,7 +539,7 @@ pub struct QualityArgs {
     /// Keep the measurements here (JSON), row by row; those that it has already are not repeated
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
-    /// Write the means as a description that plan reads: quality/<model>.toml in the data or --profiles directory
+    /// Write the means as a description that plan reads: quality/MODEL.toml in the data or --profiles directory
     #[arg(long, value_name = "FILE")]
     pub summary: Option<PathBuf>,
 }

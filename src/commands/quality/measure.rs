@@ -26,7 +26,7 @@ pub struct Bench<'a> {
     pub bar: &'a ProgressBar,
 }
 
-/// Logits of `full`: [sample][continuation token][vocab].
+/// Logits of `full`: `[sample][continuation token][vocab]`.
 pub type Reference = Vec<Vec<Vec<f32>>>;
 
 impl Bench<'_> {
