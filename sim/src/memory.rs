@@ -427,7 +427,13 @@ impl Replay {
             return self.step(pass, 0, held);
         }
         let period = pass.layers.iter().flat_map(|b| &b.ops).filter_map(Op::cache_heads);
-        let period = period.map(|h| h.form.period()).max().unwrap_or(1);
+        // New tokens that are packed at once begin anywhere in a block, and more of them straddle two.
+        let begins = |form: &Form| match form.is_plain() {
+            true => 1,
+            false => self.layout.block_tokens.max(1),
+        };
+        let period = period.map(|h| h.form.period().next_multiple_of(begins(&h.form)));
+        let period = period.max().unwrap_or(1);
         // A pass of several steps drops nothing, so its caches rise from period to period: the last one is the highest.
         let from = pass.steps.saturating_sub(period);
         let mut held = held

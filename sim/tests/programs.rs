@@ -226,6 +226,19 @@ fn a_budget_that_cannot_hold_its_forced_tokens_is_refused() {
     assert!(error.to_string().contains("36"), "{error}");
 }
 
+#[test]
+fn chunks_that_straddle_blocks_before_they_are_packed_are_the_peak() {
+    let kivi = Kivi { bits: 2, group: 32, residual: 0, swapped: true };
+    let parts: Vec<Arc<dyn Policy>> = vec![Arc::new(batch_max(105, 7, 0)), Arc::new(kivi)];
+    let policy = Composed::new(parts).expect("goes together");
+    let load = Load::uniform(1, 106, 1, Schedule::Static);
+    // A packed token takes 2 x (16 B codes + 2 groups x 4 B) = 48 B a head, a whole one 256 B, in blocks of 16. 29 layers
+    // have packed 98 tokens, 112 with their blocks. The last has 91 packed, 96 with theirs, and seven more in two blocks.
+    let packed = 3 * 112 * 48;
+    let last = 3 * (96 * 48 + 2 * 16 * 256);
+    assert_eq!(kv_peaks(&program(&policy, &load, 16)).prefill, Bytes(29 * packed + last));
+}
+
 /// Any of the policies, with parameters that are valid for prompts of 64 tokens and more.
 fn any_policy() -> impl Strategy<Value = Box<dyn Policy>> {
     (0..19u8, 40..400u32, 1..300u32, 0..40u32).prop_map(|(kind, budget, chunk, slack)| {
