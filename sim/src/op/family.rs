@@ -54,6 +54,8 @@ pub enum Family {
     Compare,
     /// Copies of chosen tokens that are read for several steps.
     Refresh,
+    /// To slower memory and back.
+    Transfer,
     /// Packing into fewer bits.
     Pack,
     /// Dropping channels of keys.
@@ -76,7 +78,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -101,6 +103,7 @@ impl Family {
         Self::AttendChosen,
         Self::Compare,
         Self::Refresh,
+        Self::Transfer,
         Self::Pack,
         Self::PruneChannels,
         Self::Trim,
@@ -140,6 +143,7 @@ impl Family {
             Self::AttendChosen => "attend-chosen",
             Self::Compare => "compare",
             Self::Refresh => "refresh",
+            Self::Transfer => "transfer",
             Self::Pack => "pack",
             Self::PruneChannels => "prune-channels",
             Self::Trim => "trim",

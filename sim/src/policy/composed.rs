@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{Forwards, Policy, PolicyError, Reading, Refreshing, Request, Role, Step};
+use super::{Forwards, Policy, PolicyError, Prefetching, Reading, Refreshing, Request, Role, Step};
 use crate::form::Form;
 use crate::kv::KvTape;
 use crate::profile::Model;
@@ -134,6 +134,10 @@ impl Policy for Composed {
 
     fn refreshes(&self, prompt: Tokens, model: &Model) -> Option<Refreshing> {
         self.0.iter().find_map(|p| p.refreshes(prompt, model))
+    }
+
+    fn prefetches(&self, model: &Model) -> Option<Prefetching> {
+        self.0.iter().find_map(|p| p.prefetches(model))
     }
 
     fn form(&self, layer: Layer, model: &Model) -> Form {
