@@ -491,19 +491,20 @@ pub struct CompareArgs {
 #[cfg(feature = "exec")]
 #[derive(Args, Clone, Debug)]
 pub struct PrepareArgs {
-    /// What to find: the tokens that DBudgetKV's layers keep, DuoAttention's streaming heads, or the layer behind which
-    /// FastKV drops rows. With parameters where they are not to be the preset's: duoattention:retrieval=0.75
-    #[arg(value_name = "dbudgetkv|duoattention|fastkv[:KEY=VALUE,…]")]
+    /// What to find: the tokens that DBudgetKV's layers keep, DuoAttention's streaming heads, the layer behind which
+    /// FastKV drops rows, or the layers that KVSharer lets share. With parameters where they are not to be the preset's:
+    /// duoattention:retrieval=0.75
+    #[arg(value_name = "dbudgetkv|duoattention|fastkv|kvsharer[:KEY=VALUE,…]")]
     pub policy: String,
     /// Model: a name, a GGUF file or a safetensors directory
     #[arg(long, short, default_value = "smollm2-135m")]
     pub model: String,
-    /// Prompt tokens of each excerpt
-    #[arg(long, default_value = "1k")]
-    pub context: String,
-    /// Excerpts of the text
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub samples: u32,
+    /// Prompt tokens of each excerpt [default: 1k; 64 for kvsharer]
+    #[arg(long)]
+    pub context: Option<String>,
+    /// Excerpts of the text [default: 4; 30 for kvsharer]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub samples: Option<u32>,
     #[command(flatten)]
     pub memory: MemoryArgs,
     #[command(flatten)]

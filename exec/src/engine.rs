@@ -286,7 +286,7 @@ impl Engine {
         Ok(clock)
     }
 
-    fn check(
+    pub(crate) fn check(
         &self,
         program: &Program,
         prompts: &[Vec<u32>],
@@ -344,7 +344,7 @@ impl Engine {
         }
     }
 
-    fn interpreter(
+    pub(crate) fn interpreter(
         &self,
         program: &Program,
         prompts: &[Vec<u32>],

@@ -53,6 +53,8 @@ pub struct Slots {
     step_rows: Vec<(u32, usize, usize)>,
     /// Sequences whose next token the step at work chose, with the rows of their logits.
     chosen: Vec<(u32, usize)>,
+    /// Rows that fit.
+    capacity: usize,
 }
 
 impl Slots {
@@ -86,7 +88,18 @@ impl Slots {
             positions: Vec::with_capacity(rows),
             step_rows: Vec::new(),
             chosen: Vec::new(),
+            capacity: rows.max(1),
         }
+    }
+
+    /// Rows of the step at work.
+    fn rows(&self) -> usize {
+        self.step_rows.last().map_or(0, |(_, first, rows)| first + rows)
+    }
+
+    /// Queries, keys and values of the layer at work.
+    pub(crate) fn qkv_rows(&self) -> &[f32] {
+        &self.qkv[..self.rows() * (self.qkv.len() / self.capacity)]
     }
 }
 
@@ -152,12 +165,23 @@ pub struct Interpreter<'a> {
 impl Interpreter<'_> {
     /// Runs one step and times its ops.
     pub fn step(&mut self, view: &StepView<'_>, clock: &mut Clock) -> Result<(), ExecError> {
+        self.step_seen(view, clock, &mut |_, _, _| {})
+    }
+
+    /// The same; `see` looks at the buffers after each op.
+    pub(crate) fn step_seen(
+        &mut self,
+        view: &StepView<'_>,
+        clock: &mut Clock,
+        see: &mut dyn FnMut(&Slots, &Op, Option<Layer>),
+    ) -> Result<(), ExecError> {
         clock.start_step();
         self.gather_rows(view);
         view.pass.visit(|block, index, layer, op| {
             let lanes = op.lanes_at(view.step, view.shift);
             self.run(view.pass, op, &lanes, layer)?;
             clock.lap(view.pass_index, block, index);
+            see(&self.slots, op, layer);
             Ok::<(), ExecError>(())
         })?;
         let moved = view.pass.before.ops[0].lanes_at(view.step, view.shift);
@@ -169,6 +193,17 @@ impl Interpreter<'_> {
         }
         clock.end_step(view.pass.phase);
         Ok(())
+    }
+
+    /// Hidden states of the last step's rows behind the last norm.
+    pub(crate) fn last_states(&self) -> Vec<f32> {
+        let width = self.model.hidden as usize;
+        let rows = self.slots.rows() * width;
+        let mut out = vec![0.0; rows];
+        let input = &self.slots.residual[..rows];
+        let (norm, eps) = (&self.weights.final_norm, self.model.norm_eps as f32);
+        k::norm::rms_norm(self.threads, input, width, norm, eps, &mut out);
+        out
     }
 
     /// Lets the sequence `to` go on from where `from` is: what it cached, counted and chose.

@@ -8,7 +8,8 @@
 //! - [`engine`]: a whole run, held against its predicted memory at every step;
 //! - [`clock`]: measured times in the simulator's own [`batchmax_sim::timeline::Timeline`];
 //! - [`profile`]: times single passes over a grid, for calibration;
-//! - [`quality`]: what a policy loses, by the logits of runs.
+//! - [`quality`]: what a policy loses, by the logits of runs;
+//! - [`observe`], [`sharing`]: what policies are prepared from.
 #![forbid(unsafe_code)]
 
 pub mod clock;
@@ -19,9 +20,11 @@ pub mod interpreter;
 pub mod kv_store;
 pub mod load;
 pub mod machine;
+pub mod observe;
 pub mod profile;
 pub mod quality;
 pub mod sampling;
+pub mod sharing;
 pub mod tier;
 pub mod weights;
 

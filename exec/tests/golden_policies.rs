@@ -9,12 +9,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use batchmax_exec::observe::Seen;
+use batchmax_exec::sharing::{MeanCaches, cosine, search};
 use batchmax_exec::{Engine, RunOptions, RunResult, load_of};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::lower::lower;
 use batchmax_sim::op::{DType, Pooling};
 use batchmax_sim::policy::{
-    AdaKv, Budget, ClusterKv, Composed, DBudgetKv, FastKv, H2o, HeavyHitters, Kivi, KvSharer,
+    AdaKv, Budget, ClusterKv, Composed, DBudgetKv, FastKv, Full, H2o, HeavyHitters, Kivi, KvSharer,
     LagKv, Order, Policy, PyramidKv, Quest, RefreshKv, RocketKv, Snap, SnapKv, SpeCache,
     StreamingLlm, ThinK, Tova,
 };
@@ -184,6 +186,58 @@ fn shared_layers_give_the_reference_tokens() {
             assert!(worst <= 5e-3, "{name}: logits differ by {worst}");
             assert_greedy(name, &result.sequences[0].generated, reference, 0.05);
         }
+    }
+}
+
+#[test]
+fn layers_that_share_are_found_as_the_reference_finds_them() {
+    let Some(engine) = engine() else { return };
+    let golden = Golden::read("golden.json");
+    let text = golden.prompts().iter().map(|p| ids(&p["ids"])).max_by_key(Vec::len);
+    let excerpts: Vec<Vec<u32>> =
+        text.expect("prompts")[..1920].chunks(64).map(<[u32]>::to_vec).collect();
+    let states = |policy: &dyn Policy, see: &mut dyn FnMut(Seen<'_>)| {
+        let load = load_of(&excerpts, 1, Schedule::Static);
+        let program = lower(&engine.model, policy, &load, setup(DType::F32)).expect("lowers");
+        let mut states = Vec::new();
+        let stop = AtomicBool::new(false);
+        let seen = engine.observe(&program, &excerpts, &stop, &mut |seen| match seen {
+            Seen::Hidden(rows) => states.extend_from_slice(rows),
+            qkv @ Seen::Qkv { .. } => see(qkv),
+        });
+        seen.expect("runs");
+        states
+    };
+    let mut caches = MeanCaches::new(&engine.model, 64);
+    let full = states(&Full::default(), &mut |seen| {
+        if let Seen::Qkv { layer, rows } = seen {
+            caches.add(layer, rows);
+        }
+    });
+    let golden = Golden::read("select.json");
+    let reference = &golden.prompts()[0]["kvsharer"];
+    let pairs = caches.pairs();
+    for (pair, theirs) in
+        pairs.iter().zip(reference["top20_pairs_i_j_dist"].as_array().expect("list"))
+    {
+        let theirs = numbers(theirs);
+        assert_eq!((f64::from(pair.layer), f64::from(pair.source)), (theirs[0], theirs[1]));
+        assert!((pair.distance - theirs[2]).abs() < 2e-3, "{pair:?} {theirs:?}");
+    }
+    let trials = search(&pairs, 4, 0.5, &mut |taken| {
+        let maps = BTreeMap::from([(engine.model.name.clone(), taken.to_vec())]);
+        let policy = KvSharer { layers: taken.len() as u32, maps };
+        Ok::<f64, ()>(cosine(&full, &states(&policy, &mut |_| {}), 64 * 576))
+    });
+    for (trial, theirs) in
+        trials.expect("no error").iter().zip(reference["trail"].as_array().expect("list"))
+    {
+        let pair = (u64::from(trial.pair.layer), u64::from(trial.pair.source));
+        assert_eq!(Some(pair.0), theirs["i"].as_u64());
+        assert_eq!(Some(pair.1), theirs["j"].as_u64());
+        let cos = theirs["cos"].as_f64().expect("number");
+        println!("kvsharer {pair:?}: cosine {:.6}, reference {cos:.6}", trial.cosine);
+        assert!((trial.cosine - cos).abs() < 1e-4, "{trial:?}");
     }
 }
 

@@ -93,6 +93,17 @@ impl Policy for KvSharer {
                 "use an evicting policy".to_owned(),
             );
         }
+        if let Some(of) = self.maps.keys().next()
+            && !self.maps.contains_key(&model.name)
+        {
+            return refuse(
+                format!("its map is one of {of}, not of {}", model.name),
+                format!(
+                    "batchmax prepare kvsharer --model {} finds one; the preset shares the upper layers",
+                    model.name
+                ),
+            );
+        }
         let most = self.maps.get(&model.name).map_or(model.layers / 2, |m| m.len() as u32);
         if self.layers > most {
             return refuse(
@@ -108,5 +119,26 @@ impl Policy for KvSharer {
             ),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::DType;
+    use crate::profile::Catalog;
+
+    #[test]
+    fn a_map_of_another_model_is_refused() {
+        let catalog = Catalog::built_in();
+        let model = catalog.model("smollm2-135m").expect("built in");
+        let other = catalog.model("llama-3.1-8b").expect("built in");
+        let maps = BTreeMap::from([(model.name.clone(), vec![(27, 11), (28, 27)])]);
+        let policy = KvSharer { layers: 2, maps };
+        assert!(policy.check(&Request::new(&model, 64, DType::F16)).is_ok());
+        let why = policy.check(&Request::new(&other, 64, DType::F16)).expect_err("another model");
+        assert!(why.to_string().contains("smollm2-135m, not of llama-3.1-8b"), "{why}");
+        // What is handed on: layer 28 reads 27, which reads 11.
+        assert_eq!((policy.cache_of(28, &model), policy.cache_of(27, &model)), (11, 11));
     }
 }

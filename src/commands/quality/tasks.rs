@@ -71,6 +71,18 @@ impl<'a> Source<'a> {
         Ok(Self { ids, tokenizer })
     }
 
+    /// `count` excerpts of `context` tokens, evenly spread over the text.
+    pub fn excerpts(&self, context: usize, count: usize) -> Result<Vec<Vec<u32>>> {
+        let Some(spare) = self.ids.len().checked_sub(context).filter(|_| context > 0) else {
+            bail!(
+                "--context {context}: the text has {} tokens; hint: 64 are usual",
+                self.ids.len()
+            );
+        };
+        let from = |index: usize| if count > 1 { spare * index / (count - 1) } else { 0 };
+        Ok((0..count).map(|index| self.ids[from(index)..][..context].to_vec()).collect())
+    }
+
     /// `count` samples of `context` tokens, evenly spread over the text; `questions` of each sample's numbers are asked for.
     pub fn samples(&self, context: usize, count: usize, questions: usize) -> Result<Vec<Sample>> {
         let needed = context + CONTINUATION + 1;

@@ -1,5 +1,7 @@
 //! `batchmax prepare`: what a policy must know of a model beforehand, found by running the model. The result is a preset.
 
+mod sharing;
+
 use std::collections::BTreeMap;
 
 use anyhow::{Result, anyhow, bail};
@@ -36,7 +38,9 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
     let model = setting::model(places, &args.model)?;
     let setup = setting::local_setup(&args.memory)?;
     check_executable(&model, setup.weights)?;
-    let context = setting::tokens(&args.context, "--context")?;
+    let (usual_context, usual_samples) = usual(&kind);
+    let context = setting::tokens(args.context.as_deref().unwrap_or(usual_context), "--context")?;
+    let count = args.samples.unwrap_or(usual_samples);
     Preset::parse(&places.catalog, &args.policy)?.policy.check(&Request::new(
         &model,
         context,
@@ -50,12 +54,18 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
     let tokenizer = checkpoint.as_ref().map(|c| c.tokenizer()).transpose()?;
     drop(checkpoint);
     let source = Source::new(tokenizer.as_ref(), model.vocab)?;
-    let samples = source.samples(context as usize, args.samples as usize, 0)?;
+    // What is compared with another layer's cache is plain prose, without the numbers that others are to find again.
+    let (samples, excerpts) = if kind == "kvsharer" {
+        (Vec::new(), source.excerpts(context as usize, count as usize)?)
+    } else {
+        (source.samples(context as usize, count as usize, 0)?, Vec::new())
+    };
     let engine = local::engine(&model, weights, setting::threads(&args.memory)?);
     let bar = local::bar(global, 0, "preparing");
     let bench = Bench { engine: &engine, setup, bar: &bar };
     let found = match kind.as_str() {
         "dbudgetkv" => counts(&engine, setup, parsed(&table)?, &model, &samples, &bar)?,
+        "kvsharer" => sharing::map(&engine, setup, &parsed(&table)?, &excerpts, &bar)?,
         "duoattention" => streaming(places, &bench, parsed(&table)?, &model, &samples)?,
         _ => forwarding(places, &bench, parsed(&table)?, &model, &samples)?,
     };
@@ -73,7 +83,7 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
             table.insert(key.to_owned(), value);
         }
     }
-    let text = written(&kind, &model, args, &found, &table)?;
+    let text = written(&kind, &model, args, (count, context), &found, &table)?;
     if let Some(path) = &args.out {
         write_whole(path, &text)?;
         remark(global.quiet, &format!("{}: a preset, --policy {0} takes it", path.display()));
@@ -89,6 +99,12 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
     Ok(Outcome::Answered)
 }
 
+/// Prompt tokens of an excerpt and how many excerpts, where nothing else is asked for.
+fn usual(kind: &str) -> (&'static str, u32) {
+    // As in the paper.
+    if kind == "kvsharer" { ("64", 30) } else { ("1k", 4) }
+}
+
 /// The kind of a preset and its table, with what was typed.
 fn preset(places: &Places, text: &str) -> Result<(String, toml::Table)> {
     let (name, typed) = text.split_once(':').unwrap_or((text, ""));
@@ -98,9 +114,9 @@ fn preset(places: &Places, text: &str) -> Result<(String, toml::Table)> {
         Some(toml::Value::String(kind)) => kind,
         _ => bail!("{origin}: kind: missing"),
     };
-    if !["dbudgetkv", "duoattention", "fastkv"].contains(&kind.as_str()) {
+    if !["dbudgetkv", "duoattention", "fastkv", "kvsharer"].contains(&kind.as_str()) {
         bail!(
-            "{name} needs no preparation; hint: prepare finds what dbudgetkv, duoattention and fastkv need"
+            "{name} needs no preparation; hint: prepare finds what dbudgetkv, duoattention, fastkv and kvsharer need"
         );
     }
     for pair in typed.split(',').filter(|p| !p.is_empty()) {
@@ -250,6 +266,7 @@ fn written(
     kind: &str,
     model: &Model,
     args: &PrepareArgs,
+    (samples, context): (u32, u32),
     found: &Found,
     table: &toml::Table,
 ) -> Result<String> {
@@ -258,8 +275,8 @@ fn written(
         args.policy,
         crate::dates::today(),
         env!("CARGO_PKG_VERSION"),
-        args.samples,
-        args.context,
+        samples,
+        context,
         model.name,
         found.how,
     );
