@@ -42,6 +42,10 @@ pub enum Family {
     RankExpected,
     /// Compaction.
     Evict,
+    /// Adding dropped tokens to what they leave behind.
+    Accumulate,
+    /// Attention over that.
+    ReadState,
     /// Extremes of pages of keys.
     Index,
     /// Clusters of keys.
@@ -78,7 +82,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 36] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -97,6 +101,8 @@ impl Family {
         Self::RankLag,
         Self::RankExpected,
         Self::Evict,
+        Self::Accumulate,
+        Self::ReadState,
         Self::Index,
         Self::Cluster,
         Self::Select,
@@ -137,6 +143,8 @@ impl Family {
             Self::RankLag => "rank-lag",
             Self::RankExpected => "rank-expected",
             Self::Evict => "evict",
+            Self::Accumulate => "accumulate",
+            Self::ReadState => "read-state",
             Self::Index => "index",
             Self::Cluster => "cluster",
             Self::Select => "select",

@@ -21,6 +21,7 @@ mod kivi;
 mod knorm;
 mod kvsharer;
 mod lagkv;
+mod less;
 mod preset;
 mod pyramidkv;
 mod quest;
@@ -53,6 +54,7 @@ pub use kivi::Kivi;
 pub use knorm::Knorm;
 pub use kvsharer::KvSharer;
 pub use lagkv::{LagKv, Lagging};
+pub use less::Less;
 pub use preset::Preset;
 pub use pyramidkv::{Falling, PyramidKv};
 pub use quest::Quest;
@@ -185,6 +187,18 @@ impl<'a> Request<'a> {
     }
 }
 
+/// What a run needs beside the model.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Beside {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// This file.
+    File(String),
+    /// A file that has not been named.
+    Missing,
+}
+
 /// What a policy does to the cache, as far as others must know to work beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -280,6 +294,11 @@ pub trait Policy: Debug + Send + Sync {
     /// What decode steps fetch one step ahead, if all tokens are offloaded whole.
     fn prefetches(&self, _model: &Model) -> Option<Prefetching> {
         None
+    }
+
+    /// What a run needs beside the model; predictions need nothing.
+    fn beside(&self) -> Beside {
+        Beside::Nothing
     }
 
     /// Tokens that an eviction leaves in the layer that keeps fewest, and whether it happens more than once per sequence.
@@ -378,6 +397,10 @@ fn scored<S: Scoring>(table: toml::Table) -> Result<Arc<dyn Policy>, toml::de::E
     Ok(Arc::new(Evicting::<S>::from_table(table)?))
 }
 
+fn less(table: toml::Table) -> Result<Arc<dyn Policy>, toml::de::Error> {
+    Ok(Arc::new(Less::from_table(table)?))
+}
+
 registry! {
     "full" => build::<Full>,
     "batch-max" => scored::<batch_max::AnyScore>,
@@ -401,6 +424,7 @@ registry! {
     "rocketkv" => build::<RocketKv>,
     "dbudgetkv" => build::<DBudgetKv>,
     "duoattention" => build::<DuoAttention>,
+    "less" => less,
     "refreshkv" => build::<RefreshKv>,
     "specache" => build::<SpeCache>,
 }
