@@ -162,7 +162,7 @@ impl Engine {
         check_read_once(program, prompts, options)?;
         let trace = kv_trace(program);
         let (spread, shortfall) = (kv_spread(program), kv_shortfall(program));
-        let mut interpreter = self.interpreter(program, prompts, options)?;
+        let mut interpreter = self.interpreter(program, prompts, options, stop)?;
         if let Some(prefix) = &options.prefix {
             self.read_prefix(&mut interpreter, prefix, options, stop)?;
             interpreter.slots = Slots::new(&self.model, &Buffers::of(program));
@@ -276,7 +276,8 @@ impl Engine {
             .flat_map(|g| std::iter::repeat_n(vec![1u32; g.isl as usize], g.sequences as usize))
             .collect();
         let options = RunOptions { kv_budget: Some(Bytes(u64::MAX)), ..RunOptions::default() };
-        let mut interpreter = self.interpreter(program, &prompts, &options)?;
+        let mut interpreter =
+            self.interpreter(program, &prompts, &options, &AtomicBool::new(false))?;
         let layers = layer_count(program);
         interpreter.kv.fill(layers, resident)?;
         for sequence in &mut interpreter.sequences {
@@ -351,6 +352,7 @@ impl Engine {
         program: &Program,
         prompts: &[Vec<u32>],
         options: &RunOptions,
+        stop: &AtomicBool,
     ) -> Result<Interpreter<'_>, ExecError> {
         let needed = |program: &Program| {
             let peaks = kv_peaks(program);
@@ -407,6 +409,8 @@ impl Engine {
             short_heads: program.header.short_heads.clone(),
             maps: self.state_maps(program)?,
             forwards: forwards(program),
+            chunks: self.chunk_store(program, prompts, stop)?,
+            chunk: 1,
             tier_place: options.tier_place.clone(),
             tier: None,
         })

@@ -88,6 +88,11 @@ pub enum ExecError {
         /// The model.
         model: String,
     },
+    /// A program takes over what nothing has read.
+    #[error(
+        "the program reuses a chunk of text that was not read before; hint: this is a bug, please report it"
+    )]
+    MissingChunk,
     /// A file of networks that can't be used.
     #[error("{}: {problem}; hint: batchmax prepare less makes one for the model", path.display())]
     StateMaps {

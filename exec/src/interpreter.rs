@@ -2,6 +2,7 @@
 //! decided here by their scores.
 
 mod ahead;
+mod blend;
 mod cache;
 mod choice;
 mod refresh;
@@ -16,6 +17,7 @@ use batchmax_sim::profile::{Activation, Model};
 use batchmax_sim::program::{Pass, StepView};
 use batchmax_sim::units::Layer;
 
+use crate::chunks::ChunkStore;
 use crate::clock::Clock;
 use crate::error::ExecError;
 use crate::kv_store::KvStore;
@@ -160,6 +162,10 @@ pub struct Interpreter<'a> {
     pub maps: Option<StateMaps>,
     /// Layers behind which only some rows go on.
     pub forwards: Vec<usize>,
+    /// Caches of chunks that were read alone.
+    pub chunks: ChunkStore,
+    /// Tokens of a chunk of what was brought last.
+    pub chunk: u32,
     /// Where offloaded tokens go.
     pub tier_place: TierPlace,
     /// Slower memory, once something is there.
@@ -349,6 +355,10 @@ impl Interpreter<'_> {
             OpKind::AttendAhead { heads } => self.attend_ahead(heads, lanes, layer)?,
             OpKind::Foresee { heads, whole } => self.foresee(heads, whole, lanes, layer),
             OpKind::Fetch { .. } => self.fetch(lanes, layer),
+            OpKind::Load { heads, chunk } => self.load(heads, chunk, lanes, layer)?,
+            OpKind::Deviate { heads } => self.deviate(heads, lanes, layer),
+            OpKind::Blend { heads } => self.blend(heads, lanes, layer)?,
+            OpKind::AttendRows { heads } => self.attend_rows(heads, lanes, layer),
             OpKind::Compare { heads, below } => self.compare(heads, below, lanes, layer),
             OpKind::Refresh { .. } => self.refresh(lanes, layer)?,
             OpKind::AppendPart { .. } => self.append_part(lanes, layer)?,

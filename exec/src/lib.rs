@@ -13,6 +13,7 @@
 //! - [`observe`], [`sharing`]: what policies are prepared from.
 #![forbid(unsafe_code)]
 
+pub mod chunks;
 pub mod clock;
 pub mod engine;
 pub mod error;

@@ -40,7 +40,7 @@ impl Engine {
     ) -> Result<(), ExecError> {
         let options = RunOptions::default();
         self.check(program, prompts, &options)?;
-        let mut interpreter = self.interpreter(program, prompts, &options)?;
+        let mut interpreter = self.interpreter(program, prompts, &options, stop)?;
         let mut clock = Clock::new(program, false);
         program.visit_steps(|view| {
             if stop.load(Ordering::Relaxed) {

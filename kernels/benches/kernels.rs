@@ -72,7 +72,7 @@ fn items(caches: &[Vec<HeadCache>], rows: usize) -> Vec<AttendItem<'_>> {
     caches
         .iter()
         .enumerate()
-        .map(|(i, heads)| AttendItem { heads, first_row: i * rows, rows })
+        .map(|(i, heads)| AttendItem { heads, first_row: i * rows, rows, at: None })
         .collect()
 }
 

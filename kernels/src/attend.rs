@@ -30,6 +30,8 @@ pub struct AttendItem<'a> {
     pub first_row: usize,
     /// Its rows. The last one sees all cached tokens, each one before it one fewer.
     pub rows: usize,
+    /// Their positions, ascending, where they stand anywhere among the cached tokens: each sees the tokens up to its own.
+    pub at: Option<&'a [u32]>,
 }
 
 /// Shape and constants of the attention.
@@ -71,6 +73,24 @@ impl AttendShape {
     pub(crate) fn check_item(&self, heads: usize, last_row: usize, qkv_rows: usize) {
         assert_eq!(heads, self.kv_heads, "an item does not have all KV heads");
         assert!(last_row <= qkv_rows, "rows outside qkv");
+    }
+}
+
+impl AttendItem<'_> {
+    /// The tokens of one of its caches that row `row` sees.
+    pub(crate) fn visible(
+        &self,
+        positions: &[u32],
+        row: usize,
+        window: Option<u32>,
+    ) -> Range<usize> {
+        match self.at {
+            Some(at) => {
+                let end = positions.partition_point(|p| *p <= at[row]);
+                visible(&positions[..end], 1, 0, window)
+            }
+            None => visible(positions, self.rows, row, window),
+        }
     }
 }
 
@@ -130,6 +150,7 @@ impl<'a> Job<'a> {
         for item in items {
             let last = item.first_row + item.rows;
             shape.check_item(item.heads.len(), last, rows);
+            assert!(item.at.is_none_or(|at| at.len() == item.rows), "not one position per row");
             assert!(last * shape.heads * shape.head_dim <= out.len(), "rows outside out");
             assert!(lse.as_ref().is_none_or(|l| last * shape.heads <= l.len()), "rows outside lse");
         }

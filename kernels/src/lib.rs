@@ -9,6 +9,7 @@
 pub mod activation;
 pub mod append;
 pub mod attend;
+pub mod blend;
 mod buffer;
 pub mod embed;
 pub mod evict;

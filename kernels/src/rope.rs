@@ -64,6 +64,12 @@ impl RopeTable {
         }
     }
 
+    /// What keys and queries are multiplied by beside the rotation (`attention_factor`).
+    #[must_use]
+    pub fn factor(&self) -> f32 {
+        self.factor
+    }
+
     /// The mean of the rotations of `count` positions from `from`, which may lie past the table's end: cosine and sine per
     /// pair.
     #[must_use]
@@ -206,6 +212,24 @@ mod tests {
             };
             assert!((f64::from(cos) - mean(f64::cos)).abs() < 1e-6, "{i}: {cos}");
             assert!((f64::from(sin) - mean(f64::sin)).abs() < 1e-6, "{i}: {sin}");
+        }
+    }
+
+    #[test]
+    fn turning_on_is_turning_once() {
+        let threads = Threads::new(1);
+        let table = RopeTable::new(&[1.0, 0.3, 0.01], 4096, 1.0);
+        for layout in [RopeLayout::Half, RopeLayout::Interleaved] {
+            for (first, then) in [(0, 0), (5, 0), (0, 512), (17, 1024), (511, 3072)] {
+                let row = [0.3f32, -1.2, 2.0, 0.7, 1.1, -0.4];
+                let (mut twice, mut once) = (row, row);
+                rope(&threads, &mut twice, 6, 1, 6, &[first], &table, layout);
+                rope(&threads, &mut twice, 6, 1, 6, &[then], &table, layout);
+                rope(&threads, &mut once, 6, 1, 6, &[first + then], &table, layout);
+                for (a, b) in twice.iter().zip(&once) {
+                    assert!((a - b).abs() < 2e-6, "{layout:?} {first} + {then}");
+                }
+            }
         }
     }
 

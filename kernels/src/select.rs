@@ -158,7 +158,7 @@ pub fn attend_chosen(
     let attended: Vec<AttendItem<'_>> = items
         .iter()
         .zip(caches.chunks(sets.max(1)))
-        .map(|(item, heads)| AttendItem { heads, first_row: item.row, rows: 1 })
+        .map(|(item, heads)| AttendItem { heads, first_row: item.row, rows: 1, at: None })
         .collect();
     attend_decode(threads, &scratch, &attended, &gathered, qkv, qkv_width, out, lse);
     Ok(())
@@ -335,7 +335,7 @@ mod tests {
 
     fn dense(layer: &Layer) -> Vec<f32> {
         let items: Vec<AttendItem<'_>> = (layer.caches.iter().enumerate())
-            .map(|(first_row, heads)| AttendItem { heads, first_row, rows: 1 })
+            .map(|(first_row, heads)| AttendItem { heads, first_row, rows: 1, at: None })
             .collect();
         let mut out = vec![0.0; items.len() * 6 * 64];
         let (pool, shape) = (&layer.pool, &layer.shape);

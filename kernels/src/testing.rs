@@ -113,7 +113,7 @@ impl Layer {
     pub(crate) fn items(&self) -> Vec<AttendItem<'_>> {
         let with_rows = self.caches.iter().zip(&self.step);
         with_rows
-            .map(|(heads, step)| AttendItem { heads, first_row: step.0, rows: step.1 })
+            .map(|(heads, step)| AttendItem { heads, first_row: step.0, rows: step.1, at: None })
             .collect()
     }
 

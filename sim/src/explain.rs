@@ -233,6 +233,24 @@ fn sizes(op: &Op, growing: bool) -> String {
             op.lanes.as_slice().first().map_or(0, |l| l.keep.min(l.kv)),
             tokens(&op.lanes, growing, false)
         ),
+        OpKind::Load { heads, chunk } => {
+            format!("{rows} tokens x {} kv heads, chunks of {chunk}, beside", heads.kv)
+        }
+        OpKind::Deviate { heads } => format!("{rows} values x {} kv heads", heads.kv),
+        OpKind::Blend { .. } => format!(
+            "{rows} rows among {} tokens",
+            op.lanes
+                .as_slice()
+                .iter()
+                .map(|l| u64::from(l.sequences) * u64::from(l.keep))
+                .sum::<u64>()
+        ),
+        OpKind::AttendRows { heads } => format!(
+            "{rows} q x {}h/{}kv, anywhere in {}",
+            heads.query,
+            heads.kv,
+            tokens(&op.lanes, growing, false)
+        ),
         OpKind::Foresee { .. } => format!("by attention {}", tokens(&op.lanes, growing, true)),
         OpKind::Fetch { .. } => format!("{}, beside", tokens(&op.lanes, growing, true)),
         OpKind::Pack { heads } => {

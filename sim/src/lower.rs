@@ -15,6 +15,7 @@ use crate::program::{Header, Held, Node, Program};
 use crate::units::Tokens;
 
 mod ahead;
+mod blend;
 mod classes;
 mod emit;
 mod ops;
@@ -206,6 +207,7 @@ fn header(
             Beside::File(file) => Some(file),
             Beside::Nothing | Beside::Missing => None,
         },
+        chunks: blend::chunks(model, policy, load, setup),
         held,
     }
 }
@@ -443,18 +445,23 @@ impl<'a> Lowering<'a> {
         }
     }
 
+    /// Tokens that a step adds to a cache: its rows, and those that a layer takes over.
+    fn added(&self, s: &Sequences, a: &Active, phase: Phase, class: usize) -> Tokens {
+        self.blended(s, a, phase, class).map_or_else(|| self.rows(s, a, phase, class), |_| s.isl)
+    }
+
     /// Runs the hooks of one layer over a cache that already holds the step's tokens. Returns what stays, and how many
     /// of the verbs belong right after the attention.
     fn hooks(
         &self,
         step: &Step<'_>,
         class: usize,
-        tokens: Tokens,
+        (tokens, new): (Tokens, Tokens),
         verbs: &mut Vec<Verb>,
     ) -> (Tokens, usize) {
         verbs.clear();
         let Class { window, heads, .. } = self.classes[class];
-        let mut tape = KvTape::new(heads, Length::with_new(tokens, step.rows), verbs);
+        let mut tape = KvTape::new(heads, Length::with_new(tokens, new), verbs);
         self.policy.after_attend(step, &mut tape);
         if let Some(window) = window {
             let slack = if step.phase == Phase::Decode { SLIDE_SLACK } else { 0 };
@@ -520,7 +527,7 @@ impl<'a> Lowering<'a> {
                 let mut i = 0;
                 while i < quiet {
                     let tokens = s.resident[class].saturating_add(a.rows.saturating_mul(i + 1));
-                    let (stay, _) = self.hooks(&step, class, tokens, &mut now);
+                    let (stay, _) = self.hooks(&step, class, (tokens, step.rows), &mut now);
                     if i == 0 {
                         first.clone_from(&now);
                     }

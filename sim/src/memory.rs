@@ -297,12 +297,14 @@ pub fn kv_trace(program: &Program) -> Vec<Bytes> {
     }
 }
 
-/// Bytes of slower memory that a program's offloaded tokens take at most. They lie there whole and without padding.
+/// Bytes of slower memory that a program's offloaded tokens, or the chunks that it reuses if no two are alike, take at most.
+/// They lie there whole and without padding.
 #[must_use]
 pub fn offloaded(program: &Program) -> Bytes {
     let bytes = |heads: Heads, tokens: u64| i128::from(heads.kv_bytes(tokens).0);
     let offloads = |pass: &Pass| {
-        pass.blocks().any(|(_, b)| b.ops.iter().any(|op| matches!(op.kind, OpKind::Offload { .. })))
+        let away = |op: &Op| matches!(op.kind, OpKind::Offload { .. } | OpKind::Load { .. });
+        pass.blocks().any(|(_, b)| b.ops.iter().any(away))
     };
     let mut any = false;
     program.visit_passes(|_, pass, _| any |= offloads(pass));
@@ -319,7 +321,9 @@ pub fn offloaded(program: &Program) -> Bytes {
             for op in &block.ops {
                 let moved = |l: &Lane| match op.kind {
                     OpKind::Offload { heads } => bytes(heads, u64::from(l.rows)),
-                    OpKind::Release { heads } => {
+                    // What is brought has been there.
+                    OpKind::Load { heads, .. } => bytes(heads, u64::from(l.rows)),
+                    OpKind::Release { heads } if program.header.chunks.is_empty() => {
                         -bytes(heads, u64::from(l.length(view.step).tokens))
                     }
                     _ => 0,
@@ -382,6 +386,9 @@ impl Replay {
             let after = match op.kind {
                 OpKind::Append { .. } => {
                     held(Length { tokens: now.tokens.saturating_add(lane.rows), ..now })
+                }
+                OpKind::Blend { .. } => {
+                    held(Length { tokens: now.tokens.saturating_add(lane.keep), ..now })
                 }
                 OpKind::Evict { .. } => held(heads.form.after_eviction(lane.keep.min(now.tokens))),
                 OpKind::Trim { .. } => held(Length::settled(now.tokens)),

@@ -340,6 +340,29 @@ pub enum OpKind {
         /// Heads.
         heads: Heads,
     },
+    /// Brings the first `Lane::rows` tokens, cached chunk by chunk of so many tokens, from a store.
+    Load {
+        /// Heads.
+        heads: Heads,
+        /// Tokens of a chunk.
+        chunk: Tokens,
+    },
+    /// How far the step's values are from those brought from the store, by token.
+    Deviate {
+        /// Heads.
+        heads: Heads,
+    },
+    /// Fills an empty cache with `Lane::keep` tokens: those brought from the store, keys turned to their places, with the
+    /// step's rows in the places of theirs and behind them.
+    Blend {
+        /// Heads.
+        heads: Heads,
+    },
+    /// Attention of rows that stand anywhere among the cached tokens, the newest `Lane::keep` of them at the end.
+    AttendRows {
+        /// Heads.
+        heads: Heads,
+    },
     /// Packs what the step has pushed out of the residual.
     Pack {
         /// Heads.
@@ -437,7 +460,10 @@ impl Op {
             OpKind::Index { .. } => Family::Index,
             OpKind::Cluster { .. } => Family::Cluster,
             OpKind::Select { .. } | OpKind::Foresee { .. } => Family::Select,
-            OpKind::Offload { .. } | OpKind::Fetch { .. } => Family::Transfer,
+            OpKind::Offload { .. } | OpKind::Fetch { .. } | OpKind::Load { .. } => Family::Transfer,
+            OpKind::Deviate { .. } => Family::Deviate,
+            OpKind::Blend { .. } => Family::Blend,
+            OpKind::AttendRows { .. } => Family::AttendPrefill,
             OpKind::AttendChosen { .. } => Family::AttendChosen,
             OpKind::Compare { .. } => Family::Compare,
             OpKind::Refresh { .. } => Family::Refresh,
@@ -477,6 +503,10 @@ impl Op {
             | OpKind::AttendAhead { heads }
             | OpKind::Foresee { heads, .. }
             | OpKind::Fetch { heads }
+            | OpKind::Load { heads, .. }
+            | OpKind::Deviate { heads }
+            | OpKind::Blend { heads }
+            | OpKind::AttendRows { heads }
             | OpKind::Pack { heads }
             | OpKind::PruneChannels { heads }
             | OpKind::Trim { heads }
@@ -508,11 +538,20 @@ impl Op {
     #[must_use]
     pub fn as_attention(&self, step: u32) -> Option<Self> {
         let heads = match self.kind {
-            OpKind::AttendPart { heads } | OpKind::AttendAhead { heads } => heads,
+            OpKind::AttendPart { heads }
+            | OpKind::AttendAhead { heads }
+            | OpKind::AttendRows { heads } => heads,
             _ => return None,
         };
         let alike = |lane: &Lane| {
             let now = lane.length(step);
+            if let OpKind::AttendRows { .. } = self.kind {
+                // Rows at the end of so many keys see as many together.
+                let rows = f64::from(lane.rows.max(1));
+                let kv = work::scattered_pairs(lane) / rows + (rows - 1.0) / 2.0;
+                let kv = (kv.round() as Tokens).max(lane.rows);
+                return Lane { kv, settled: kv - lane.rows, ..*lane };
+            }
             let (kv, sequences) = match self.kind {
                 OpKind::AttendPart { .. } => {
                     (now.tokens.min(lane.keep.saturating_add(1)), lane.sequences)

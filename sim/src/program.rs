@@ -170,6 +170,8 @@ pub struct Header {
     pub short_heads: Vec<Vec<u32>>,
     /// File of the networks that add dropped tokens to a state and read it ([`crate::form::State`]), if there is one.
     pub maps: Option<String>,
+    /// Programs that read a chunk each of the prompts, alone, one per length: what upper layers take over. Nobody times them.
+    pub chunks: Vec<Program>,
     /// What caches hold before the first step: prefixes that were read earlier.
     pub held: Vec<Held>,
 }

@@ -129,11 +129,11 @@ impl Interpreter<'_> {
             let caches = self.kv.heads(index, sequence as usize);
             let foreseen = &self.slots.foreseen[index][sequence as usize];
             for first_row in first..first + count {
-                cached.push(AttendItem { heads: caches, first_row, rows: 1 });
+                cached.push(AttendItem { heads: caches, first_row, rows: 1, at: None });
                 without.extend((0..kv_heads).map(|h| foreseen.get(h).cloned().unwrap_or_default()));
             }
             let parts = self.kv.part(index, sequence as usize);
-            fetched.push(AttendItem { heads: parts, first_row: first, rows: count });
+            fetched.push(AttendItem { heads: parts, first_row: first, rows: count, at: None });
         }
         let (pool, qkv) = (&self.kv.pool, &self.slots.qkv[..end * width]);
         let out = &mut self.slots.attention[..end * shape.heads * shape.head_dim];

@@ -81,7 +81,7 @@ impl Interpreter<'_> {
         let items: Vec<AttendItem<'_>> = picked
             .into_iter()
             .zip(step_rows)
-            .map(|((.., heads), (first_row, rows))| AttendItem { heads, first_row, rows })
+            .map(|((.., heads), (first_row, rows))| AttendItem { heads, first_row, rows, at: None })
             .collect();
         let run = match phase {
             Phase::Prefill => k::attend::attend_prefill,

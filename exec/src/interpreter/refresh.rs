@@ -112,7 +112,7 @@ impl Interpreter<'_> {
         let items: Vec<AttendItem<'_>> = (sequences(lanes).into_iter().zip(rows))
             .map(|((sequence, _), (first_row, rows))| {
                 let heads = self.kv.part(layer_index(layer), sequence as usize);
-                AttendItem { heads, first_row, rows }
+                AttendItem { heads, first_row, rows, at: None }
             })
             .collect();
         k::attend::attend_decode(

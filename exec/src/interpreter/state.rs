@@ -62,7 +62,7 @@ impl Interpreter<'_> {
         let rows = step_rows.last().map_or(0, |(first, count)| first + count);
         let (pool, picked) = self.kv.select(index, lanes.as_slice());
         let items: Vec<AttendItem<'_>> = (picked.into_iter().zip(step_rows))
-            .map(|((.., heads), (first_row, rows))| AttendItem { heads, first_row, rows })
+            .map(|((.., heads), (first_row, rows))| AttendItem { heads, first_row, rows, at: None })
             .collect();
         k::state::read_state(
             self.threads,

@@ -67,7 +67,8 @@ mod tests {
         layer.feed(3, &[1, 1]);
         let items = || -> Vec<AttendItem<'_>> {
             let all = layer.caches.iter().enumerate();
-            all.map(|(first_row, heads)| AttendItem { heads, first_row, rows: 1 }).collect()
+            all.map(|(first_row, heads)| AttendItem { heads, first_row, rows: 1, at: None })
+                .collect()
         };
         let attend = |without: Option<Vec<Vec<u32>>>| {
             let (mut out, mut lse) = (vec![0.0; 2 * 6 * 64], vec![0.0; 2 * 6]);

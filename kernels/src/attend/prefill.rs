@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{AttendItem, AttendShape, Job, to_score, visible};
+use super::{AttendItem, AttendShape, Job, to_score};
 use crate::buffer::{Scratch, lines, split_lines};
 use crate::kv::tile::{Rows, key_tile, value_tile};
 use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, with_format};
@@ -124,11 +124,8 @@ unsafe fn body<S: Simd, B: Source>(s: S, job: &Job<'_>, task: &Task) {
     let (dim, group) = (shape.head_dim, shape.group());
     let cache = &item.heads[task.head];
     let pairs = task.rows.len() * group;
-    let seen: Vec<Range<usize>> = task
-        .rows
-        .clone()
-        .map(|row| visible(&cache.positions, item.rows, row, shape.window))
-        .collect();
+    let seen: Vec<Range<usize>> =
+        task.rows.clone().map(|row| item.visible(&cache.positions, row, shape.window)).collect();
     let start = seen.iter().map(|r| r.start).min().unwrap_or(0);
     let end = seen.iter().map(|r| r.end).max().unwrap_or(0);
     let first_head = task.head * group;

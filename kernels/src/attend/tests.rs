@@ -199,3 +199,40 @@ proptest! {
         check(&layer, true);
     }
 }
+
+/// Rows that are named by their positions have the bits that they have among all rows.
+#[test]
+fn scattered_rows_see_what_stands_before_them() {
+    for format in [KvFormat::F32, KvFormat::F16] {
+        let mut layer = Layer::new(1, shape(3, 2, 16), format);
+        layer.feed(4, &[75]);
+        let (all, lse) = attend(&layer, isa(), &layer.threads, false);
+        let chosen: Vec<u32> = (0..75).filter(|p| p % 7 == 3 || *p > 68).collect();
+        let whole = layer.items();
+        let (width, out_width) = (layer.width, 6 * 16);
+        // The chosen rows, next to each other.
+        let mut part = Layer::new(1, shape(3, 2, 16), format);
+        part.feed(4, &[75]);
+        for (to, from) in chosen.iter().enumerate() {
+            let row = layer.qkv[*from as usize * width..][..width].to_vec();
+            part.qkv[to * width..(to + 1) * width].copy_from_slice(&row);
+        }
+        let item = AttendItem {
+            heads: whole[0].heads,
+            first_row: 0,
+            rows: chosen.len(),
+            at: Some(&chosen),
+        };
+        let (some, some_lse) =
+            attend_items(&part, isa(), &part.threads, false, std::slice::from_ref(&item));
+        for (row, position) in chosen.iter().enumerate() {
+            let at = *position as usize;
+            assert_eq!(
+                bits(&some[row * out_width..][..out_width]),
+                bits(&all[at * out_width..][..out_width]),
+                "{format:?} row {at}"
+            );
+            assert_eq!(bits(&some_lse[row * 6..][..6]), bits(&lse[at * 6..][..6]));
+        }
+    }
+}

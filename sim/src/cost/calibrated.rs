@@ -191,6 +191,9 @@ pub fn features(op: &Op, step: u32) -> Features {
         OpKind::Compare { .. } => one(head_key(0), [log2(sequences), 0.0, 0.0]),
         OpKind::Offload { .. } => one(head_key(1), [log2(rows), log2(sequences), 0.0]),
         OpKind::Fetch { .. } => one(head_key(2), [log2(sequences), log2(kept), 0.0]),
+        OpKind::Load { .. } => one(head_key(3), [log2(rows), log2(sequences), 0.0]),
+        OpKind::Deviate { .. } => one(head_key(0), [log2(rows), log2(sequences), 0.0]),
+        OpKind::Blend { .. } => one(head_key(0), [log2(kept * sequences), log2(sequences), 0.0]),
         OpKind::Foresee { .. } => one(head_key(1), [log2(sequences), log2(mean_kv), log2(kept)]),
         OpKind::Refresh { .. } => one(head_key(0), [log2(sequences), log2(mean_kv), log2(kept)]),
         OpKind::Index { page, .. } => one(head_key(page), [log2(rows), log2(sequences), 0.0]),
@@ -213,6 +216,7 @@ pub fn features(op: &Op, step: u32) -> Features {
         OpKind::Attend { .. }
         | OpKind::AttendPart { .. }
         | OpKind::AttendAhead { .. }
+        | OpKind::AttendRows { .. }
         | OpKind::Tally { .. } => {
             let parts = op.lanes.as_slice().iter().map(|lane| {
                 let prefix = kv(lane) - f64::from(lane.rows);

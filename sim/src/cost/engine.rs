@@ -105,8 +105,8 @@ impl UnderEngine {
     /// The multiple of the timed kernel's time that a launch takes.
     fn factor(&self, op: &Op, phase: Phase) -> f64 {
         use Family::{
-            Accumulate, Collective, Evict, RankExpected, RankKeyNorm, RankKeydiff, RankLag,
-            RankLast, RankRandom, RankRecency, RankTally, RankWindow, ReadState, Tally,
+            Accumulate, Blend, Collective, Deviate, Evict, RankExpected, RankKeyNorm, RankKeydiff,
+            RankLag, RankLast, RankRandom, RankRecency, RankTally, RankWindow, ReadState, Tally,
         };
         let family = op.family(phase);
         let device = match (family, phase) {
@@ -130,6 +130,8 @@ impl UnderEngine {
                 | Evict
                 | Accumulate
                 | ReadState
+                | Deviate
+                | Blend
         ) {
             return device;
         }

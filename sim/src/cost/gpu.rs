@@ -366,7 +366,7 @@ impl CostModel for GpuKernels {
             OpKind::Append { .. } | OpKind::Release { .. } | OpKind::ReleasePart { .. } => {
                 Cost { seconds: 0.0, relative_stddev: 0.0, source: Source::Measured }
             }
-            OpKind::Offload { .. } | OpKind::Fetch { .. } => {
+            OpKind::Offload { .. } | OpKind::Fetch { .. } | OpKind::Load { .. } => {
                 // Once over the link; what it reads here it writes there.
                 let bytes = op.work(step).written.0 as f64;
                 Cost {

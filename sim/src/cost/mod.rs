@@ -6,7 +6,7 @@ pub mod gpu;
 pub mod roofline;
 
 use crate::op::{Family, Lanes, Op, OpKind, Phase};
-use crate::program::{Pass, Program, site};
+use crate::program::{Block, Pass, Program, site};
 use crate::timeline::{Source, Span, Timeline};
 use crate::units::Seconds;
 
@@ -64,7 +64,10 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
         let steps = f64::from(pass.steps) * times;
         seen.at = 0;
         let first = timeline.spans.len();
+        let loads = |b: &Block| b.ops.iter().any(|op| matches!(op.kind, OpKind::Load { .. }));
+        let by_layer = pass.blocks().any(|(_, block)| loads(block));
         for (block_index, block) in pass.blocks() {
+            let start = timeline.spans.len();
             for (op_index, op) in block.ops.iter().enumerate() {
                 let cost = seen.cost(model, op, pass.phase, pass.steps);
                 let launches = steps * f64::from(block.times());
@@ -79,8 +82,13 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
                     source: cost.source,
                 });
             }
+            if by_layer {
+                hide_transfers(&mut timeline.spans[start..]);
+            }
         }
-        hide_transfers(&mut timeline.spans[first..]);
+        if !by_layer {
+            hide_transfers(&mut timeline.spans[first..]);
+        }
         timeline.overhead[pass.phase as usize] += model.pass_overhead(pass) * steps;
         decode_steps += if pass.phase == Phase::Decode { steps } else { 0.0 };
     });
@@ -91,7 +99,8 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
     timeline
 }
 
-/// Transfers run beside everything else of their steps: what counts of them is what the rest does not cover.
+/// Transfers run beside everything else of their step, or, where a layer can't begin without what it takes over, of a layer:
+/// what counts of them is what the rest does not cover.
 fn hide_transfers(spans: &mut [Span]) {
     let sum = |spans: &[Span], transfers: bool| -> f64 {
         let counted = spans.iter().filter(|s| (s.family == Family::Transfer) == transfers);

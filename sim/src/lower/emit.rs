@@ -89,9 +89,11 @@ impl Lowering<'_> {
         let cache = self.classes[class].reads.unwrap_or(class);
         let rows_of = |s: &Sequences, a: &Active| self.rows(s, a, phase, class);
         let rows = self.lanes(all, active, |s, a| (rows_of(s, a) + a.ahead, Length::settled(0)));
+        let (apart, together): (Vec<Active>, Vec<Active>) = (active.iter().copied())
+            .partition(|a| self.blended(&all[a.index], a, phase, class).is_some());
         let appended =
-            self.lanes(all, active, |s, a| (rows_of(s, a), Length::settled(s.resident[class])));
-        let seen = self.lanes(all, active, |s, a| {
+            self.lanes(all, &together, |s, a| (rows_of(s, a), Length::settled(s.resident[class])));
+        let seen = self.lanes(all, &together, |s, a| {
             let rows = rows_of(s, a);
             (rows, Length::with_new(s.resident[cache].saturating_add(rows), rows))
         });
@@ -104,8 +106,9 @@ impl Lowering<'_> {
                 continue;
             }
             let step = self.step(s, a, phase, class);
-            let tokens = s.resident[class].saturating_add(step.rows);
-            let (left, split) = self.hooks(&step, class, tokens, &mut verbs);
+            let added = self.added(s, a, phase, class);
+            let tokens = s.resident[class].saturating_add(added);
+            let (left, split) = self.hooks(&step, class, (tokens, added), &mut verbs);
             self.stay.push(left);
             self.merge(&mut spoken, &verbs[..split], s, step.rows);
             self.merge(&mut late, &verbs[split..], s, step.rows);
@@ -129,10 +132,16 @@ impl Lowering<'_> {
         if phase == Phase::Prefill {
             spoken.extend(self.first_fill(all, active, class));
         }
-        let attend = |ops: &mut Vec<Op>| self.attend(all, active, phase, class, seen, ops);
+        let attend = |ops: &mut Vec<Op>| {
+            if !seen.as_slice().is_empty() {
+                self.attend(all, &together, phase, class, seen, ops);
+            }
+            self.blend(all, &apart, phase, class, ops);
+            self.deviate(all, active, phase, class, ops);
+        };
         let mut ops = self.layer(&rows, class, appended, attend, &mut spoken);
         self.compare_early(all, active, &mut ops);
-        if active.iter().all(|a| a.rows == 0) {
+        if together.iter().all(|a| a.rows == 0) {
             ops.retain(|op| !matches!(op.kind, OpKind::Append { .. }));
         }
         ops.extend(self.forward(all, active, phase, class));

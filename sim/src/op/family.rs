@@ -60,6 +60,10 @@ pub enum Family {
     Refresh,
     /// To slower memory and back.
     Transfer,
+    /// How far stored values are from new ones.
+    Deviate,
+    /// Putting stored and new tokens together.
+    Blend,
     /// Packing into fewer bits.
     Pack,
     /// Dropping channels of keys.
@@ -82,7 +86,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 36] = [
+    pub const ALL: [Self; 38] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -110,6 +114,8 @@ impl Family {
         Self::Compare,
         Self::Refresh,
         Self::Transfer,
+        Self::Deviate,
+        Self::Blend,
         Self::Pack,
         Self::PruneChannels,
         Self::Trim,
@@ -152,6 +158,8 @@ impl Family {
             Self::Compare => "compare",
             Self::Refresh => "refresh",
             Self::Transfer => "transfer",
+            Self::Deviate => "deviate",
+            Self::Blend => "blend",
             Self::Pack => "pack",
             Self::PruneChannels => "prune-channels",
             Self::Trim => "trim",

@@ -40,6 +40,15 @@ pub fn visible_pairs(rows: Tokens, kv: Tokens, window: Option<Tokens>) -> f64 {
     }
 }
 
+/// Pairs (query, visible key) of one sequence whose rows stand anywhere among the cached tokens: the newest `Lane::keep` at
+/// the end, the others, in expectation, in the middle of what is before.
+#[must_use]
+pub(crate) fn scattered_pairs(lane: &Lane) -> f64 {
+    let newest = lane.keep.min(lane.rows).min(lane.kv);
+    let others = f64::from(lane.rows - newest);
+    others * f64::from(lane.kv - newest + 1) / 2.0 + visible_pairs(newest, lane.kv, None)
+}
+
 impl Op {
     /// FLOPs and bytes, `step` steps into its pass. Bytes are the least that must move: each operand once.
     #[must_use]
@@ -302,6 +311,32 @@ impl Op {
                 let moved = heads.kv_bytes(tokens);
                 Work { flops: Flops(0.0), read: moved, written: moved }
             }
+            // Off the store and into buffers of the device.
+            OpKind::Load { .. } => {
+                let moved = heads.kv_bytes(rows);
+                Work { flops: Flops(0.0), read: moved, written: moved }
+            }
+            OpKind::Deviate { .. } => {
+                let values = rows * kv_heads * u64::from(heads.dim);
+                Work {
+                    flops: Flops(3.0 * values as f64),
+                    read: Bytes(heads.kv_bytes(rows).0 / 2) + self.dtype.bytes(values),
+                    written: f32s(kv_heads * rows),
+                }
+            }
+            OpKind::Blend { .. } => {
+                let filled = heads.kv_bytes(u64::from(lane.keep));
+                Work {
+                    flops: Flops(3.0 * f64::from(heads.kv) * dim * f64::from(lane.keep)),
+                    read: filled,
+                    written: filled,
+                }
+            }
+            OpKind::AttendRows { .. } => Work {
+                flops: dot(scattered_pairs(lane)) * 2.0,
+                read: heads.kv_bytes(tokens) + self.dtype.bytes(rows * query_width),
+                written: self.dtype.bytes(rows * query_width),
+            },
             OpKind::Foresee { .. } => Work {
                 flops: dot(f64::from(kv)),
                 read: all_keys + self.dtype.bytes(query_width),

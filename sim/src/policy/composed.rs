@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use super::{
-    Beside, Forwards, Policy, PolicyError, Prefetching, Reading, Refreshing, Request, Role, Step,
+    Beside, Forwards, Policy, PolicyError, Prefetching, Reading, Refreshing, Request, Reusing,
+    Role, Step,
 };
 use crate::form::Form;
 use crate::kv::KvTape;
@@ -41,7 +42,7 @@ impl Composed {
 
 /// Why two policies can't share a cache, and what to do instead.
 fn contradiction(a: Role, b: Role) -> Option<(&'static str, &'static str)> {
-    use Role::{Evicts, Keeps, Packs, Prunes, Selects, Shares};
+    use Role::{Evicts, Keeps, Packs, Prunes, Reuses, Selects, Shares};
     match (a, b) {
         (Keeps, _) | (_, Keeps) => {
             Some(("one of the parts keeps everything", "leave it out: it adds nothing"))
@@ -59,6 +60,16 @@ fn contradiction(a: Role, b: Role) -> Option<(&'static str, &'static str)> {
         (Selects, Packs | Prunes) | (Packs | Prunes, Selects) => Some((
             "tokens that are chosen are copied as they came, and the other part stores them otherwise",
             "name one of them",
+        )),
+        (Reuses, Reuses) => Some(("two policies put caches together", "name one")),
+        (Reuses, Selects) => None,
+        (Selects, Reuses) => Some((
+            "what is read of a cache is chosen when it has been put together",
+            "name the part that reuses first: cacheblend+quest",
+        )),
+        (Reuses, _) | (_, Reuses) => Some((
+            "a cache that is put together from chunks holds every token as it came",
+            "use it alone, or with a policy that chooses what to read: cacheblend+quest",
         )),
         (Selects, Selects) => Some(("two policies choose what to read", "name one")),
         (Selects, Evicts) | (Evicts, Selects) => Some((
@@ -132,6 +143,14 @@ impl Policy for Composed {
             .map(|p| p.short_heads(layer, model))
             .find(|h| !h.is_empty())
             .unwrap_or_default()
+    }
+
+    fn reuses(&self, prompt: Tokens, model: &Model) -> Option<Reusing> {
+        self.0.iter().find_map(|p| p.reuses(prompt, model))
+    }
+
+    fn only_if_named(&self) -> bool {
+        self.0.iter().any(|p| p.only_if_named())
     }
 
     fn refreshes(&self, prompt: Tokens, model: &Model) -> Option<Refreshing> {

@@ -174,8 +174,8 @@ pub trait Scoring: Clone + Debug + Default + DeserializeOwned + Send + Sync + 's
         Protect { sinks: cut.sinks, recent: cut.recent }
     }
 
-    /// As [`Policy::is_floor`].
-    fn is_floor(&self) -> bool {
+    /// As [`Policy::only_if_named`].
+    fn only_if_named(&self) -> bool {
         false
     }
 
@@ -283,8 +283,8 @@ impl<S: Scoring> Policy for Evicting<S> {
         Some(self.budget(step).0.saturating_add(slack))
     }
 
-    fn is_floor(&self) -> bool {
-        self.by.is_floor()
+    fn only_if_named(&self) -> bool {
+        self.by.only_if_named()
     }
 
     fn layer_kind(&self, layer: Layer, _model: &Model) -> u32 {

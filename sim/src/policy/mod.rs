@@ -7,6 +7,7 @@
 mod adakv;
 mod batch_max;
 mod budget;
+mod cacheblend;
 mod clusterkv;
 mod composed;
 mod dbudgetkv;
@@ -40,6 +41,7 @@ use std::sync::Arc;
 pub use adakv::{AdaKv, Together};
 pub use batch_max::{AnyScore, BatchMax, By};
 pub use budget::Budget;
+pub use cacheblend::CacheBlend;
 pub use clusterkv::ClusterKv;
 pub use composed::Composed;
 pub use dbudgetkv::{DBudgetKv, Kept, Order};
@@ -161,6 +163,15 @@ pub struct Leaves {
     pub ragged: bool,
 }
 
+/// Tokens that upper layers take over from caches of chunks of the prompt, which were read earlier, each alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reusing {
+    /// Tokens at the start of the prompt that stand in chunks.
+    pub tokens: Tokens,
+    /// Tokens of a chunk; the last one may be shorter.
+    pub chunk: Tokens,
+}
+
 /// Rows of a prompt that upper layers see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forwards {
@@ -214,6 +225,8 @@ pub enum Role {
     Selects,
     /// Layers read other layers' caches.
     Shares,
+    /// Takes parts of a cache over from earlier requests.
+    Reuses,
 }
 
 /// What a system does to a KV cache.
@@ -250,8 +263,9 @@ pub trait Policy: Debug + Send + Sync {
         true
     }
 
-    /// Whether it only shows how much the others are worth: a plan tries it where it is named and never proposes it.
-    fn is_floor(&self) -> bool {
+    /// Whether a plan tries it where it is named and never proposes it: it only shows how much the others are worth, or
+    /// relies on what no question states.
+    fn only_if_named(&self) -> bool {
         false
     }
 
@@ -268,6 +282,11 @@ pub trait Policy: Debug + Send + Sync {
     /// The layer behind which only some rows of a prompt of `prompt` tokens go on, and which. That layer must be of a
     /// kind of its own.
     fn forwards(&self, _prompt: Tokens, _model: &Model) -> Option<Forwards> {
+        None
+    }
+
+    /// What the layers behind that of [`Self::forwards`] take over, where rows go on because the others are known.
+    fn reuses(&self, _prompt: Tokens, _model: &Model) -> Option<Reusing> {
         None
     }
 
@@ -425,6 +444,7 @@ registry! {
     "dbudgetkv" => build::<DBudgetKv>,
     "duoattention" => build::<DuoAttention>,
     "less" => less,
+    "cacheblend" => build::<CacheBlend>,
     "refreshkv" => build::<RefreshKv>,
     "specache" => build::<SpeCache>,
 }

@@ -29,7 +29,7 @@ impl Scoring for Chance {
         Score::Random { seed: self.seed }
     }
 
-    fn is_floor(&self) -> bool {
+    fn only_if_named(&self) -> bool {
         true
     }
 

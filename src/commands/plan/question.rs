@@ -124,7 +124,7 @@ impl<'a> Question<'a> {
         let request = Request::new(&model, self.isl, cache).with_hit(self.hit.of(self.isl));
         for name in &names {
             for preset in self.variants(name)? {
-                if !named && preset.policy.is_floor() {
+                if !named && preset.policy.only_if_named() {
                     continue;
                 }
                 match check_with_prefix(preset.policy.as_ref(), &request) {
