@@ -22,6 +22,8 @@ pub struct Footprint {
     pub kv_spread: Bytes,
     /// What they may stay below them, at most.
     pub kv_shortfall: Bytes,
+    /// In slower memory: what is offloaded, or the chunks that are reused. No part of the sums.
+    pub away: Bytes,
     /// Buffers between ops.
     pub activations: Bytes,
     /// What is kept per cached token besides keys and values (positions, scores).
@@ -191,6 +193,7 @@ pub(crate) fn footprint_with(
         kv_decode_peak: peaks.decode,
         kv_spread: kv_spread(program),
         kv_shortfall: kv_shortfall(program),
+        away: offloaded(program),
         activations: buffers.bytes(model, program.header.activations.bits() / 8),
         bookkeeping,
         runtime,

@@ -155,6 +155,7 @@ impl Placement {
             kv_decode_peak: caches(whole.kv_decode_peak),
             kv_spread: caches(whole.kv_spread),
             kv_shortfall: caches(whole.kv_shortfall),
+            away: caches(whole.away),
             activations,
             bookkeeping: if program.drops() { caches(whole.bookkeeping) } else { Bytes(0) },
             runtime: self.limits.runtime.saturating_sub(activations),

@@ -32,6 +32,7 @@ pub fn pretty(body: &impl Serialize) -> String {
 #[derive(Serialize)]
 pub struct Memory {
     activations_bytes: Bytes,
+    away_bytes: Bytes,
     bookkeeping_bytes: Bytes,
     kv_decode_peak_bytes: Bytes,
     kv_prefill_peak_bytes: Bytes,
@@ -45,6 +46,7 @@ pub struct Memory {
 pub fn footprint(f: &Footprint) -> Memory {
     Memory {
         activations_bytes: f.activations,
+        away_bytes: f.away,
         bookkeeping_bytes: f.bookkeeping,
         kv_decode_peak_bytes: f.kv_decode_peak,
         kv_prefill_peak_bytes: f.kv_prefill_peak,

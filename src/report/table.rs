@@ -73,6 +73,9 @@ pub fn memory(footprint: &Footprint) -> String {
         ("runtime", footprint.runtime),
         ("total", footprint.total()),
     ];
+    if footprint.away.0 > 0 {
+        lines.push(("in slower memory", footprint.away));
+    }
     if footprint.kv_spread.0 > 0 {
         lines.push(("kv spread, most", footprint.kv_spread));
     }

@@ -404,13 +404,18 @@ impl CostModel for Calibrated {
 }
 
 impl Calibrated {
-    /// A family nobody measured: the bytes at the rate of the slowest measured family.
+    /// A family nobody measured: at the middle of the rates of those that were and that move or compute anything.
     fn unmeasured(&self, work: &Work) -> Cost {
-        let slowest = |rate: fn(&FamilyFit) -> f64| {
-            self.profile.families.iter().map(rate).fold(f64::INFINITY, f64::min)
+        let middle = |of: fn(&Point) -> f64, most: f64| {
+            let rate = |f: &FamilyFit| {
+                let rates = f.points.iter().map(|p| of(p) / p.seconds);
+                Some(rates.fold(0.0, f64::max)).filter(|r| *r > 0.0)
+            };
+            let mut rates: Vec<f64> = self.profile.families.iter().filter_map(rate).collect();
+            rates.sort_by(f64::total_cmp);
+            rates.get(rates.len() / 2).map_or(most, |r| r.min(most))
         };
-        let bytes = slowest(|f| f.bytes_per_s).min(1e12);
-        let flops = slowest(|f| f.flops_per_s).min(1e15);
+        let (bytes, flops) = (middle(|p| p.bytes, 1e12), middle(|p| p.flops, 1e15));
         let seconds = (work.bytes().0 as f64 / bytes).max(work.flops.0 / flops) + 1e-6;
         Cost { seconds, relative_stddev: 0.5, source: Source::Roofline }
     }
@@ -506,6 +511,29 @@ mod tests {
         let fit = fit(Family::Gemm, points);
         assert!(fit.left_out.median < 0.01, "{:?}", fit.left_out);
         assert!((fit.flops_per_s / 1e9 - 1.0).abs() < 0.05, "{}", fit.flops_per_s);
+    }
+
+    #[test]
+    fn what_nobody_measured_goes_at_the_rates_of_the_others() {
+        // 1e8 bytes/s and 1e9 FLOP/s; freeing moves nothing and says nothing.
+        let free = Point { flops: 0.0, bytes: 0.0, ..point(1.0, 1e-6) };
+        let families = vec![
+            fit(Family::Gemm, vec![point(1.0, 1e-2), point(10.0, 1e-2)]),
+            fit(Family::Release, vec![free]),
+        ];
+        let profile = KernelProfile {
+            device: "x".to_owned(),
+            measured: Provenance::default(),
+            step_overhead_s: 0.0,
+            runtime_bytes: Bytes(0),
+            families,
+        };
+        let model = Calibrated::new(profile);
+        let work =
+            Work { flops: crate::units::Flops(5e6), read: Bytes(2_000_000), written: Bytes(0) };
+        let cost = model.unmeasured(&work);
+        assert!((cost.seconds - 2e-2).abs() < 2e-6, "{}", cost.seconds);
+        assert_eq!(cost.source, Source::Roofline);
     }
 
     #[test]
