@@ -426,7 +426,7 @@ pub struct RunArgs {
     /// Wrap the prompt in the model's chat template
     #[arg(long)]
     pub chat: bool,
-    /// Slower memory for offloaded tokens (specache): a hard limit [default: none]
+    /// Slower memory for offloaded tokens (specache) and stored chunks (cacheblend): a hard limit [default: none]
     #[arg(long, value_name = "SIZE")]
     pub tier_memory: Option<String>,
     /// Directory in whose files offloaded tokens lie [default: memory]

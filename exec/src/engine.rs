@@ -72,6 +72,8 @@ pub struct SequenceResult {
     pub prompt_logits: Option<Vec<f32>>,
     /// Guesses at its tokens from the second on, where steps speculate.
     pub guesses: Vec<u32>,
+    /// Positions of the prompt's rows that went on to the upper layers, where not all did.
+    pub forwarded: Vec<Tokens>,
     /// Decode steps, from 1, and layers in which its partial cache was filled anew, in the order in which it happened.
     pub refreshed: Vec<(u32, Layer)>,
     /// Positions kept per layer and KV head after the prefill, if details were kept.
@@ -392,6 +394,7 @@ impl Engine {
                 generated: Vec::new(),
                 refreshed: Vec::new(),
                 guesses: Vec::new(),
+                forwarded: Vec::new(),
                 gaps: Vec::new(),
                 sampler: Sampler::new(options.sampling, i),
                 prompt_logits: None,
@@ -519,6 +522,7 @@ fn finish(
                 prompt_logits: s.prompt_logits,
                 refreshed: s.refreshed,
                 guesses: s.guesses,
+                forwarded: s.forwarded,
                 kept,
             }
         })

@@ -125,6 +125,8 @@ pub struct SequenceState {
     pub refreshed: Vec<(u32, Layer)>,
     /// Guesses at the next token but one, one a step.
     pub guesses: Vec<u32>,
+    /// Positions of the prompt's rows that went on to the upper layers, where not all did.
+    pub forwarded: Vec<u32>,
     /// The choice of tokens.
     pub sampler: Sampler,
     /// Logits at the last prompt position, where they were asked for.
@@ -538,6 +540,10 @@ impl Interpreter<'_> {
             choices.push((*first, k::evict::best(&scores, positions, seen, keep, protect)));
         }
         let slots = &mut self.slots;
+        for (sequence, (first, kept)) in sequences.iter().zip(&choices) {
+            let at = kept.iter().map(|row| slots.positions[first + *row as usize]);
+            self.sequences[*sequence].forwarded = at.collect();
+        }
         let mut to = 0;
         // A step reads all its prompts whole or none: every sequence of the step is here.
         for (step, (first, kept)) in slots.step_rows.iter_mut().zip(&choices) {

@@ -10,15 +10,16 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use batchmax_exec::observe::Seen;
+use batchmax_exec::quality::kl;
 use batchmax_exec::sharing::{MeanCaches, cosine, search};
 use batchmax_exec::{Engine, RunOptions, RunResult, load_of};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::lower::lower;
 use batchmax_sim::op::{DType, Pooling};
 use batchmax_sim::policy::{
-    AdaKv, Budget, ClusterKv, Composed, DBudgetKv, FastKv, Full, H2o, HeavyHitters, Kivi, KvSharer,
-    LagKv, Order, Policy, PyramidKv, Quest, RefreshKv, RocketKv, Snap, SnapKv, SpeCache,
-    StreamingLlm, ThinK, Tova,
+    AdaKv, Budget, CacheBlend, ClusterKv, Composed, DBudgetKv, FastKv, Full, H2o, HeavyHitters,
+    Kivi, KvSharer, LagKv, Order, Policy, PyramidKv, Quest, RefreshKv, RocketKv, Snap, SnapKv,
+    SpeCache, StreamingLlm, ThinK, Tova,
 };
 use common::{
     Golden, assert_greedy, engine, from_runs, ids, numbers, overlap, run, setup, worst_logit,
@@ -426,5 +427,43 @@ fn specache_gives_the_reference_tokens_and_guesses() {
         );
         assert_greedy("specache", &ours.generated, reference, 0.1);
         assert!(alike as f64 >= 0.9 * same.min(31) as f64, "{alike} guesses");
+    }
+}
+
+#[test]
+fn cacheblend_computes_anew_what_the_reference_does() {
+    let Some(engine) = engine() else { return };
+    for (prompt, source) in prompts_with_ids() {
+        for suffix in [1, 128] {
+            let name = format!("suffix{suffix}");
+            let reference = &prompt["cacheblend"][&name];
+            if reference.is_null() {
+                continue;
+            }
+            let blend = |recompute| {
+                let policy = CacheBlend { recompute, suffix, chunk: 128, check: 1 };
+                let source = std::slice::from_ref(&source);
+                run(&engine, &policy, source, 32, Schedule::Static, DType::F32)
+            };
+            let result = blend(0.16);
+            let (ours, theirs) = (&result.sequences[0].forwarded, ids(&reference["recomputed"]));
+            let equal = ours.iter().filter(|p| theirs.contains(p)).count();
+            assert_eq!(ours.len(), theirs.len());
+            assert!(equal as f64 >= 0.99 * theirs.len() as f64, "{equal} of {}", theirs.len());
+            let logits = |r: &RunResult| r.sequences[0].prompt_logits.clone().expect("kept");
+            let worst = worst_logit(&logits(&result), &reference["prefill_logits"]);
+            assert!(worst <= 5e-3, "{name}: logits differ by {worst}");
+            assert_greedy(&name, &result.sequences[0].generated, reference, 0.05);
+            let source = std::slice::from_ref(&source);
+            let full = run(&engine, &Full::default(), source, 1, Schedule::Static, DType::F32);
+            let losses = reference["kl_full_vs_blend_by_r"].as_object().expect("shares");
+            for (recompute, expected) in losses {
+                let expected = expected.as_f64().expect("number");
+                let found =
+                    kl(&logits(&full), &logits(&blend(recompute.parse().expect("a share"))));
+                println!("cacheblend {name}, {recompute}: KL {found}, reference {expected}");
+                assert!((found - expected).abs() <= 0.02 * expected + 1e-5, "{recompute}: {found}");
+            }
+        }
     }
 }
