@@ -1,6 +1,7 @@
 //! Runs programs: checks them against the budget, replays them step by step, holds every step against the predicted
 //! memory, and reports what was measured.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use batchmax_kernels::threads::Threads;
@@ -18,6 +19,7 @@ use crate::interpreter::{Interpreter, SequenceState, Slots};
 use crate::kv_store::{KvStore, kv_format};
 use crate::machine;
 use crate::sampling::{Sampler, Sampling};
+use crate::state_maps::StateMaps;
 use crate::weights::Weights;
 
 /// A model, its weights and the threads that run it.
@@ -386,8 +388,25 @@ impl Engine {
             keep_prompt_logits: options.keep_details,
             cache_of: program.header.cache_of.clone(),
             short_heads: program.header.short_heads.clone(),
+            maps: self.state_maps(program)?,
             forwards: forwards(program),
         })
+    }
+
+    /// The networks that a program needs, if it keeps states of what is dropped.
+    fn state_maps(&self, program: &Program) -> Result<Option<StateMaps>, ExecError> {
+        let mut state = None;
+        program.visit_passes(|_, pass, _| {
+            let mut ops = pass.layers.iter().flat_map(|block| &block.ops);
+            state = state.or_else(|| ops.find_map(|op| op.cache_heads()?.form.state));
+        });
+        let Some(state) = state else { return Ok(None) };
+        match &program.header.maps {
+            Some(path) => StateMaps::load(Path::new(path), &self.model, state).map(Some),
+            // Speed and memory are those of trained ones.
+            None if self.weights.synthetic => Ok(Some(StateMaps::untrained(&self.model, state))),
+            None => Err(ExecError::MissingStateMaps { model: self.model.name.clone() }),
+        }
     }
 
     fn kept(&self, interpreter: &Interpreter<'_>, options: &RunOptions) -> Vec<Option<Kept>> {

@@ -66,6 +66,22 @@ pub enum ExecError {
         /// By the caller.
         got: String,
     },
+    /// Nothing says how dropped tokens are kept.
+    #[error(
+        "less has no trained networks for {model}; hint: batchmax prepare less --model {model} --out FILE trains them, --policy FILE takes them"
+    )]
+    MissingStateMaps {
+        /// The model.
+        model: String,
+    },
+    /// A file of networks that can't be used.
+    #[error("{}: {problem}; hint: batchmax prepare less makes one for the model", path.display())]
+    StateMaps {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        problem: String,
+    },
     /// A token that the model does not know.
     #[error("token id {id} is outside the vocabulary of {vocab}")]
     UnknownToken {

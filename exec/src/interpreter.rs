@@ -5,6 +5,7 @@ mod cache;
 mod choice;
 mod refresh;
 mod settle;
+mod state;
 
 use batchmax_kernels as k;
 use batchmax_kernels::threads::Threads;
@@ -18,6 +19,7 @@ use crate::clock::Clock;
 use crate::error::ExecError;
 use crate::kv_store::KvStore;
 use crate::sampling::Sampler;
+use crate::state_maps::StateMaps;
 use crate::weights::Weights;
 use refresh::Noted;
 
@@ -146,6 +148,8 @@ pub struct Interpreter<'a> {
     pub cache_of: Vec<Layer>,
     /// KV heads of each layer that hold sinks and newest tokens only; empty: none.
     pub short_heads: Vec<Vec<u32>>,
+    /// Networks of the states that dropped tokens leave, where a program has such.
+    pub maps: Option<StateMaps>,
     /// Layers behind which only some rows go on.
     pub forwards: Vec<usize>,
 }
@@ -316,6 +320,10 @@ impl Interpreter<'_> {
             OpKind::Evict { heads, protect, choice } => {
                 self.evict(heads, protect, choice, lanes, layer)?;
             }
+            OpKind::Accumulate { heads, protect, choice } => {
+                self.accumulate(heads, protect, choice, lanes, layer);
+            }
+            OpKind::ReadState { heads } => self.read_state(heads, lanes, layer),
             OpKind::Index { page, .. } => self.index(page, lanes, layer),
             OpKind::Cluster { sinks, rounds, .. } => self.cluster(sinks, rounds, lanes, layer),
             OpKind::Select { heads, by } => self.select(heads, by, lanes, layer),

@@ -9,7 +9,7 @@ use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
     AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, DBudgetKv, DuoAttention,
-    ExpectedAttention, Falling, FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Policy,
+    ExpectedAttention, Falling, FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Less, Policy,
     PyramidKv, Quest, Random, RefreshKv, Snap, SnapKv, StreamingLlm, ThinK, Together, Tova,
 };
 use common::{made_up, run, small};
@@ -84,6 +84,7 @@ fn uneven(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
         Box::new(duo(4, 40, 0)),
         Box::new(duo(4, 40, 48)),
         Box::new(Composed::new(shared).expect("goes together")),
+        Box::new(Less::new(budget)),
     ]
 }
 

@@ -25,6 +25,7 @@ pub mod sample;
 pub mod select;
 mod simd;
 pub mod softcap;
+pub mod state;
 #[cfg(test)]
 mod testing;
 pub mod threads;

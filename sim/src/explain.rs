@@ -186,6 +186,16 @@ fn sizes(op: &Op, growing: bool) -> String {
                 }
             },
         ),
+        OpKind::Accumulate { heads, .. } => format!(
+            "{} into {} rows a head",
+            tokens(&op.lanes, growing, true),
+            heads.form.state.map_or(0, |s| s.rank)
+        ),
+        OpKind::ReadState { heads } => format!(
+            "{rows} q x {}h over {} rows a head",
+            heads.query,
+            heads.form.state.map_or(0, |s| s.rank)
+        ),
         OpKind::Gated { ffn } => format!("{rows} x {ffn}"),
         OpKind::Sample { vocab } => format!("{rows} x {vocab}"),
         OpKind::Release { .. } => tokens(&op.lanes, growing, false),

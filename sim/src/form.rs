@@ -65,6 +65,15 @@ impl Short {
     }
 }
 
+/// What dropped tokens leave behind in each head: sums of constant size, in 32 bits (`LESS`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct State {
+    /// Rows of the sums, each as wide as a head, and a number more.
+    pub rank: u32,
+    /// Width of the networks through which keys are added and queries read.
+    pub hidden: u32,
+}
+
 /// How a layer's cache stores what it keeps. The default: every token of every head as it came.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Form {
@@ -74,6 +83,8 @@ pub struct Form {
     pub pruned: Option<Pruned>,
     /// Fewer tokens in some heads.
     pub short: Option<Short>,
+    /// Something of what was dropped.
+    pub state: Option<State>,
 }
 
 /// Tokens of a cache inside a step.
@@ -121,6 +132,7 @@ impl Form {
             packed: self.packed.or(other.packed),
             pruned: self.pruned.or(other.pruned),
             short: self.short.or(other.short),
+            state: self.state.or(other.state),
         }
     }
 
@@ -210,6 +222,23 @@ impl Heads {
     #[must_use]
     pub fn stored(&self, length: Length) -> Bytes {
         self.in_blocks(length, 1)
+    }
+
+    /// Bytes of what dropped tokens leave behind, of one sequence and layer, from its first token on.
+    #[must_use]
+    pub fn state_bytes(&self) -> Bytes {
+        let numbers = self.form.state.map_or(0, |s| u64::from(s.rank) * u64::from(self.dim + 1));
+        DType::F32.bytes(u64::from(self.kv) * numbers)
+    }
+
+    /// Numbers of the networks of a layer through which queries read a state, and through which keys are added to it.
+    #[must_use]
+    pub fn map_elements(&self) -> (u64, u64) {
+        let Some(State { rank, hidden }) = self.form.state else { return (0, 0) };
+        let (rank, hidden) = (u64::from(rank), u64::from(hidden));
+        let network = u64::from(self.dim) * hidden + hidden * rank;
+        let keys = u64::from(self.kv) * (network + rank * rank + 2 * rank);
+        (u64::from(self.query) * network, keys)
     }
 
     /// Tokens of all heads, as a share of what they would be if every head held `length`.

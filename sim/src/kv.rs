@@ -18,10 +18,12 @@ pub struct KvLayout {
 }
 
 impl KvLayout {
-    /// Bytes that a cache of this length holds of one sequence and layer, all KV heads, whole blocks.
+    /// Bytes that a cache of this length holds of one sequence and layer, all KV heads, whole blocks, with what dropped
+    /// tokens leave behind.
     #[must_use]
     pub fn held(&self, heads: Heads, length: Length) -> Bytes {
-        heads.in_blocks(length, self.block_tokens)
+        let state = if length.tokens > 0 { heads.state_bytes() } else { Bytes(0) };
+        heads.in_blocks(length, self.block_tokens) + state
     }
 }
 
@@ -74,6 +76,11 @@ impl<'a> KvTape<'a> {
         self.record("tally", OpKind::Tally { heads: self.heads }, 0);
     }
 
+    /// Attention reads what dropped tokens have left behind.
+    pub fn read_state(&mut self) {
+        self.record("read_state", OpKind::ReadState { heads: self.heads }, 0);
+    }
+
     /// Scores every resident token; `protect` is exempt from the next [`Self::keep`].
     pub fn rank(&mut self, by: Score, protect: Protect) -> &mut Self {
         self.protect = protect;
@@ -95,6 +102,10 @@ impl<'a> KvTape<'a> {
             // The newest tokens are the residual that is not packed yet.
             let residual = form.packed.map_or(0, |p| p.residual);
             let protect = Protect { recent: protect.recent.max(residual), ..protect };
+            if form.state.is_some() {
+                let kind = OpKind::Accumulate { heads: self.heads, protect, choice };
+                self.record("accumulate", kind, tokens);
+            }
             self.record("evict", OpKind::Evict { heads: self.heads, protect, choice }, tokens);
             self.length = form.after_eviction(tokens);
         }

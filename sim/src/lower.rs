@@ -9,7 +9,7 @@ use crate::form::Length;
 use crate::kv::{KvLayout, KvTape, Verb};
 use crate::load::{Group, Load, Schedule};
 use crate::op::{DType, Lane, Op, OpKind, Phase, Protect, Score};
-use crate::policy::{Policy, PolicyError, Request, Step, check_with_prefix};
+use crate::policy::{Beside, Policy, PolicyError, Request, Step, check_with_prefix};
 use crate::profile::Model;
 use crate::program::{Header, Held, Node, Program};
 use crate::units::Tokens;
@@ -196,6 +196,10 @@ fn header(
             let of = |l| policy.short_heads(l, model);
             let all: Vec<Vec<u32>> = (0..model.layers).map(of).collect();
             if all.iter().all(Vec::is_empty) { Vec::new() } else { all }
+        },
+        maps: match policy.beside() {
+            Beside::File(file) => Some(file),
+            Beside::Nothing | Beside::Missing => None,
         },
         held,
     }

@@ -185,7 +185,8 @@ pub(crate) fn footprint_with(
     // A 4-byte position per token and KV head, and a running sum where a score needs one.
     let bookkeeping = Bytes(cached_heads * if buffers.tallied { 8 } else { 4 });
     Footprint {
-        weights: weight_bytes(model, program.header.weights, program.header.head),
+        weights: weight_bytes(model, program.header.weights, program.header.head)
+            + map_bytes(program),
         kv_prefill_peak: peaks.prefill,
         kv_decode_peak: peaks.decode,
         kv_spread: kv_spread(program),
@@ -194,6 +195,22 @@ pub(crate) fn footprint_with(
         bookkeeping,
         runtime,
     }
+}
+
+/// Bytes of the networks through which dropped tokens are added to a state and queries read it, all layers.
+fn map_bytes(program: &Program) -> Bytes {
+    let mut most = 0u64;
+    program.visit_passes(|_, pass, _| {
+        // Every pass has all layers.
+        let layer = |block: &Block| {
+            let state = |op: &Op| op.cache_heads().filter(|h| h.form.state.is_some());
+            let (queries, keys) =
+                block.ops.iter().find_map(state).map_or((0, 0), |h| h.map_elements());
+            u64::from(block.times()) * (queries + keys)
+        };
+        most = most.max(pass.layers.iter().map(layer).sum());
+    });
+    crate::op::DType::F32.bytes(most)
 }
 
 /// Bytes by which caches may exceed their replay because their lengths depend on the text. The replay gives heads that

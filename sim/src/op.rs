@@ -240,6 +240,20 @@ pub enum OpKind {
         /// How the budget is shared.
         choice: Choice,
     },
+    /// Adds the tokens that the next eviction drops to what earlier ones have left behind.
+    Accumulate {
+        /// Heads.
+        heads: Heads,
+        /// As the eviction's.
+        protect: Protect,
+        /// As the eviction's.
+        choice: Choice,
+    },
+    /// Joins what dropped tokens have left behind to the attention over the cache.
+    ReadState {
+        /// Heads.
+        heads: Heads,
+    },
     /// Brings the extremes of each page of keys up to the cache.
     Index {
         /// Heads.
@@ -392,6 +406,8 @@ impl Op {
                 Score::ExpectedAttention { .. } => Family::RankExpected,
             },
             OpKind::Evict { .. } => Family::Evict,
+            OpKind::Accumulate { .. } => Family::Accumulate,
+            OpKind::ReadState { .. } => Family::ReadState,
             OpKind::Index { .. } => Family::Index,
             OpKind::Cluster { .. } => Family::Cluster,
             OpKind::Select { .. } => Family::Select,
@@ -419,6 +435,8 @@ impl Op {
             | OpKind::Tally { heads }
             | OpKind::Rank { heads, .. }
             | OpKind::Evict { heads, .. }
+            | OpKind::Accumulate { heads, .. }
+            | OpKind::ReadState { heads }
             | OpKind::Index { heads, .. }
             | OpKind::Cluster { heads, .. }
             | OpKind::Select { heads, .. }

@@ -158,6 +158,8 @@ pub struct Header {
     pub cache_of: Vec<Layer>,
     /// KV heads of each layer that hold sinks and recent tokens only; empty: none.
     pub short_heads: Vec<Vec<u32>>,
+    /// File of the networks that add dropped tokens to a state and read it ([`crate::form::State`]), if there is one.
+    pub maps: Option<String>,
     /// What caches hold before the first step: prefixes that were read earlier.
     pub held: Vec<Held>,
 }

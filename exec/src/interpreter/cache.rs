@@ -29,6 +29,7 @@ impl Interpreter<'_> {
         lanes: &[Lane],
         layer: Option<Layer>,
     ) -> Result<(), ExecError> {
+        self.open_states(heads, lanes, layer)?;
         let width = self.model.qkv_width() as usize;
         let dim = heads.dim as usize;
         let key_offset = heads.query as usize * dim;
@@ -197,16 +198,11 @@ impl Interpreter<'_> {
         let mut items = Vec::with_capacity(picked.len());
         for (at, (sequence, lane, heads)) in picked.into_iter().enumerate() {
             let seen = self.sequences[sequence as usize].seen_with_step();
-            let mean = lane.keep as usize;
             let keep = match choice {
-                Choice::PerHead => vec![mean; heads.len()],
                 Choice::Within { .. } => vec![counts[at]; heads.len()],
-                Choice::AcrossHeads { guaranteed } => {
+                _ => {
                     let scores = &scores[at * heads.len()..(at + 1) * heads.len()];
-                    let ranked: Vec<(&[f32], &[u32])> = (scores.iter().zip(heads.iter()))
-                        .map(|(scores, head)| (scores.as_slice(), head.positions.as_slice()))
-                        .collect();
-                    k::evict::share(&ranked, seen, mean, mean * guaranteed as usize / 1000, protect)
+                    kept(choice, heads, scores, seen, lane.keep, protect)
                 }
             };
             items.push(EvictItem { heads, seen, keep });
@@ -223,6 +219,23 @@ impl Interpreter<'_> {
         }
         Ok(())
     }
+}
+
+/// How many tokens each head of a sequence keeps, `mean` on the average, where no attention decides it.
+pub(super) fn kept(
+    choice: Choice,
+    heads: &[k::kv::HeadCache],
+    scores: &[Vec<f32>],
+    seen: u32,
+    mean: u32,
+    protect: k::evict::Protect,
+) -> Vec<usize> {
+    let mean = mean as usize;
+    let Choice::AcrossHeads { guaranteed } = choice else { return vec![mean; heads.len()] };
+    let ranked: Vec<(&[f32], &[u32])> = (scores.iter().zip(heads))
+        .map(|(scores, head)| (scores.as_slice(), head.positions.as_slice()))
+        .collect();
+    k::evict::share(&ranked, seen, mean, mean * guaranteed as usize / 1000, protect)
 }
 
 /// Takes the scores of some sequences out of a layer's, which stand by sequence and KV head.
@@ -244,7 +257,12 @@ pub(super) fn take_scores(
 }
 
 /// Puts scores where the eviction or the choice of rows looks for them.
-fn put_scores(layer: &mut [Vec<f32>], lanes: &Lanes, kv_heads: u32, scores: Vec<Vec<f32>>) {
+pub(super) fn put_scores(
+    layer: &mut [Vec<f32>],
+    lanes: &Lanes,
+    kv_heads: u32,
+    scores: Vec<Vec<f32>>,
+) {
     let of =
         |l: &Lane| (l.first * kv_heads) as usize..((l.first + l.sequences) * kv_heads) as usize;
     let places = lanes.as_slice().iter().flat_map(of);

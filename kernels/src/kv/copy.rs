@@ -1,6 +1,7 @@
 //! Copies of caches: sequences that begin alike share the work of reading, not the memory.
 
 use super::{BlockPool, Half, Halves, HeadCache, PoolFull};
+use crate::state::State;
 
 impl HeadCache {
     /// A copy with halves of its own.
@@ -15,6 +16,10 @@ impl HeadCache {
             values: self.values.copy(pool)?,
             positions: self.positions.clone(),
             tally: self.tally.clone(),
+            state: match self.state {
+                Some(state) => Some(State { half: copy(pool, state.half)?, ..state }),
+                None => None,
+            },
         })
     }
 }

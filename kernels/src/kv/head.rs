@@ -6,6 +6,7 @@ use super::codec::{Codec, code_at};
 use super::pool::blocks;
 use super::{BLOCK_TOKENS, BlockPool, Half, KvFormat, PoolFull};
 use crate::simd::{bf16_bits, fp8_bits, fp8_value};
+use crate::state::State;
 
 /// The keys or the values of a head, half-block by half-block. Packed tokens come first, then (keys only) pruned ones, then
 /// whole ones; where two forms meet in a block, it has a half of each.
@@ -109,6 +110,8 @@ pub struct HeadCache {
     pub positions: Vec<u32>,
     /// Accumulated attention per token, where something accumulates it; may lag behind the tokens.
     pub tally: Vec<f32>,
+    /// What is left of dropped tokens, where something keeps that.
+    pub(crate) state: Option<State>,
 }
 
 impl HeadCache {
@@ -134,10 +137,11 @@ impl HeadCache {
         self.keys.narrow_tokens == 0 && self.values.narrow_tokens == 0
     }
 
-    /// Bytes of its halves.
+    /// Bytes of its halves, and of its state.
     #[must_use]
     pub fn held_bytes(&self, pool: &BlockPool) -> u64 {
-        self.keys.held_bytes(pool) + self.values.held_bytes(pool)
+        let state = self.state.map_or(0, |state| pool.bytes_of(state.half));
+        self.keys.held_bytes(pool) + self.values.held_bytes(pool) + state
     }
 
     /// Bytes that are missing for `extra_tokens` more.
@@ -170,9 +174,10 @@ impl HeadCache {
         Ok(())
     }
 
-    /// Drops all tokens and gives all halves back.
+    /// Drops all tokens and the state, and gives all halves back.
     pub fn clear(&mut self, pool: &mut BlockPool) {
         self.truncate(pool, 0);
+        self.state.take().into_iter().for_each(|state| pool.free(state.half));
     }
 
     /// Keeps the first `tokens` tokens and gives back the halves that they don't need.

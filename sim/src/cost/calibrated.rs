@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Cost, CostModel};
-use crate::op::{Choice, Family, Lane, Op, OpKind, Phase, Pick, Score, Work};
+use crate::op::{Choice, Family, Heads, Lane, Op, OpKind, Phase, Pick, Score, Work};
 use crate::timeline::Source;
 use crate::units::{Bytes, Seconds};
 
@@ -129,6 +129,11 @@ fn pick(by: Pick) -> u32 {
     }
 }
 
+/// What tells one state from another.
+fn networks(heads: Heads) -> u32 {
+    heads.form.state.map_or(0, |s| s.rank.saturating_mul(4096).saturating_add(s.hidden))
+}
+
 /// The features of `op`, `step` steps into its pass.
 #[must_use]
 pub fn features(op: &Op, step: u32) -> Features {
@@ -224,6 +229,13 @@ pub fn features(op: &Op, step: u32) -> Features {
             let sampled = matches!(by, Score::ExpectedAttention { .. });
             let sampled = if sampled { log2(rows / sequences.max(1.0)) } else { 0.0 };
             one(head_key(queries), [log2(sequences), log2(mean_kv), sampled])
+        }
+        OpKind::ReadState { heads } => {
+            one(head_key(networks(heads)), [log2(rows), log2(sequences), 0.0])
+        }
+        OpKind::Accumulate { heads, .. } => {
+            let dropped = (cached / sequences.max(1.0) - kept).max(0.0);
+            one(head_key(networks(heads)), [log2(sequences), log2(dropped), log2(mean_kv)])
         }
         OpKind::Evict { choice, .. } => {
             let kept: f64 = op

@@ -105,8 +105,8 @@ impl UnderEngine {
     /// The multiple of the timed kernel's time that a launch takes.
     fn factor(&self, op: &Op, phase: Phase) -> f64 {
         use Family::{
-            Collective, Evict, RankExpected, RankKeyNorm, RankKeydiff, RankLag, RankLast,
-            RankRandom, RankRecency, RankTally, RankWindow, Tally,
+            Accumulate, Collective, Evict, RankExpected, RankKeyNorm, RankKeydiff, RankLag,
+            RankLast, RankRandom, RankRecency, RankTally, RankWindow, ReadState, Tally,
         };
         let family = op.family(phase);
         let device = match (family, phase) {
@@ -128,6 +128,8 @@ impl UnderEngine {
                 | RankLag
                 | RankExpected
                 | Evict
+                | Accumulate
+                | ReadState
         ) {
             return device;
         }

@@ -42,6 +42,10 @@ pub enum Family {
     RankExpected,
     /// Compaction.
     Evict,
+    /// Adding dropped tokens to what they leave behind.
+    Accumulate,
+    /// Attention over that.
+    ReadState,
     /// Extremes of pages of keys.
     Index,
     /// Clusters of keys.
@@ -76,7 +80,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 35] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -95,6 +99,8 @@ impl Family {
         Self::RankLag,
         Self::RankExpected,
         Self::Evict,
+        Self::Accumulate,
+        Self::ReadState,
         Self::Index,
         Self::Cluster,
         Self::Select,
@@ -134,6 +140,8 @@ impl Family {
             Self::RankLag => "rank-lag",
             Self::RankExpected => "rank-expected",
             Self::Evict => "evict",
+            Self::Accumulate => "accumulate",
+            Self::ReadState => "read-state",
             Self::Index => "index",
             Self::Cluster => "cluster",
             Self::Select => "select",

@@ -194,6 +194,32 @@ impl Op {
                     written: moved,
                 }
             }
+            OpKind::Accumulate { .. } => {
+                // Keys and values of what goes, and the scores that say what does.
+                let kept = lane.keep.min(kv);
+                let dropped = stored.0.saturating_sub(heads.stored(Length::settled(kept)).0);
+                let (state, (_, maps)) = (heads.state_bytes(), heads.map_elements());
+                let rank = u64::from(heads.form.state.map_or(0, |s| s.rank));
+                // The vectors of a map scale, they multiply no matrix.
+                let products =
+                    (maps - kv_heads * 2 * rank) + kv_heads * rank * (u64::from(heads.dim) + 1);
+                Work {
+                    flops: Flops(2.0 * f64::from(kv - kept) * products as f64),
+                    read: Bytes(dropped) + f32s(kv_heads * tokens) + state + f32s(maps),
+                    written: state,
+                }
+            }
+            OpKind::ReadState { .. } => {
+                let (state, (maps, _)) = (heads.state_bytes(), heads.map_elements());
+                let rank = u64::from(heads.form.state.map_or(0, |s| s.rank));
+                let sums = u64::from(heads.query) * rank * (u64::from(heads.dim) + 1);
+                let outputs = self.dtype.bytes(rows * query_width);
+                Work {
+                    flops: Flops(2.0 * rows as f64 * (maps + sums) as f64),
+                    read: outputs * 2 + state + f32s(maps),
+                    written: outputs,
+                }
+            }
             OpKind::Index { page, .. } => {
                 let new = heads.kv_bytes(rows).0 / 2;
                 let pages = rows.div_ceil(u64::from(page.max(1)));
@@ -334,7 +360,7 @@ mod tests {
         kv: 3,
         dim: 64,
         dtype: DType::F16,
-        form: crate::form::Form { packed: None, pruned: None, short: None },
+        form: crate::form::Form { packed: None, pruned: None, short: None, state: None },
     };
 
     fn op(kind: OpKind, lane: Lane) -> Op {

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{Forwards, Policy, PolicyError, Reading, Refreshing, Request, Role, Step};
+use super::{Beside, Forwards, Policy, PolicyError, Reading, Refreshing, Request, Role, Step};
 use crate::form::Form;
 use crate::kv::KvTape;
 use crate::profile::Model;
@@ -136,6 +136,11 @@ impl Policy for Composed {
         self.0.iter().find_map(|p| p.refreshes(prompt, model))
     }
 
+    fn beside(&self) -> Beside {
+        let named = |p: &Arc<dyn Policy>| Some(p.beside()).filter(|b| *b != Beside::Nothing);
+        self.0.iter().find_map(named).unwrap_or_default()
+    }
+
     fn form(&self, layer: Layer, model: &Model) -> Form {
         self.0.iter().fold(Form::default(), |form, p| form.and(p.form(layer, model)))
     }
@@ -155,6 +160,13 @@ impl Policy for Composed {
         let refuse = |problem: String, remedy: &str| {
             Err(PolicyError { policy: self.label(), problem, remedy: remedy.to_owned() })
         };
+        let shares = |l: Layer| self.cache_of(l, request.model) != l;
+        if form.state.is_some() && (0..request.model.layers).any(shares) {
+            return refuse(
+                "queries read the state of their own layer's cache only".to_owned(),
+                "leave one of the parts out",
+            );
+        }
         let residual = form.packed.map_or(0, |p| p.residual);
         if evicts.least < residual {
             return refuse(

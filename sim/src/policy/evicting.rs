@@ -241,6 +241,11 @@ impl<S: Scoring> Evicting<S> {
         (tokens, self.forced(tokens))
     }
 
+    /// Tokens that stay in the step's layer, once it has more.
+    pub(super) fn layer_budget(&self, step: &Step<'_>) -> Tokens {
+        self.budget(step).0
+    }
+
     fn choice(&self) -> Choice {
         self.cut.guaranteed.map_or(Choice::PerHead, |share| Choice::AcrossHeads {
             guaranteed: (share * 1000.0).round() as u32,

@@ -21,6 +21,7 @@ mod kivi;
 mod knorm;
 mod kvsharer;
 mod lagkv;
+mod less;
 mod preset;
 mod pyramidkv;
 mod quest;
@@ -52,6 +53,7 @@ pub use kivi::Kivi;
 pub use knorm::Knorm;
 pub use kvsharer::KvSharer;
 pub use lagkv::{LagKv, Lagging};
+pub use less::Less;
 pub use preset::Preset;
 pub use pyramidkv::{Falling, PyramidKv};
 pub use quest::Quest;
@@ -174,6 +176,18 @@ impl<'a> Request<'a> {
     }
 }
 
+/// What a run needs beside the model.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Beside {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// This file.
+    File(String),
+    /// A file that has not been named.
+    Missing,
+}
+
 /// What a policy does to the cache, as far as others must know to work beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -264,6 +278,11 @@ pub trait Policy: Debug + Send + Sync {
     /// The partial cache that decode steps read instead of the full one, for a prompt of `prompt` tokens.
     fn refreshes(&self, _prompt: Tokens, _model: &Model) -> Option<Refreshing> {
         None
+    }
+
+    /// What a run needs beside the model; predictions need nothing.
+    fn beside(&self) -> Beside {
+        Beside::Nothing
     }
 
     /// Tokens that an eviction leaves in the layer that keeps fewest, and whether it happens more than once per sequence.
@@ -362,6 +381,10 @@ fn scored<S: Scoring>(table: toml::Table) -> Result<Arc<dyn Policy>, toml::de::E
     Ok(Arc::new(Evicting::<S>::from_table(table)?))
 }
 
+fn less(table: toml::Table) -> Result<Arc<dyn Policy>, toml::de::Error> {
+    Ok(Arc::new(Less::from_table(table)?))
+}
+
 registry! {
     "full" => build::<Full>,
     "batch-max" => scored::<batch_max::AnyScore>,
@@ -385,5 +408,6 @@ registry! {
     "rocketkv" => build::<RocketKv>,
     "dbudgetkv" => build::<DBudgetKv>,
     "duoattention" => build::<DuoAttention>,
+    "less" => less,
     "refreshkv" => build::<RefreshKv>,
 }
