@@ -426,6 +426,12 @@ pub struct RunArgs {
     /// Wrap the prompt in the model's chat template
     #[arg(long)]
     pub chat: bool,
+    /// Slower memory for offloaded tokens (specache): a hard limit [default: none]
+    #[arg(long, value_name = "SIZE")]
+    pub tier_memory: Option<String>,
+    /// Directory in whose files offloaded tokens lie [default: memory]
+    #[arg(long, value_name = "DIR")]
+    pub tier_dir: Option<PathBuf>,
     /// Prompts as token ids: a JSON list of lists
     #[arg(long, value_name = "FILE")]
     pub ids: Option<PathBuf>,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use batchmax_kernels::threads::Threads;
 use batchmax_sim::load::{Group, Load, Schedule};
-use batchmax_sim::memory::{Buffers, kv_peaks, kv_shortfall, kv_spread, kv_trace};
+use batchmax_sim::memory::{Buffers, kv_peaks, kv_shortfall, kv_spread, kv_trace, offloaded};
 use batchmax_sim::op::{OpKind, Phase};
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
@@ -20,6 +20,7 @@ use crate::kv_store::{KvStore, kv_format};
 use crate::machine;
 use crate::sampling::{Sampler, Sampling};
 use crate::state_maps::StateMaps;
+use crate::tier::{Tier, TierPlace, TierUse};
 use crate::weights::Weights;
 
 /// A model, its weights and the threads that run it.
@@ -37,6 +38,10 @@ pub struct Engine {
 pub struct RunOptions {
     /// Hard limit of the caches; `None`: the predicted peak, to the byte.
     pub kv_budget: Option<Bytes>,
+    /// Hard limit of slower memory, for tokens that are offloaded; `None`: none.
+    pub tier_budget: Option<Bytes>,
+    /// Where those tokens go.
+    pub tier_place: TierPlace,
     /// The choice of tokens.
     pub sampling: Sampling,
     /// Tokens that end an answer; empty: answers have the length that was asked for.
@@ -65,6 +70,8 @@ pub struct SequenceResult {
     pub gaps: Vec<f32>,
     /// Logits at the last prompt position, if details were kept.
     pub prompt_logits: Option<Vec<f32>>,
+    /// Guesses at its tokens from the second on, where steps speculate.
+    pub guesses: Vec<u32>,
     /// Decode steps, from 1, and layers in which its partial cache was filled anew, in the order in which it happened.
     pub refreshed: Vec<(u32, Layer)>,
     /// Positions kept per layer and KV head after the prefill, if details were kept.
@@ -99,6 +106,8 @@ pub struct RunResult {
     pub kv_after_prefill: Bytes,
     /// Largest cache during the decode.
     pub kv_decode_peak: Bytes,
+    /// What went to slower memory and back.
+    pub tier: TierUse,
     /// Largest resident size of the process.
     pub peak_rss: Bytes,
     /// The clock, with samples where they were kept.
@@ -215,6 +224,7 @@ impl Engine {
         }
         let kept = kept.unwrap_or_else(|| self.kept(&interpreter, options));
         let kv_after_prefill = after_prefill.unwrap_or_else(|| interpreter.kv.held());
+        let tier = interpreter.tier.as_ref().map(Tier::used).unwrap_or_default();
         let sequences = finish(interpreter.sequences, kept, &options.stop_tokens);
         Ok(RunResult {
             sequences,
@@ -224,6 +234,7 @@ impl Engine {
             kv_prefill_peak: peaks[0],
             kv_after_prefill,
             kv_decode_peak: peaks[1],
+            tier,
             peak_rss: machine::peak_rss(),
             clock,
         })
@@ -248,6 +259,7 @@ impl Engine {
         for (i, sequence) in interpreter.sequences.iter_mut().enumerate() {
             sequence.generated.clear();
             sequence.gaps.clear();
+            sequence.guesses.clear();
             sequence.prompt_logits = None;
             sequence.sampler = Sampler::new(options.sampling, i);
         }
@@ -349,6 +361,10 @@ impl Engine {
         if needed > budget {
             return Err(ExecError::OverBudget { needed, budget });
         }
+        let away = offloaded(program).max(options.prefix.as_ref().map_or(Bytes(0), offloaded));
+        if let Some(budget) = options.tier_budget.filter(|budget| away > *budget) {
+            return Err(ExecError::TierFull { needed: away, budget });
+        }
         let model = &self.model;
         let format =
             kv_format(program.header.kv.dtype).ok_or_else(|| ExecError::NotExecutable {
@@ -373,6 +389,7 @@ impl Engine {
                 forced: options.forced.get(i).cloned().unwrap_or_default(),
                 generated: Vec::new(),
                 refreshed: Vec::new(),
+                guesses: Vec::new(),
                 gaps: Vec::new(),
                 sampler: Sampler::new(options.sampling, i),
                 prompt_logits: None,
@@ -390,6 +407,8 @@ impl Engine {
             short_heads: program.header.short_heads.clone(),
             maps: self.state_maps(program)?,
             forwards: forwards(program),
+            tier_place: options.tier_place.clone(),
+            tier: None,
         })
     }
 
@@ -436,6 +455,9 @@ fn check_read_once(
     }
     if program.header.load.schedule != (Schedule::Staggered { prefill_batch: n }) {
         return wrong(&format!("a {} schedule", program.header.load.schedule));
+    }
+    if offloaded(program).0 > 0 {
+        return wrong("a program that offloads tokens, which are not copied");
     }
     match (count..prompts.len()).find(|i| prompts[*i] != prompts[i - count]) {
         Some(i) => wrong(&format!("another prompt at {i}")),
@@ -492,6 +514,7 @@ fn finish(
                 gaps: s.gaps,
                 prompt_logits: s.prompt_logits,
                 refreshed: s.refreshed,
+                guesses: s.guesses,
                 kept,
             }
         })

@@ -32,6 +32,20 @@ pub enum ExecError {
         /// The hard limit.
         budget: Bytes,
     },
+    /// What goes to slower memory would not fit there.
+    #[error(
+        "offloaded tokens need {needed} of slower memory, {budget} are allowed; \
+         hint: lower --batch or the prompt, or allow more"
+    )]
+    TierFull {
+        /// Predicted peak.
+        needed: Bytes,
+        /// The hard limit.
+        budget: Bytes,
+    },
+    /// The thread that moves tokens to slower memory and back has given up.
+    #[error("offloaded tokens are lost; please report it with the command")]
+    TierLost,
     /// The pool refused a block: the hard limit held, the prediction did not.
     #[error("{0}; hint: the program holds more than was predicted, please report it")]
     PoolFull(#[from] PoolFull),

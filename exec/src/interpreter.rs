@@ -1,6 +1,7 @@
 //! Replays a program op by op on the CPU. It knows no policy by name: *how many* tokens stay is in the ops, *which* is
 //! decided here by their scores.
 
+mod ahead;
 mod cache;
 mod choice;
 mod refresh;
@@ -20,7 +21,9 @@ use crate::error::ExecError;
 use crate::kv_store::KvStore;
 use crate::sampling::Sampler;
 use crate::state_maps::StateMaps;
+use crate::tier::{Tier, TierPlace};
 use crate::weights::Weights;
+use ahead::Foreseen;
 use refresh::Noted;
 
 /// The buffers between ops, as large as [`Buffers`] says and no larger.
@@ -36,6 +39,8 @@ pub struct Slots {
     logits: Vec<f32>,
     /// Chosen tokens of the layer at work, set after set.
     reads: Vec<Vec<u32>>,
+    /// What is fetched for the next step, per layer and sequence.
+    foreseen: Vec<Vec<Foreseen>>,
     /// Queries that were noted, per layer and sequence; empty until some are.
     noted: Vec<Vec<Noted>>,
     /// Sequences whose partial cache in the layer at work is stale.
@@ -48,8 +53,8 @@ pub struct Slots {
     positions: Vec<u32>,
     /// Sequence, first row and rows of the step at work.
     step_rows: Vec<(u32, usize, usize)>,
-    /// Sequences whose next token the step at work chose, in the order of their logits.
-    chosen: Vec<u32>,
+    /// Sequences whose next token the step at work chose, with the rows of their logits.
+    chosen: Vec<(u32, usize)>,
     /// Rows that fit.
     capacity: usize,
 }
@@ -76,6 +81,7 @@ impl Slots {
             sampled: vec![0.0; sampled * model.hidden as usize],
             logits: vec![0.0; sampled * model.vocab as usize],
             reads: Vec::new(),
+            foreseen: vec![Vec::new(); model.layers as usize],
             noted: vec![Vec::new(); model.layers as usize],
             stale: Vec::new(),
             channels: vec![Vec::new(); model.layers as usize],
@@ -115,6 +121,8 @@ pub struct SequenceState {
     pub gaps: Vec<f32>,
     /// Decode steps, from 1, and layers in which its partial cache was filled anew.
     pub refreshed: Vec<(u32, Layer)>,
+    /// Guesses at the next token but one, one a step.
+    pub guesses: Vec<u32>,
     /// The choice of tokens.
     pub sampler: Sampler,
     /// Logits at the last prompt position, where they were asked for.
@@ -152,6 +160,10 @@ pub struct Interpreter<'a> {
     pub maps: Option<StateMaps>,
     /// Layers behind which only some rows go on.
     pub forwards: Vec<usize>,
+    /// Where offloaded tokens go.
+    pub tier_place: TierPlace,
+    /// Slower memory, once something is there.
+    pub tier: Option<Tier>,
 }
 
 impl Interpreter<'_> {
@@ -235,7 +247,8 @@ impl Interpreter<'_> {
         for lane in lanes.as_slice() {
             for index in lane.first..lane.first + lane.sequences {
                 let sequence = &mut self.sequences[index as usize];
-                sequence.step = lane.rows;
+                // Rows that speculate leave nothing behind.
+                sequence.step = lane.rows - view.pass.ahead.min(lane.rows);
                 let from = sequence.seen as usize;
                 slots.step_rows.push((index, slots.ids.len(), lane.rows as usize));
                 match view.pass.phase {
@@ -243,7 +256,11 @@ impl Interpreter<'_> {
                         .ids
                         .extend_from_slice(&sequence.prompt[from..from + lane.rows as usize]),
                     Phase::Decode => {
-                        slots.ids.push(sequence.generated.last().copied().unwrap_or_default());
+                        let last = sequence.generated.last().copied().unwrap_or_default();
+                        slots.ids.push(last);
+                        if lane.rows > 1 {
+                            slots.ids.push(sequence.guesses.last().copied().unwrap_or(last));
+                        }
                     }
                 }
                 slots.positions.extend(sequence.seen..sequence.seen + lane.rows);
@@ -328,6 +345,10 @@ impl Interpreter<'_> {
             OpKind::Cluster { sinks, rounds, .. } => self.cluster(sinks, rounds, lanes, layer),
             OpKind::Select { heads, by } => self.select(heads, by, lanes, layer),
             OpKind::AttendChosen { heads, .. } => self.attend_chosen(heads, lanes, layer)?,
+            OpKind::Offload { .. } => self.offload(lanes, layer),
+            OpKind::AttendAhead { heads } => self.attend_ahead(heads, lanes, layer)?,
+            OpKind::Foresee { heads, whole } => self.foresee(heads, whole, lanes, layer),
+            OpKind::Fetch { .. } => self.fetch(lanes, layer),
             OpKind::Compare { heads, below } => self.compare(heads, below, lanes, layer),
             OpKind::Refresh { .. } => self.refresh(lanes, layer)?,
             OpKind::AppendPart { .. } => self.append_part(lanes, layer)?,
@@ -363,7 +384,7 @@ impl Interpreter<'_> {
                 let logits = &mut self.slots.logits[..rows * width as usize];
                 k::softcap::softcap(self.threads, logits, cap);
             }
-            OpKind::Sample { vocab } => self.sample(pass.phase, lanes.as_slice(), vocab as usize),
+            OpKind::Sample { vocab } => self.sample(pass, lanes.as_slice(), vocab as usize),
             OpKind::Release { .. } => {
                 let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
                 for (_, _, heads) in picked {
@@ -371,6 +392,7 @@ impl Interpreter<'_> {
                         head.clear(pool);
                     }
                 }
+                self.forget(lanes, layer);
             }
         }
         Ok(())
@@ -422,14 +444,16 @@ impl Interpreter<'_> {
         }
     }
 
-    /// Copies the last row of every sampled sequence next to each other.
+    /// Copies the last row of every sampled sequence next to each other, and the one before where two are sampled.
     fn gather_sampled(&mut self, sampled: &[Lane], width: usize) {
         let rows = self.rows_of(sampled);
         let slots = &mut self.slots;
-        for (out, (first, count)) in rows.into_iter().enumerate() {
-            let last = first + count - 1;
-            slots.sampled[out * width..(out + 1) * width]
-                .copy_from_slice(&slots.residual[last * width..(last + 1) * width]);
+        let lanes = sampled.iter().flat_map(|l| std::iter::repeat_n(l.rows, l.sequences as usize));
+        let mut out = 0;
+        for ((first, count), wanted) in rows.into_iter().zip(lanes) {
+            let (from, to) = ((first + count - wanted as usize) * width, (first + count) * width);
+            slots.sampled[out..out + to - from].copy_from_slice(&slots.residual[from..to]);
+            out += to - from;
         }
     }
 
@@ -517,27 +541,39 @@ impl Interpreter<'_> {
         }
     }
 
-    fn sample(&mut self, phase: Phase, lanes: &[Lane], vocab: usize) {
-        let sequences = lanes.iter().flat_map(|l| l.first..l.first + l.sequences);
-        for (row, index) in sequences.enumerate() {
-            let logits = &self.slots.logits[row * vocab..(row + 1) * vocab];
+    fn sample(&mut self, pass: &Pass, lanes: &[Lane], vocab: usize) {
+        let mut row = 0;
+        let sequences = lanes
+            .iter()
+            .flat_map(|l| (l.first..l.first + l.sequences).zip(std::iter::repeat(l.rows)));
+        for (index, rows) in sequences {
+            let of = |row: usize| row * vocab..(row + 1) * vocab;
             let sequence = &mut self.sequences[index as usize];
-            if phase == Phase::Prefill && self.keep_prompt_logits {
-                sequence.prompt_logits = Some(logits.to_vec());
+            if rows > pass.ahead {
+                let logits = &self.slots.logits[of(row)];
+                if pass.phase == Phase::Prefill && self.keep_prompt_logits {
+                    sequence.prompt_logits = Some(logits.to_vec());
+                }
+                let (token, gap) = sequence.sampler.next(logits);
+                let forced = sequence.forced.get(sequence.generated.len());
+                sequence.generated.push(forced.copied().unwrap_or(token));
+                sequence.gaps.push(gap);
+                self.slots.chosen.push((index, row));
             }
-            let (token, gap) = sequence.sampler.next(logits);
-            let forced = sequence.forced.get(sequence.generated.len());
-            sequence.generated.push(forced.copied().unwrap_or(token));
-            sequence.gaps.push(gap);
-            self.slots.chosen.push(index);
+            row += rows as usize;
+            if pass.ahead > 0 {
+                let logits = &self.slots.logits[of(row - 1)];
+                sequence.guesses.push(k::sample::argmax(logits).0);
+            }
         }
     }
 
     /// The sequences whose next token the last step chose, each with that token's index and its logits.
     pub fn chosen(&self) -> impl Iterator<Item = (usize, usize, &[f32])> {
         let vocab = self.model.vocab as usize;
-        self.slots.chosen.iter().zip(self.slots.logits.chunks(vocab)).map(|(sequence, logits)| {
+        self.slots.chosen.iter().map(move |(sequence, row)| {
             let sequence = *sequence as usize;
+            let logits = &self.slots.logits[row * vocab..(row + 1) * vocab];
             (sequence, self.sequences[sequence].generated.len() - 1, logits)
         })
     }

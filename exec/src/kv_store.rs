@@ -137,6 +137,28 @@ impl KvStore {
         self.parts[layer].get(heads).unwrap_or_default()
     }
 
+    /// The pool, and the partial caches of one sequence in one layer.
+    pub fn part_heads(
+        &mut self,
+        layer: usize,
+        sequence: u32,
+    ) -> (&mut BlockPool, &mut [HeadCache]) {
+        let (pool, _, parts) = self.with_parts(layer, sequence);
+        (pool, parts)
+    }
+
+    /// The pool, the caches of one sequence in one layer, and the partial ones beside them, if there are any.
+    pub fn with_parts(
+        &mut self,
+        layer: usize,
+        sequence: u32,
+    ) -> (&mut BlockPool, &mut [HeadCache], &mut [HeadCache]) {
+        let first = sequence as usize * self.kv_heads;
+        let heads = first..first + self.kv_heads;
+        let parts = self.parts[layer].get_mut(heads.clone()).unwrap_or_default();
+        (&mut self.pool, &mut self.layers[layer][heads], parts)
+    }
+
     /// Gives the partial caches of sequences in one layer back.
     pub fn release_parts(&mut self, layer: usize, sequences: &[(u32, Tokens)]) {
         let (pool, items) = self.parts(layer, sequences);

@@ -4,6 +4,7 @@
 //! - [`weights`]: packed for the kernels, or synthetic;
 //! - [`kv_store`]: caches in blocks under a hard byte budget;
 //! - [`interpreter`]: one `match` over the op kinds, no policy by name;
+//! - [`tier`]: slower memory for offloaded tokens, on a thread of its own;
 //! - [`engine`]: a whole run, held against its predicted memory at every step;
 //! - [`clock`]: measured times in the simulator's own [`batchmax_sim::timeline::Timeline`];
 //! - [`profile`]: times single passes over a grid, for calibration;
@@ -26,6 +27,7 @@ pub mod quality;
 pub mod sampling;
 pub mod sharing;
 pub mod state_maps;
+pub mod tier;
 pub mod weights;
 
 pub use engine::{Chosen, Engine, RunOptions, RunResult, load_of};

@@ -6,14 +6,19 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use batchmax_sim::cost::calibrated::{KernelProfile, Point, Provenance, features, fit};
+use batchmax_sim::cost::{CostModel, predict};
 use batchmax_sim::op::{Family, Phase};
 use batchmax_sim::probe::Probe;
 use batchmax_sim::program::Pass;
-use batchmax_sim::units::Bytes;
+use batchmax_sim::timeline::Timeline;
+use batchmax_sim::units::{Bytes, Seconds};
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Engine;
 use crate::error::ExecError;
+
+/// Passes of a yardstick that count.
+const YARDSTICK_ROUNDS: usize = 5;
 
 /// What a profile has measured so far.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -113,6 +118,55 @@ impl Measurements {
                 self.points.push((op.family(pass.phase), point));
             }
         }
+    }
+}
+
+/// How much longer than in its profile a machine takes now, by phase: prefill, decode. 1 is the same pace.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace(pub [f64; 2]);
+
+impl Pace {
+    /// Times `yardsticks` on an engine, several times over, against what the profile `cost` knows of them.
+    ///
+    /// # Errors
+    /// If a pass can't run.
+    pub fn now(
+        engine: &Engine,
+        yardsticks: &[Probe; 2],
+        cost: &dyn CostModel,
+    ) -> Result<Self, ExecError> {
+        let mut pace = [1.0; 2];
+        for probe in yardsticks {
+            let predicted = predict(cost, &probe.program).phases();
+            let mut times = Vec::new();
+            // The first one touches fresh memory.
+            for round in 0..=YARDSTICK_ROUNDS {
+                let phases = engine.probe(&probe.program, probe.resident)?;
+                if round > 0 {
+                    times.push(phases.timeline(&probe.program).phases());
+                }
+            }
+            for (phase, pace) in pace.iter_mut().enumerate().filter(|(i, _)| predicted[*i].0 > 0.0)
+            {
+                let seconds: Vec<f64> = times.iter().map(|t| t[phase].0).collect();
+                *pace = median_and_spread(&seconds).map_or(1.0, |(m, _)| m / predicted[phase].0);
+            }
+        }
+        Ok(Self(pace))
+    }
+
+    /// Between two paces, before a run and after it.
+    #[must_use]
+    pub fn between(self, other: Self) -> Self {
+        let Self([prefill, decode]) = self;
+        Self([(prefill * other.0[0]).sqrt(), (decode * other.0[1]).sqrt()])
+    }
+
+    /// A predicted time at this pace.
+    #[must_use]
+    pub fn total(self, predicted: &Timeline) -> Seconds {
+        let [prefill, decode] = predicted.phases();
+        prefill * self.0[0] + decode * self.0[1]
     }
 }
 

@@ -17,8 +17,8 @@ use batchmax_sim::lower::lower;
 use batchmax_sim::op::{DType, Pooling};
 use batchmax_sim::policy::{
     AdaKv, Budget, ClusterKv, Composed, DBudgetKv, FastKv, Full, H2o, HeavyHitters, Kivi, KvSharer,
-    LagKv, Order, Policy, PyramidKv, Quest, RefreshKv, RocketKv, Snap, SnapKv, StreamingLlm, ThinK,
-    Tova,
+    LagKv, Order, Policy, PyramidKv, Quest, RefreshKv, RocketKv, Snap, SnapKv, SpeCache,
+    StreamingLlm, ThinK, Tova,
 };
 use common::{
     Golden, assert_greedy, engine, from_runs, ids, numbers, overlap, run, setup, worst_logit,
@@ -397,5 +397,34 @@ fn refreshkv_refreshes_where_the_reference_does() {
             );
             assert_greedy(name, &result.generated, reference, 0.01);
         }
+    }
+}
+
+#[test]
+fn specache_gives_the_reference_tokens_and_guesses() {
+    let Some(engine) = engine() else { return };
+    for (prompt, source) in prompts_with_ids() {
+        let reference = &prompt["specache"];
+        let policy = SpeCache { bits: 2, group: 64, residual: 64, fetch: 64, whole: true };
+        let prompts = std::slice::from_ref(&source);
+        let result = run(&engine, &policy, prompts, 32, Schedule::Static, DType::F32);
+        let ours = &result.sequences[0];
+        let theirs = ids(&reference["greedy"]);
+        let same = ours.generated.iter().zip(&theirs).take_while(|(a, b)| a == b).count();
+        // Guesses are comparable as long as the tokens are.
+        let guesses = ids(&reference["speculative_tokens"]);
+        let alike = ours.guesses.iter().zip(&guesses).take(same).filter(|(a, b)| a == b).count();
+        let tier = result.tier;
+        println!(
+            "specache, {} tokens: {same} of 32 tokens, {alike} of {} guesses; {} fetched, busy {:.1} ms, waited {:.1} ms of {:.0} ms",
+            prompt["len"],
+            same.min(31),
+            tier.fetched,
+            tier.busy.0 * 1e3,
+            tier.waited.0 * 1e3,
+            result.decode.0 * 1e3,
+        );
+        assert_greedy("specache", &ours.generated, reference, 0.1);
+        assert!(alike as f64 >= 0.9 * same.min(31) as f64, "{alike} guesses");
     }
 }

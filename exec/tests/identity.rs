@@ -9,8 +9,9 @@ use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
     AdaKv, AnyScore, BatchMax, Budget, By, ClusterKv, Composed, Cut, DBudgetKv, DuoAttention,
-    ExpectedAttention, Falling, FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Less, Policy,
-    PyramidKv, Quest, Random, RefreshKv, Snap, SnapKv, StreamingLlm, ThinK, Together, Tova,
+    ExpectedAttention, Falling, FastKv, Full, H2o, Instant, Kivi, KvSharer, LagKv, Lagging, Less,
+    Policy, PyramidKv, Quest, Random, RefreshKv, Snap, SnapKv, SpeCache, StreamingLlm, ThinK,
+    Together, Tova,
 };
 use common::{made_up, run, small};
 
@@ -101,6 +102,11 @@ fn selecting(budget: u32) -> Vec<Box<dyn Policy>> {
     ]
 }
 
+/// Packed tokens of which a few come back whole.
+fn speculating(fetch: u32) -> SpeCache {
+    SpeCache { fetch, group: 32, residual: 32, ..SpeCache::default() }
+}
+
 /// Policies that store old tokens in fewer bits or channels.
 fn shrinking(budget_tokens: u32) -> Vec<Box<dyn Policy>> {
     let kivi = |bits, residual| Kivi { bits, group: 32, residual, swapped: false };
@@ -131,6 +137,7 @@ fn everything(budget: u32) -> Vec<Box<dyn Policy>> {
     all.extend(uneven(budget));
     all.extend(selecting(budget));
     all.extend(shrinking(budget));
+    all.push(Box::new(speculating(budget / 4)));
     all
 }
 
@@ -380,4 +387,65 @@ fn sequences_refresh_for_themselves() {
     }
     // Eleven comparisons of three layers in four sequences: some are stale and some are not.
     assert!(some > 0 && some < 4 * 3 * 11, "{some}");
+}
+
+#[test]
+fn packed_tokens_that_all_come_back_whole_are_the_full_cache() {
+    let engine = small();
+    let full =
+        run(&engine, &Full::default(), &prompts(&[150, 97]), 24, Schedule::Static, DType::F16);
+    let policy = speculating(400);
+    let all = run(&engine, &policy, &prompts(&[150, 97]), 24, Schedule::Static, DType::F16);
+    for (ours, full) in all.sequences.iter().zip(&full.sequences) {
+        // The softmax is joined from two parts, so the last bits differ.
+        let sure = full.gaps.iter().position(|gap| *gap < 1e-3).unwrap_or(24);
+        assert!(sure > 4, "a made-up model that knows nothing");
+        assert_eq!(ours.generated[..sure], full.generated[..sure]);
+        for (a, b) in ours.gaps[..sure].iter().zip(&full.gaps) {
+            assert!((a - b).abs() < 1e-3, "{a} for {b}");
+        }
+        assert_eq!(ours.guesses.len(), 24);
+    }
+    // 8-bit codes that nobody replaces are another matter.
+    let few = SpeCache { fetch: 1, ..policy };
+    let few = run(&engine, &few, &prompts(&[150, 97]), 24, Schedule::Static, DType::F16);
+    assert!(few.sequences[0].gaps != all.sequences[0].gaps);
+    // Every token of every layer went away once, but for the last one, which no step reads.
+    let token = 3 * 2 * 2 * 32 * 2;
+    assert_eq!(all.tier.peak.0, (150 + 23 + 97 + 23) * token);
+    assert!(all.tier.fetched.0 > few.tier.fetched.0 && few.tier.fetched.0 > 0);
+}
+
+#[test]
+fn a_file_serves_as_well_as_memory_and_a_full_one_refuses_before_it_starts() {
+    let engine = small();
+    let directory = tempfile::tempdir().expect("a directory");
+    let load = batchmax_exec::load_of(&prompts(&[150, 97]), 24, Schedule::Static);
+    let program = |policy: &dyn Policy| {
+        batchmax_sim::lower::lower(&engine.model, policy, &load, common::setup(DType::F16))
+            .expect("lowers")
+    };
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let run_with = |policy: &SpeCache, options: &batchmax_exec::RunOptions| {
+        engine.run(&program(policy), &prompts(&[150, 97]), options, &stop, &mut |_, _| {})
+    };
+    // 16 tokens at a time.
+    let policy = speculating(16);
+    let memory = run_with(&policy, &batchmax_exec::RunOptions::default()).expect("runs");
+    let place = batchmax_exec::tier::TierPlace::Directory(directory.path().to_path_buf());
+    let options = batchmax_exec::RunOptions { tier_place: place, ..Default::default() };
+    let file = run_with(&policy, &options).expect("runs");
+    assert_eq!(outcome_tokens(&memory), outcome_tokens(&file));
+    // One byte too few: refused before any work.
+    let needed = batchmax_sim::memory::offloaded(&program(&policy));
+    assert_eq!(needed, memory.tier.peak);
+    let less = batchmax_sim::units::Bytes(needed.0 - 1);
+    let options = batchmax_exec::RunOptions { tier_budget: Some(less), ..Default::default() };
+    let error = run_with(&policy, &options).expect_err("one byte is missing");
+    assert!(matches!(error, batchmax_exec::ExecError::TierFull { .. }), "{error}");
+    assert!(!error.to_string().contains('\n'));
+}
+
+fn outcome_tokens(result: &RunResult) -> Vec<Vec<u32>> {
+    result.sequences.iter().map(|s| s.generated.clone()).collect()
 }

@@ -6,13 +6,15 @@
 
 mod decode;
 mod fused;
+mod join;
 mod prefill;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::ops::Range;
 
-pub use decode::attend_decode;
+pub use decode::{attend_decode, attend_without};
+pub use join::join;
 pub use prefill::attend_prefill;
 
 use crate::kv::{BlockPool, HeadCache};
@@ -109,6 +111,8 @@ struct Job<'a> {
     qkv_width: usize,
     out: Disjoint<'a, f32>,
     lse: Option<Disjoint<'a, f32>>,
+    /// Cached tokens that no row sees, ascending, of each KV head of each item; empty: there are none.
+    without: &'a [Vec<u32>],
 }
 
 impl<'a> Job<'a> {
@@ -137,6 +141,7 @@ impl<'a> Job<'a> {
             qkv_width,
             out: Disjoint::new(out),
             lse: lse.map(Disjoint::new),
+            without: &[],
         }
     }
 

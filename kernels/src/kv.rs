@@ -14,6 +14,7 @@ pub(crate) mod codec;
 mod copy;
 mod head;
 pub(crate) mod pool;
+mod rows;
 pub(crate) mod tile;
 
 pub use codec::{Codec, KeyAxis};

@@ -224,6 +224,17 @@ fn sizes(op: &Op, growing: bool) -> String {
             tokens(&op.lanes, growing, true)
         ),
         OpKind::ReleasePart { .. } => tokens(&op.lanes, growing, true),
+        OpKind::Offload { heads } => format!("{rows} tokens x {} kv heads, beside", heads.kv),
+        OpKind::AttendAhead { heads } => format!(
+            "{} q x {}h/{}kv over {} whole of {}",
+            rows + op.lanes.sequences(),
+            heads.query,
+            heads.kv,
+            op.lanes.as_slice().first().map_or(0, |l| l.keep.min(l.kv)),
+            tokens(&op.lanes, growing, false)
+        ),
+        OpKind::Foresee { .. } => format!("by attention {}", tokens(&op.lanes, growing, true)),
+        OpKind::Fetch { .. } => format!("{}, beside", tokens(&op.lanes, growing, true)),
         OpKind::Pack { heads } => {
             let bits = heads.form.packed.map_or(0, |p| p.bits);
             format!("{} to {bits} bits", tokens(&op.lanes, growing, false))

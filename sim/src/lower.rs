@@ -14,6 +14,7 @@ use crate::profile::Model;
 use crate::program::{Header, Held, Node, Program};
 use crate::units::Tokens;
 
+mod ahead;
 mod classes;
 mod emit;
 mod ops;
@@ -107,6 +108,8 @@ struct Active {
     prompt_read: bool,
     /// Whether partial caches may be filled anew.
     comparing: Comparing,
+    /// Rows that speculate, beside those of the step.
+    ahead: Tokens,
 }
 
 /// Lowers a run.
@@ -165,7 +168,9 @@ pub fn lower_pass(
         sequences.resident.fill(resident);
         all.push(sequences);
         // One step stands for all.
-        active.push(Active { index, rows, prompt_read: true, comparing: Comparing::Averaged });
+        let comparing = Comparing::Averaged;
+        let ahead = if phase == Phase::Decode { lowering.ahead() } else { 0 };
+        active.push(Active { index, rows, prompt_read: true, comparing, ahead });
         first += group.sequences;
     }
     let mut nodes = Vec::new();
@@ -309,6 +314,7 @@ impl<'a> Lowering<'a> {
                         rows: left.min(chunk),
                         prompt_read: left <= chunk,
                         comparing: Comparing::Never,
+                        ahead: 0,
                     }
                 })
                 .collect();
@@ -335,6 +341,7 @@ impl<'a> Lowering<'a> {
 
     /// Generates until every sequence has its answer; the first token came from the prefill.
     fn decode(&mut self, all: &mut [Sequences], nodes: &mut Vec<Node>) {
+        self.look_ahead(all, nodes);
         loop {
             let mut active: Vec<Active> = all
                 .iter()
@@ -345,6 +352,7 @@ impl<'a> Lowering<'a> {
                     rows: 1,
                     prompt_read: true,
                     comparing: Comparing::Never,
+                    ahead: self.ahead(),
                 })
                 .collect();
             let Some(steps) =

@@ -2,9 +2,9 @@
 
 use serde::Serialize;
 
-use crate::form::Length;
+use crate::form::{Form, Length};
 use crate::kv::KvLayout;
-use crate::op::{Choice, Lane, Op, OpKind, Phase, Score, part_room};
+use crate::op::{Choice, Heads, Lane, Op, OpKind, Phase, Score, part_room};
 use crate::profile::Model;
 use crate::program::{Block, Header, Node, Pass, Program};
 use crate::units::{Bytes, Tokens};
@@ -297,6 +297,46 @@ pub fn kv_trace(program: &Program) -> Vec<Bytes> {
     }
 }
 
+/// Bytes of slower memory that a program's offloaded tokens take at most. They lie there whole and without padding.
+#[must_use]
+pub fn offloaded(program: &Program) -> Bytes {
+    let bytes = |heads: Heads, tokens: u64| i128::from(heads.kv_bytes(tokens).0);
+    let offloads = |pass: &Pass| {
+        pass.blocks().any(|(_, b)| b.ops.iter().any(|op| matches!(op.kind, OpKind::Offload { .. })))
+    };
+    let mut any = false;
+    program.visit_passes(|_, pass, _| any |= offloads(pass));
+    if !any {
+        return Bytes(0);
+    }
+    let held = program.header.held.iter();
+    let mut now: i128 = held
+        .map(|h| bytes(h.heads, u64::from(h.tokens)) * i128::from(h.layers * h.sequences))
+        .sum();
+    let mut most = now;
+    let walked: Result<(), std::convert::Infallible> = program.visit_steps(|view| {
+        for (_, block) in view.pass.blocks() {
+            for op in &block.ops {
+                let moved = |l: &Lane| match op.kind {
+                    OpKind::Offload { heads } => bytes(heads, u64::from(l.rows)),
+                    OpKind::Release { heads } => {
+                        -bytes(heads, u64::from(l.length(view.step).tokens))
+                    }
+                    _ => 0,
+                };
+                let lanes = op.lanes.as_slice().iter();
+                let sum: i128 = lanes.map(|l| moved(l) * i128::from(l.sequences)).sum();
+                now += sum * i128::from(block.times());
+                most = most.max(now);
+            }
+        }
+        Ok(())
+    });
+    match walked {
+        Ok(()) => to_bytes(most),
+    }
+}
+
 /// Bytes in the caches before the first step.
 fn held_before(program: &Program) -> i128 {
     let Header { kv, held, .. } = &program.header;
@@ -313,18 +353,25 @@ struct Replay {
 }
 
 impl Replay {
+    /// What a partial cache, whole whatever the cache beside it is, holds at most.
+    fn part(&self, heads: Heads, keep: Tokens, tokens: Tokens) -> i128 {
+        let whole = Heads { form: Form::default(), ..heads };
+        i128::from(self.layout.held(whole, Length::settled(part_room(keep, tokens))).0)
+    }
+
     /// What `op` adds to one layer's held bytes in the step `step` of its pass.
     fn delta(&self, op: &Op, step: u32) -> i128 {
         let Some(heads) = op.cache_heads() else { return 0 };
         let held = |length| i128::from(self.layout.held(heads, length).0);
-        let part = |keep: Tokens, tokens| held(Length::settled(part_room(keep, tokens)));
+        let part = |keep, tokens| self.part(heads, keep, tokens);
         let mut sum = 0;
         for lane in op.lanes.as_slice() {
             let now = lane.length(step);
             // Partial caches stand beside the others.
             let beside = match op.kind {
                 OpKind::Refresh { first: true, .. } => part(lane.keep, now.tokens),
-                OpKind::AppendPart { .. } => {
+                OpKind::AttendAhead { .. } if lane.rows == 0 => part(lane.keep, now.tokens),
+                OpKind::AppendPart { .. } | OpKind::AttendAhead { .. } => {
                     part(lane.keep, now.tokens)
                         - part(lane.keep, now.tokens.saturating_sub(lane.rows))
                 }
@@ -369,23 +416,19 @@ impl Replay {
 
     /// What the appends of `steps` steps add to one layer.
     fn growth(&self, op: &Op, steps: u32) -> i128 {
-        let lanes = op.lanes.as_slice().iter();
         let Some(heads) = op.cache_heads() else { return 0 };
-        let held = |length| i128::from(self.layout.held(heads, length).0);
-        let grown = |lane: &Lane, length: &dyn Fn(Length) -> Length| {
-            (held(length(lane.length(steps))) - held(length(lane.length(0))))
-                * i128::from(lane.sequences)
+        let held = |lane: &Lane, step| -> i128 {
+            let now = lane.length(step);
+            match op.kind {
+                OpKind::Append { .. } => i128::from(self.layout.held(heads, now).0),
+                OpKind::AppendPart { .. } | OpKind::AttendAhead { .. } => {
+                    self.part(heads, lane.keep, now.tokens.saturating_sub(lane.rows))
+                }
+                _ => 0,
+            }
         };
-        match op.kind {
-            OpKind::Append { .. } => lanes.map(|l| grown(l, &|length| length)).sum(),
-            OpKind::AppendPart { .. } => lanes
-                .map(|l| {
-                    let before = |now: Length| now.tokens.saturating_sub(l.rows);
-                    grown(l, &|now| Length::settled(part_room(l.keep, before(now))))
-                })
-                .sum(),
-            _ => 0,
-        }
+        let grown = |l: &Lane| (held(l, steps) - held(l, 0)) * i128::from(l.sequences);
+        op.lanes.as_slice().iter().map(grown).sum()
     }
 
     fn see(&mut self, phase: Phase, held: i128) {
@@ -401,7 +444,13 @@ impl Replay {
             return self.step(pass, 0, held);
         }
         let period = pass.layers.iter().flat_map(|b| &b.ops).filter_map(Op::cache_heads);
-        let period = period.map(|h| h.form.period()).max().unwrap_or(1);
+        // New tokens that are packed at once begin anywhere in a block, and more of them straddle two.
+        let begins = |form: &Form| match form.is_plain() {
+            true => 1,
+            false => self.layout.block_tokens.max(1),
+        };
+        let period = period.map(|h| h.form.period().next_multiple_of(begins(&h.form)));
+        let period = period.max().unwrap_or(1);
         // A pass of several steps drops nothing, so its caches rise from period to period: the last one is the highest.
         let from = pass.steps.saturating_sub(period);
         let mut held = held

@@ -316,6 +316,30 @@ pub enum OpKind {
         /// Heads.
         heads: Heads,
     },
+    /// Copies the newest `Lane::rows` tokens, still whole, to slower memory, while others compute.
+    Offload {
+        /// Heads.
+        heads: Heads,
+    },
+    /// Attention of each sequence's newest row and of the one after it, which speculates, over the cache with whole tokens
+    /// in the place of the `Lane::keep` that were fetched; the speculating row sees its own key too, which is not kept.
+    /// Without a newest row (`Lane::rows` is 0) there is the speculating one alone, and nothing is fetched yet.
+    AttendAhead {
+        /// Heads.
+        heads: Heads,
+    },
+    /// Chooses the `Lane::keep` tokens that the speculating row attends to most: the next step will want them whole.
+    Foresee {
+        /// Heads.
+        heads: Heads,
+        /// Tokens that stay whole are chosen too.
+        whole: bool,
+    },
+    /// Brings chosen tokens back from slower memory, while others compute.
+    Fetch {
+        /// Heads.
+        heads: Heads,
+    },
     /// Packs what the step has pushed out of the residual.
     Pack {
         /// Heads.
@@ -392,7 +416,9 @@ impl Op {
             OpKind::Rope { .. } => Family::Rope,
             OpKind::Append { .. } | OpKind::AppendPart { .. } => Family::Append,
             OpKind::Attend { .. } if phase == Phase::Prefill => Family::AttendPrefill,
-            OpKind::Attend { .. } | OpKind::AttendPart { .. } => Family::AttendDecode,
+            OpKind::Attend { .. } | OpKind::AttendPart { .. } | OpKind::AttendAhead { .. } => {
+                Family::AttendDecode
+            }
             OpKind::Tally { .. } => Family::Tally,
             OpKind::Rank { by, .. } => match by {
                 Score::Recency => Family::RankRecency,
@@ -410,7 +436,8 @@ impl Op {
             OpKind::ReadState { .. } => Family::ReadState,
             OpKind::Index { .. } => Family::Index,
             OpKind::Cluster { .. } => Family::Cluster,
-            OpKind::Select { .. } => Family::Select,
+            OpKind::Select { .. } | OpKind::Foresee { .. } => Family::Select,
+            OpKind::Offload { .. } | OpKind::Fetch { .. } => Family::Transfer,
             OpKind::AttendChosen { .. } => Family::AttendChosen,
             OpKind::Compare { .. } => Family::Compare,
             OpKind::Refresh { .. } => Family::Refresh,
@@ -446,6 +473,10 @@ impl Op {
             | OpKind::AppendPart { heads }
             | OpKind::AttendPart { heads }
             | OpKind::ReleasePart { heads }
+            | OpKind::Offload { heads }
+            | OpKind::AttendAhead { heads }
+            | OpKind::Foresee { heads, .. }
+            | OpKind::Fetch { heads }
             | OpKind::Pack { heads }
             | OpKind::PruneChannels { heads }
             | OpKind::Trim { heads }
@@ -472,16 +503,25 @@ impl Op {
         )
     }
 
-    /// The same op over partial caches as an attention over caches of their length, `step` steps into its pass: it is the
-    /// same kernel.
+    /// The attention whose kernel this op runs, `step` steps into its pass: over partial caches as over caches of their
+    /// length, with a row that speculates as with that many more sequences.
     #[must_use]
-    pub fn over_part(&self, step: u32) -> Option<Self> {
-        let OpKind::AttendPart { heads } = self.kind else { return None };
-        let short = |lane: &Lane| {
-            let kv = lane.length(step).tokens.min(lane.keep.saturating_add(1));
-            Lane { kv, settled: kv, ..*lane }
+    pub fn as_attention(&self, step: u32) -> Option<Self> {
+        let heads = match self.kind {
+            OpKind::AttendPart { heads } | OpKind::AttendAhead { heads } => heads,
+            _ => return None,
         };
-        let lanes: Vec<Lane> = self.lanes.as_slice().iter().map(short).collect();
+        let alike = |lane: &Lane| {
+            let now = lane.length(step);
+            let (kv, sequences) = match self.kind {
+                OpKind::AttendPart { .. } => {
+                    (now.tokens.min(lane.keep.saturating_add(1)), lane.sequences)
+                }
+                _ => (now.tokens, lane.sequences.saturating_mul(lane.rows.saturating_add(1))),
+            };
+            Lane { rows: 1, kv, settled: now.settled.min(kv), sequences, ..*lane }
+        };
+        let lanes: Vec<Lane> = self.lanes.as_slice().iter().map(alike).collect();
         let kind = OpKind::Attend { heads, window: None };
         Some(Self { kind, lanes: Lanes::new(&lanes), ..self.clone() })
     }

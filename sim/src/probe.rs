@@ -150,6 +150,14 @@ pub fn grid(
     probes
 }
 
+/// Two passes of the whole model whose kernels a profile has timed at these very sizes, one while reading, one while
+/// generating: timed again, they say at which pace the machine runs now.
+#[must_use]
+pub fn yardsticks(model: &Model, setup: Setup) -> [Probe; 2] {
+    let of = |phase, at| probe(model, model.layers, &Full::default(), setup, phase, at);
+    [of(Phase::Prefill, (1, 512, 0)), of(Phase::Decode, (4, 1, 383))]
+}
+
 /// What every policy shares, and the rankings.
 fn shared(model: &Model, setup: Setup, limits: GridLimits) -> Vec<Probe> {
     let full = Full::default();
@@ -235,16 +243,48 @@ mod tests {
     use crate::policy::{Kivi, SnapKv};
     use crate::profile::Catalog;
 
-    #[test]
-    fn policies_with_kernels_of_their_own_are_run_and_no_others() {
-        let model = Catalog::built_in().model("smollm2-135m").expect("built in");
-        let setup = Setup {
+    fn setup() -> Setup {
+        Setup {
             kv: crate::kv::KvLayout { dtype: DType::F16, block_tokens: 32, shares_prefix: false },
             weights: DType::F32,
             activations: DType::F32,
             head: DType::F32,
             tp: 1,
+        }
+    }
+
+    #[test]
+    fn yardsticks_are_points_of_the_grid() {
+        let model = Catalog::built_in().model("smollm2-135m").expect("built in");
+        let at = |probe: &Probe| {
+            let mut all = Vec::new();
+            probe.program.visit_passes(|_, pass, _| {
+                for (_, block) in pass.blocks() {
+                    all.extend(block.ops.iter().map(|op| {
+                        let features = features(op, 0);
+                        format!(
+                            "{:?} {:?} {:?}",
+                            op.family(pass.phase),
+                            features.key,
+                            features.parts
+                        )
+                    }));
+                }
+            });
+            all.sort();
+            all
         };
+        let timed: BTreeSet<String> =
+            grid(&model, setup(), GridLimits::default(), &[]).iter().flat_map(at).collect();
+        for yardstick in yardsticks(&model, setup()) {
+            assert!(at(&yardstick).iter().all(|point| timed.contains(point)));
+        }
+    }
+
+    #[test]
+    fn policies_with_kernels_of_their_own_are_run_and_no_others() {
+        let model = Catalog::built_in().model("smollm2-135m").expect("built in");
+        let setup = setup();
         let count = |policies: &[Arc<dyn Policy>]| {
             grid(&model, setup, GridLimits::default(), policies).len()
         };

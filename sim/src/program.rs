@@ -55,6 +55,9 @@ pub struct Pass {
     pub phase: Phase,
     /// Equal steps.
     pub steps: u32,
+    /// Rows per sequence that speculate on the token after the step's: they go through all layers and are not kept. Without
+    /// a row that is, the step only speculates, on the first token after the prompt's.
+    pub ahead: Tokens,
     /// In order: before the layers, the layers (interleaved by layer number), after the layers.
     pub before: Block,
     /// The layers' blocks; each layer is in exactly one.
@@ -74,6 +77,13 @@ impl Pass {
             .chain(std::iter::once(&self.after))
             .enumerate()
             .map(|(i, b)| (i as u32, b))
+    }
+
+    /// Whether no token comes of it.
+    #[must_use]
+    pub fn only_speculates(&self) -> bool {
+        let rows = self.before.ops.first().and_then(|op| op.lanes.as_slice().first());
+        self.ahead > 0 && rows.is_some_and(|lane| lane.rows == self.ahead)
     }
 
     /// Layers of the model.
@@ -295,7 +305,7 @@ impl Program {
         self.visit_passes(|_, pass, times| {
             let steps = times * f64::from(pass.steps);
             all += steps;
-            if pass.phase == Phase::Decode {
+            if pass.phase == Phase::Decode && !pass.only_speculates() {
                 decode += steps;
             }
         });

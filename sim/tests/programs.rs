@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use batchmax_sim::form::Length;
+use batchmax_sim::form::{Form, Length};
 use batchmax_sim::kv::KvLayout;
 use batchmax_sim::load::{Group, Load, Schedule};
 use batchmax_sim::lower::{LowerError, Setup, lower};
 use batchmax_sim::memory::{footprint, kv_peaks, kv_trace};
-use batchmax_sim::op::{DType, OpKind, Phase};
+use batchmax_sim::op::{DType, Heads, OpKind, Phase, part_room};
 use batchmax_sim::policy::{
     AnyScore, BatchMax, Budget, By, Composed, Cut, ExpectedAttention, FastKv, Full, H2o, Instant,
-    Kivi, KvSharer, LagKv, Policy, PyramidKv, SnapKv, StreamingLlm, ThinK, Tova,
+    Kivi, KvSharer, LagKv, Policy, PyramidKv, RefreshKv, SnapKv, SpeCache, StreamingLlm, ThinK,
+    Tova,
 };
 use batchmax_sim::profile::{Activation, Model, RopeScaling, SlidingWindow};
 use batchmax_sim::program::{Node, Program};
@@ -225,9 +226,22 @@ fn a_budget_that_cannot_hold_its_forced_tokens_is_refused() {
     assert!(error.to_string().contains("36"), "{error}");
 }
 
+#[test]
+fn chunks_that_straddle_blocks_before_they_are_packed_are_the_peak() {
+    let kivi = Kivi { bits: 2, group: 32, residual: 0, swapped: true };
+    let parts: Vec<Arc<dyn Policy>> = vec![Arc::new(batch_max(105, 7, 0)), Arc::new(kivi)];
+    let policy = Composed::new(parts).expect("goes together");
+    let load = Load::uniform(1, 106, 1, Schedule::Static);
+    // A packed token takes 2 x (16 B codes + 2 groups x 4 B) = 48 B a head, a whole one 256 B, in blocks of 16. 29 layers
+    // have packed 98 tokens, 112 with their blocks. The last has 91 packed, 96 with theirs, and seven more in two blocks.
+    let packed = 3 * 112 * 48;
+    let last = 3 * (96 * 48 + 2 * 16 * 256);
+    assert_eq!(kv_peaks(&program(&policy, &load, 16)).prefill, Bytes(29 * packed + last));
+}
+
 /// Any of the policies, with parameters that are valid for prompts of 64 tokens and more.
 fn any_policy() -> impl Strategy<Value = Box<dyn Policy>> {
-    (0..17u8, 40..400u32, 1..300u32, 0..40u32).prop_map(|(kind, budget, chunk, slack)| {
+    (0..19u8, 40..400u32, 1..300u32, 0..40u32).prop_map(|(kind, budget, chunk, slack)| {
         let tokens = Budget::Tokens(budget);
         let instant = if slack > 20 { Instant::AfterLayer } else { Instant::AfterPrefill };
         let snap = snapkv(tokens, instant);
@@ -281,6 +295,12 @@ fn any_policy() -> impl Strategy<Value = Box<dyn Policy>> {
                 cut: Cut { chunk: streaming_chunk, ..LagKv::new(tokens).cut },
                 ..LagKv::new(tokens)
             }),
+            16 => Box::new(RefreshKv { every: 1 + slack % 7, ..RefreshKv::new(tokens) }),
+            17 => Box::new(SpeCache {
+                fetch: budget,
+                residual: 32 * (1 + slack / 20),
+                ..SpeCache::default()
+            }),
             15 => Box::new(KvSharer { layers: 1 + slack % 8, ..KvSharer::default() }),
             _ => {
                 let sharer = KvSharer { layers: 1 + slack % 8, ..KvSharer::default() };
@@ -323,6 +343,12 @@ proptest! {
                         layout.held(heads, Length { settled, tokens }).0 as i64 * i64::from(lane.sequences)
                     };
                     let now = bytes(lane.settled, lane.kv);
+                    // Partial caches are whole whatever stands beside them.
+                    let whole = Heads { form: Form::default(), ..heads };
+                    let part = |tokens| {
+                        let room = Length::settled(part_room(lane.keep, tokens));
+                        layout.held(whole, room).0 as i64 * i64::from(lane.sequences)
+                    };
                     match op.kind {
                         OpKind::Append { .. } => held += bytes(lane.settled, lane.kv + lane.rows) - now,
                         OpKind::Evict { .. } => {
@@ -333,6 +359,12 @@ proptest! {
                         OpKind::Pack { .. } => held += bytes(lane.kv, lane.kv) - now,
                         OpKind::PruneChannels { .. } if heads.form.packed.is_none() => {
                             held += bytes(lane.kv, lane.kv) - now;
+                        }
+                        OpKind::Refresh { first: true, .. } => held += part(lane.kv),
+                        OpKind::AppendPart { .. } => held += part(lane.kv) - part(lane.kv - lane.rows),
+                        OpKind::AttendAhead { .. } => {
+                            let before = if lane.rows == 0 { 0 } else { part(lane.kv - lane.rows) };
+                            held += part(lane.kv) - before;
                         }
                         _ => {}
                     }

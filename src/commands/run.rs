@@ -4,11 +4,12 @@ use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::load::Checkpoint;
+use batchmax_exec::tier::TierPlace;
 use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_exec::{Engine, RunOptions, RunResult, Sampling, load_of};
 use batchmax_sim::load::Load;
 use batchmax_sim::lower::{lower, lower_prefix};
-use batchmax_sim::memory::kv_peaks;
+use batchmax_sim::memory::{kv_peaks, offloaded};
 use batchmax_sim::program::Program;
 use batchmax_sim::units::Bytes;
 use serde_json::{Value, json};
@@ -45,6 +46,19 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         }
         None => None,
     };
+    let tier_budget = match &args.tier_memory {
+        Some(text) => Some(
+            batchmax_sim::units::parse_bytes(text).map_err(|e| anyhow!("--tier-memory: {e}"))?,
+        ),
+        None => None,
+    };
+    let tier_place = match &args.tier_dir {
+        Some(path) if !path.is_dir() => {
+            bail!("--tier-dir {}: no such directory; hint: create it first", path.display())
+        }
+        Some(path) => TierPlace::Directory(path.clone()),
+        None => TierPlace::Memory,
+    };
     // Everything that can be refused is refused before weights are read.
     let checkpoint = match args.weights.weights.as_str() {
         "synthetic" => None,
@@ -63,6 +77,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
     let prefix = lower_prefix(&model, preset.policy.as_ref(), &load, setup);
     refuse(args, &model, &program, budget)?;
+    refuse_offloaded(&program, tier_budget)?;
     local::check_prefix(prefix.as_ref(), budget)?;
     let prompts = match given {
         Some(prompts) => prompts,
@@ -83,6 +98,8 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             _ => Vec::new(),
         },
         keep_details: args.dump.is_some(),
+        tier_budget,
+        tier_place,
         prefix,
         ..RunOptions::default()
     };
@@ -142,6 +159,17 @@ fn refuse(
     match budget {
         Some(budget) if needed > budget => bail!(
             "the caches need {needed} at their peak, --kv-memory is {budget}; hint: a smaller --batch, or a policy with a smaller budget or chunk"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// What is offloaded has a limit of its own.
+fn refuse_offloaded(program: &Program, budget: Option<Bytes>) -> Result<()> {
+    let needed = offloaded(program);
+    match budget {
+        Some(budget) if needed > budget => bail!(
+            "offloaded tokens need {needed} of slower memory, --tier-memory is {budget}; hint: a smaller --batch or a shorter prompt"
         ),
         _ => Ok(()),
     }
@@ -235,6 +263,10 @@ pub fn figures(program: &Program, result: &RunResult) -> Value {
         "kv_peak_bytes": result.kv_prefill_peak.max(result.kv_decode_peak),
         "kv_prefill_peak_bytes": result.kv_prefill_peak,
         "kv_decode_peak_bytes": result.kv_decode_peak,
+        "offloaded_bytes": result.tier.peak,
+        "fetched_bytes": result.tier.fetched,
+        "tier_s": result.tier.busy,
+        "tier_wait_s": result.tier.waited,
         "peak_rss_bytes": result.peak_rss,
     })
 }
@@ -242,8 +274,20 @@ pub fn figures(program: &Program, result: &RunResult) -> Value {
 fn summary(figures: &Value) -> String {
     let number = |key: &str| figures[key].as_f64().unwrap_or(0.0);
     let bytes = |key: &str| Bytes(figures[key].as_u64().unwrap_or(0));
+    let moved = Bytes(bytes("offloaded_bytes").0 + bytes("fetched_bytes").0);
+    let tier = if moved.0 == 0 {
+        String::new()
+    } else {
+        format!(
+            "\n  offloaded   {:>11}   {} fetched in {:.2} s beside, {:.2} s waited",
+            bytes("offloaded_bytes"),
+            bytes("fetched_bytes"),
+            number("tier_s"),
+            number("tier_wait_s"),
+        )
+    };
     format!(
-        "batch {} · {}\n  prefill     {:>9.2} s   {:>8} tokens/s\n  decode      {:>9.2} s   {:>8} tokens/s\n  output                    {:>8} tokens/s\n  kv peak     {:>11}\n  process     {:>11}",
+        "batch {} · {}\n  prefill     {:>9.2} s   {:>8} tokens/s\n  decode      {:>9.2} s   {:>8} tokens/s\n  output                    {:>8} tokens/s\n  kv peak     {:>11}\n  process     {:>11}{tier}",
         figures["batch"],
         figures["policy"].as_str().unwrap_or(""),
         number("prefill_s"),

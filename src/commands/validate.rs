@@ -2,12 +2,15 @@
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::RunOptions;
+use batchmax_exec::machine;
+use batchmax_exec::profile::Pace;
 use batchmax_exec::weights::check_executable;
 use batchmax_sim::cost::predict;
 use batchmax_sim::memory::kv_shortfall;
 use batchmax_sim::metrics::Metrics;
 use batchmax_sim::op::{OpKind, Phase};
 use batchmax_sim::plan::Case;
+use batchmax_sim::probe::yardsticks;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::{Comparison, compare, relative_error};
 use batchmax_sim::units::{Bytes, Seconds};
@@ -17,7 +20,7 @@ use crate::cli::{Global, ValidateArgs};
 use crate::commands::Outcome;
 use crate::commands::local::{self, Trial};
 use crate::commands::run::figures;
-use crate::report::{answer, json, table};
+use crate::report::{answer, json, remark, table};
 use crate::setting::{self, Configuration, LOCAL, Places};
 
 /// Predicts, runs, compares.
@@ -56,6 +59,16 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         keep_details: kv_shortfall(&program).0 > 0,
         ..RunOptions::default()
     };
+    let cost = configuration.host.cost.as_ref();
+    let yardsticks = yardsticks(configuration.model(), configuration.host.placement.setup);
+    let before = Pace::now(&engine, &yardsticks, cost)?;
+    // What the yardsticks took is no part of the run's peak.
+    if !machine::reset_peak_rss() {
+        remark(
+            global.quiet,
+            "this system keeps no peak of one run: the process's memory is that of all passes",
+        );
+    }
     let mut trial = local::trial(
         &engine,
         &configuration,
@@ -65,9 +78,10 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         global,
         &configuration.preset.name,
     )?;
+    let pace = before.between(Pace::now(&engine, &yardsticks, cost)?);
     let drift = Drift::of(&configuration, &mut trial);
     let comparison = compare(&trial.predicted, &trial.result.timeline);
-    let verdict = Verdict::of(&trial, &comparison, tolerance);
+    let verdict = Verdict::of(&trial, &comparison, pace, tolerance);
     if global.json {
         answer(&document(&trial, &comparison, &verdict, drift.as_ref(), synthetic));
     } else {
@@ -87,6 +101,10 @@ fn tolerance(text: &str) -> Result<f64> {
 /// How the whole came out.
 struct Verdict {
     total_error: f64,
+    /// How the machine's pace has changed since its profile.
+    pace: Pace,
+    /// The error that would be left at the pace of now.
+    error_at_pace: f64,
     kv_equal: bool,
     memory_error: f64,
     tolerance: f64,
@@ -94,7 +112,7 @@ struct Verdict {
 }
 
 impl Verdict {
-    fn of(trial: &Trial, comparison: &Comparison, tolerance: f64) -> Self {
+    fn of(trial: &Trial, comparison: &Comparison, pace: Pace, tolerance: f64) -> Self {
         let result = &trial.result;
         let measured = result.prefill + result.decode;
         let total_error = relative_error(trial.predicted.total().0, measured.0);
@@ -104,6 +122,8 @@ impl Verdict {
             && footprint.allows(footprint.kv_decode_peak, result.kv_decode_peak);
         Self {
             total_error,
+            pace,
+            error_at_pace: relative_error(pace.total(&trial.predicted).0, measured.0),
             kv_equal,
             memory_error: relative_error(
                 trial.footprint.total().0 as f64,
@@ -176,6 +196,8 @@ fn document(
         "measured": figures(&trial.program, &trial.result),
         "comparison": json::comparison(comparison),
         "total_error": verdict.total_error,
+        "pace": { "prefill": verdict.pace.0[0], "decode": verdict.pace.0[1] },
+        "error_at_pace": verdict.error_at_pace,
         "memory_error": verdict.memory_error,
         "kv_bytes_equal": verdict.kv_equal,
         "drift": drift.map(|d| json!({
@@ -256,8 +278,13 @@ fn text(
             d.expected_time,
         )
     });
+    let [prefill, decode] = verdict.pace.0;
+    let paced = format!(
+        "\nbefore and after, the machine took {prefill:.2} times as long to read and {decode:.2} times as long to generate as in its profile; at that pace the error is {}",
+        table::percent(verdict.error_at_pace)
+    );
     format!(
-        "{} · {} · batch {} · {} schedule\n\n{times}\n\n{sizes}\n{unmatched}{drifted}\n{} total time {} (tolerance {:.0} %), KV bytes {}",
+        "{} · {} · batch {} · {} schedule\n\n{times}\n\n{sizes}\n{unmatched}{drifted}{paced}\n{} total time {} (tolerance {:.0} %), KV bytes {}",
         trial.program.header.model,
         trial.program.header.policy,
         load.sequences(),

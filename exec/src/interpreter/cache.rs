@@ -34,20 +34,21 @@ impl Interpreter<'_> {
         let dim = heads.dim as usize;
         let key_offset = heads.query as usize * dim;
         let value_offset = key_offset + heads.kv as usize * dim;
+        let step_rows = self.rows_of(lanes);
+        let end = step_rows.last().map_or(0, |(first, count)| first + count);
         let positions = &self.slots.positions;
         let (pool, picked) = self.kv.select(layer_index(layer), lanes);
-        let mut first_row = 0;
         let mut items: Vec<AppendItem<'_>> = picked
             .into_iter()
-            .map(|(_, lane, heads)| {
+            .zip(step_rows)
+            .map(|((_, lane, heads), (first_row, _))| {
+                // Rows that speculate come last and are not kept.
                 let rows = lane.rows as usize;
                 let positions = &positions[first_row..first_row + rows];
-                let item = AppendItem { heads, first_row, rows, positions };
-                first_row += rows;
-                item
+                AppendItem { heads, first_row, rows, positions }
             })
             .collect();
-        let qkv = &self.slots.qkv[..first_row * width];
+        let qkv = &self.slots.qkv[..end * width];
         k::append::append(
             self.threads,
             pool,

@@ -39,6 +39,30 @@ pub fn attend_decode(
     decode_with(isa(), threads, &Job::new(pool, items, shape, qkv, qkv_width, out, lse));
 }
 
+/// The same where some tokens of a cache are not seen: `without` has them, ascending, for each KV head of each item. A row
+/// that sees nothing has zeros, and the logarithm of nothing.
+///
+/// # Panics
+/// Also if there is not one list per item and KV head, or scores have a cap.
+#[expect(clippy::too_many_arguments, reason = "the layout of a fused row")]
+pub fn attend_without(
+    threads: &Threads,
+    pool: &BlockPool,
+    items: &[AttendItem<'_>],
+    without: &[Vec<u32>],
+    shape: &AttendShape,
+    qkv: &[f32],
+    qkv_width: usize,
+    out: &mut [f32],
+    lse: Option<&mut [f32]>,
+) {
+    assert!(items.iter().all(|i| i.rows == 1), "an item without exactly one row");
+    assert_eq!(without.len(), items.len() * shape.kv_heads, "not one list per KV head");
+    assert!(shape.softcap.is_none(), "a capped score has no bottom");
+    let job = Job { without, ..Job::new(pool, items, shape, qkv, qkv_width, out, lse) };
+    decode_with(isa(), threads, &job);
+}
+
 /// One KV head of an item: its first part among all parts, and its number of parts.
 struct Head {
     item: usize,
@@ -114,6 +138,9 @@ unsafe fn body<S: Simd, B: Source>(
     let cache = &item.heads[head.head];
     let seen = visible(&cache.positions, 1, 0, shape.window);
     let keys = seen.start.max(part * PART)..seen.end.min((part + 1) * PART);
+    let without = job.without.get(head.item * shape.kv_heads + head.head).map_or(&[][..], |w| w);
+    let at = |token: usize| without.partition_point(|t| (*t as usize) < token);
+    let without = &without[at(keys.start)..at(keys.end.max(keys.start))];
     let step = S::TILE_ROWS;
     // Only halves that are not whole need a tile; two of keys or one of values.
     let tile_size = if cache.is_plain() { 0 } else { 2 * tile_floats(dim) };
@@ -133,7 +160,7 @@ unsafe fn body<S: Simd, B: Source>(
         let from = item.first_row * job.qkv_width + query_head * dim;
         let queries = &job.qkv[from..from + rows * dim];
         let mut softmax = [(f32::NEG_INFINITY, 0.0); 16];
-        if keys.is_empty() {
+        if keys.len() <= without.len() {
             sums.fill(0.0);
         } else {
             let view = View { pool: job.pool, cache, keys: keys.clone(), part: part * PART };
@@ -144,6 +171,11 @@ unsafe fn body<S: Simd, B: Source>(
                     view.narrow_products::<S, B>(s, queries, kept_queries, rows, tile, scores);
                 }
                 view.products::<S, B>(s, queries, rows, scores);
+                for row in scores.chunks_exact_mut(PART).take(rows) {
+                    for token in without {
+                        row[*token as usize - part * PART] = f32::NEG_INFINITY;
+                    }
+                }
                 for (i, softmax) in softmax.iter_mut().enumerate().take(rows) {
                     *softmax = view.softmax(s, shape, &mut scores[i * PART..(i + 1) * PART]);
                 }

@@ -137,7 +137,7 @@ fn networks(heads: Heads) -> u32 {
 /// The features of `op`, `step` steps into its pass.
 #[must_use]
 pub fn features(op: &Op, step: u32) -> Features {
-    if let Some(part) = op.over_part(step) {
+    if let Some(part) = op.as_attention(step) {
         return features(&part, 0);
     }
     let rows = op.lanes.rows() as f64;
@@ -189,6 +189,9 @@ pub fn features(op: &Op, step: u32) -> Features {
             one(head_key(0), [log2(kept.min(mean_kv) * sequences), 0.0, 0.0])
         }
         OpKind::Compare { .. } => one(head_key(0), [log2(sequences), 0.0, 0.0]),
+        OpKind::Offload { .. } => one(head_key(1), [log2(rows), log2(sequences), 0.0]),
+        OpKind::Fetch { .. } => one(head_key(2), [log2(sequences), log2(kept), 0.0]),
+        OpKind::Foresee { .. } => one(head_key(1), [log2(sequences), log2(mean_kv), log2(kept)]),
         OpKind::Refresh { .. } => one(head_key(0), [log2(sequences), log2(mean_kv), log2(kept)]),
         OpKind::Index { page, .. } => one(head_key(page), [log2(rows), log2(sequences), 0.0]),
         OpKind::Cluster { .. } => one(head_key(0), [log2(mean_kv), log2(sequences), log2(kept)]),
@@ -207,7 +210,10 @@ pub fn features(op: &Op, step: u32) -> Features {
         OpKind::Attend { .. } if op.lanes.as_slice().iter().all(|l| l.rows == 1) => {
             one(head_key(0), [log2(sequences), log2(mean_kv), 0.0])
         }
-        OpKind::Attend { .. } | OpKind::AttendPart { .. } | OpKind::Tally { .. } => {
+        OpKind::Attend { .. }
+        | OpKind::AttendPart { .. }
+        | OpKind::AttendAhead { .. }
+        | OpKind::Tally { .. } => {
             let parts = op.lanes.as_slice().iter().map(|lane| {
                 let prefix = kv(lane) - f64::from(lane.rows);
                 let pairs = f64::from(lane.rows) * (kv(lane) - f64::from(lane.rows) / 2.0);

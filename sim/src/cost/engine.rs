@@ -229,6 +229,7 @@ mod tests {
         Pass {
             phase,
             steps: 1,
+            ahead: 0,
             before: Block { layers: None, ops: vec![op(sequences, rows)] },
             layers: vec![Block { layers: Some(layers), ops: Vec::new() }],
             after_layers: Vec::new(),

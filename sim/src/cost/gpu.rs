@@ -306,7 +306,7 @@ impl GpuKernels {
 
 impl CostModel for GpuKernels {
     fn launch(&self, op: &Op, phase: Phase, step: u32) -> Cost {
-        if let Some(part) = op.over_part(step) {
+        if let Some(part) = op.as_attention(step) {
             return self.launch(&part, phase, 0);
         }
         let rows = op.lanes.rows() as f64;
@@ -365,6 +365,15 @@ impl CostModel for GpuKernels {
             // Attention kernels were timed with the write of the new keys and values; returning blocks is the host's.
             OpKind::Append { .. } | OpKind::Release { .. } | OpKind::ReleasePart { .. } => {
                 Cost { seconds: 0.0, relative_stddev: 0.0, source: Source::Measured }
+            }
+            OpKind::Offload { .. } | OpKind::Fetch { .. } => {
+                // Once over the link; what it reads here it writes there.
+                let bytes = op.work(step).written.0 as f64;
+                Cost {
+                    seconds: LAUNCH + bytes / self.gpu.host_bytes_per_s(),
+                    relative_stddev: BORROWED_STDDEV,
+                    source: Source::Roofline,
+                }
             }
             _ => self.by_work(op, step),
         }

@@ -5,7 +5,7 @@ pub mod engine;
 pub mod gpu;
 pub mod roofline;
 
-use crate::op::{Lanes, Op, OpKind, Phase};
+use crate::op::{Family, Lanes, Op, OpKind, Phase};
 use crate::program::{Pass, Program, site};
 use crate::timeline::{Source, Span, Timeline};
 use crate::units::Seconds;
@@ -63,6 +63,7 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
     program.visit_passes(|pass_index, pass, times| {
         let steps = f64::from(pass.steps) * times;
         seen.at = 0;
+        let first = timeline.spans.len();
         for (block_index, block) in pass.blocks() {
             for (op_index, op) in block.ops.iter().enumerate() {
                 let cost = seen.cost(model, op, pass.phase, pass.steps);
@@ -79,6 +80,7 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
                 });
             }
         }
+        hide_transfers(&mut timeline.spans[first..]);
         timeline.overhead[pass.phase as usize] += model.pass_overhead(pass) * steps;
         decode_steps += if pass.phase == Phase::Decode { steps } else { 0.0 };
     });
@@ -87,6 +89,22 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
         timeline.overhead[Phase::Prefill as usize] += first;
     }
     timeline
+}
+
+/// Transfers run beside everything else of their steps: what counts of them is what the rest does not cover.
+fn hide_transfers(spans: &mut [Span]) {
+    let sum = |spans: &[Span], transfers: bool| -> f64 {
+        let counted = spans.iter().filter(|s| (s.family == Family::Transfer) == transfers);
+        counted.map(|s| s.time.0).sum()
+    };
+    let (transfers, others) = (sum(spans, true), sum(spans, false));
+    if transfers > 0.0 {
+        let seen = ((transfers - others) / transfers).max(0.0);
+        for span in spans.iter_mut().filter(|s| s.family == Family::Transfer) {
+            span.time = span.time * seen;
+            span.stddev = span.stddev * seen;
+        }
+    }
 }
 
 /// Costs of launches that depend on their rows alone: the chunks of a prompt repeat them.

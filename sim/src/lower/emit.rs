@@ -29,7 +29,7 @@ impl Lowering<'_> {
         release: bool,
         nodes: &mut Vec<Node>,
     ) {
-        let embedded = self.lanes(all, active, |_, a| (a.rows, Length::settled(0)));
+        let embedded = self.lanes(all, active, |_, a| (a.rows + a.ahead, Length::settled(0)));
         let embed = self.op("embed", OpKind::Embed { width: self.model.hidden }, embedded);
         let before = Block { layers: None, ops: vec![embed] };
         let mut layers = Vec::with_capacity(self.classes.len());
@@ -43,7 +43,8 @@ impl Lowering<'_> {
             }
         }
         let after = Block { layers: None, ops: self.head(all, active) };
-        let pass = Pass { phase, steps, before, layers, after_layers, after };
+        let ahead = active.first().map_or(0, |a| a.ahead);
+        let pass = Pass { phase, steps, ahead, before, layers, after_layers, after };
         nodes.push(Node::Pass(Box::new(pass)));
         for (class, stays) in self.stay.chunks_exact(active.len().max(1)).enumerate() {
             for (a, left) in active.iter().zip(stays) {
@@ -87,7 +88,7 @@ impl Lowering<'_> {
         // A class without caches attends over those it reads, which hold this step's tokens already.
         let cache = self.classes[class].reads.unwrap_or(class);
         let rows_of = |s: &Sequences, a: &Active| self.rows(s, a, phase, class);
-        let rows = self.lanes(all, active, |s, a| (rows_of(s, a), Length::settled(0)));
+        let rows = self.lanes(all, active, |s, a| (rows_of(s, a) + a.ahead, Length::settled(0)));
         let appended =
             self.lanes(all, active, |s, a| (rows_of(s, a), Length::settled(s.resident[class])));
         let seen = self.lanes(all, active, |s, a| {
@@ -112,9 +113,10 @@ impl Lowering<'_> {
                 let (kind, length) = (OpKind::Release { heads }, Length::settled(left));
                 let verb = Verb { name: "release", kind, length, keep: s.shared[class] };
                 self.merge(&mut late, &[verb], s, step.rows);
-                if let Some(refreshing) = self.policy.refreshes(s.isl, self.model) {
+                let fetched = self.policy.prefetches(self.model).map(|p| p.tokens);
+                let copied = self.policy.refreshes(s.isl, self.model).map(|r| r.tokens);
+                if let Some(keep) = fetched.or(copied) {
                     let kind = OpKind::ReleasePart { heads };
-                    let keep = refreshing.tokens;
                     let verb = Verb { name: "release_part", kind, length, keep };
                     self.merge(&mut late, &[verb], s, step.rows);
                 }
@@ -130,6 +132,9 @@ impl Lowering<'_> {
         let attend = |ops: &mut Vec<Op>| self.attend(all, active, phase, class, seen, ops);
         let mut ops = self.layer(&rows, class, appended, attend, &mut spoken);
         self.compare_early(all, active, &mut ops);
+        if active.iter().all(|a| a.rows == 0) {
+            ops.retain(|op| !matches!(op.kind, OpKind::Append { .. }));
+        }
         ops.extend(self.forward(all, active, phase, class));
         self.spoken = spoken;
         Emitted { block: Block { layers: at, ops }, late: Block { layers: at, ops: late } }
@@ -146,11 +151,12 @@ impl Lowering<'_> {
         ops: &mut Vec<Op>,
     ) {
         let Class { heads, window, layers, .. } = self.classes[class];
-        if phase == Phase::Decode
-            && let Some(part) = self.attend_part(all, active, class, &seen)
-        {
-            ops.extend(part);
-            return;
+        if phase == Phase::Decode {
+            let otherwise = self.attend_part(all, active, class, &seen);
+            if let Some(part) = otherwise.or_else(|| self.attend_ahead(all, active, class)) {
+                ops.extend(part);
+                return;
+            }
         }
         let reading = |a: &Active| {
             let s = &all[a.index];
@@ -159,6 +165,7 @@ impl Lowering<'_> {
         let Some((first, _)) = active.first().and_then(reading).filter(|_| phase == Phase::Decode)
         else {
             ops.push(self.op("attend", OpKind::Attend { heads, window }, seen));
+            ops.extend(self.offload(all, active, class));
             return;
         };
         let by = first.by;

@@ -94,7 +94,9 @@ impl Lowering<'_> {
             .filter(|a| a.prompt_read)
             .map(|a| {
                 let s = &all[a.index];
-                Lane { first: s.first, sequences: s.count, rows: 1, ..Lane::default() }
+                // A row that speculates is sampled too.
+                let rows = if a.ahead > 0 { a.rows + a.ahead } else { 1 };
+                Lane { first: s.first, sequences: s.count, rows, ..Lane::default() }
             })
             .collect();
         let (width, vocab) = (self.model.hidden, self.model.vocab);

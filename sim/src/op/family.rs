@@ -58,6 +58,8 @@ pub enum Family {
     Compare,
     /// Copies of chosen tokens that are read for several steps.
     Refresh,
+    /// To slower memory and back.
+    Transfer,
     /// Packing into fewer bits.
     Pack,
     /// Dropping channels of keys.
@@ -80,7 +82,7 @@ pub enum Family {
 
 impl Family {
     /// Every family, in the order of tables.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 36] = [
         Self::Gemm,
         Self::AttendPrefill,
         Self::AttendDecode,
@@ -107,6 +109,7 @@ impl Family {
         Self::AttendChosen,
         Self::Compare,
         Self::Refresh,
+        Self::Transfer,
         Self::Pack,
         Self::PruneChannels,
         Self::Trim,
@@ -148,6 +151,7 @@ impl Family {
             Self::AttendChosen => "attend-chosen",
             Self::Compare => "compare",
             Self::Refresh => "refresh",
+            Self::Transfer => "transfer",
             Self::Pack => "pack",
             Self::PruneChannels => "prune-channels",
             Self::Trim => "trim",

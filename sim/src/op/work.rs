@@ -98,7 +98,7 @@ impl Op {
     }
 
     fn cache_work(&self, step: u32) -> Work {
-        if let Some(part) = self.over_part(step) {
+        if let Some(part) = self.as_attention(step) {
             return part.work(0);
         }
         let mut total = Work::default();
@@ -294,6 +294,19 @@ impl Op {
                 let moved = heads.kv_bytes(rows);
                 Work { flops: Flops(0.0), read: moved, written: moved }
             }
+            OpKind::Offload { .. } | OpKind::Fetch { .. } => {
+                let tokens = match self.kind {
+                    OpKind::Offload { .. } => rows,
+                    _ => u64::from(lane.keep.min(kv)),
+                };
+                let moved = heads.kv_bytes(tokens);
+                Work { flops: Flops(0.0), read: moved, written: moved }
+            }
+            OpKind::Foresee { .. } => Work {
+                flops: dot(f64::from(kv)),
+                read: all_keys + self.dtype.bytes(query_width),
+                written: f32s(kv_heads * u64::from(lane.keep.min(kv))),
+            },
             OpKind::Pack { .. } => {
                 // As many tokens as came, on the average over the steps: keys are packed in bursts of a whole residual.
                 let grown = settles(heads, lane, kv);

@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
-use super::{Beside, Forwards, Policy, PolicyError, Reading, Refreshing, Request, Role, Step};
+use super::{
+    Beside, Forwards, Policy, PolicyError, Prefetching, Reading, Refreshing, Request, Role, Step,
+};
 use crate::form::Form;
 use crate::kv::KvTape;
 use crate::profile::Model;
@@ -134,6 +136,10 @@ impl Policy for Composed {
 
     fn refreshes(&self, prompt: Tokens, model: &Model) -> Option<Refreshing> {
         self.0.iter().find_map(|p| p.refreshes(prompt, model))
+    }
+
+    fn prefetches(&self, model: &Model) -> Option<Prefetching> {
+        self.0.iter().find_map(|p| p.prefetches(model))
     }
 
     fn beside(&self) -> Beside {

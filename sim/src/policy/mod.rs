@@ -29,6 +29,7 @@ mod random;
 mod refreshkv;
 mod rocketkv;
 mod snapkv;
+mod specache;
 mod streaming_llm;
 mod think;
 mod tova;
@@ -62,6 +63,7 @@ pub use refreshkv::RefreshKv;
 pub use rocketkv::RocketKv;
 use serde::de::DeserializeOwned;
 pub use snapkv::{Snap, SnapKv};
+pub use specache::SpeCache;
 pub use streaming_llm::StreamingLlm;
 pub use think::ThinK;
 pub use tova::{LastQuery, Tova};
@@ -137,6 +139,15 @@ pub struct Cosine {
     pub before_rope: bool,
     /// Expected thousandths of the comparisons that are below.
     pub share: u32,
+}
+
+/// Whole tokens that decode steps fetch from slower memory, chosen one step ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefetching {
+    /// How many, per KV head.
+    pub tokens: Tokens,
+    /// Tokens that are whole in any case are chosen too.
+    pub whole: bool,
 }
 
 /// What evictions leave, for those that share a cache with them.
@@ -280,6 +291,11 @@ pub trait Policy: Debug + Send + Sync {
         None
     }
 
+    /// What decode steps fetch one step ahead, if all tokens are offloaded whole.
+    fn prefetches(&self, _model: &Model) -> Option<Prefetching> {
+        None
+    }
+
     /// What a run needs beside the model; predictions need nothing.
     fn beside(&self) -> Beside {
         Beside::Nothing
@@ -410,4 +426,5 @@ registry! {
     "duoattention" => build::<DuoAttention>,
     "less" => less,
     "refreshkv" => build::<RefreshKv>,
+    "specache" => build::<SpeCache>,
 }

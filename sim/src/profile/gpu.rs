@@ -97,6 +97,25 @@ pub struct Gpu {
 }
 
 impl Gpu {
+    /// Bytes per second between the device and the host, one way: four fifths of what the link carries, as copies of
+    /// pinned memory reach; 16 lanes of the fourth generation where the link is not known.
+    #[must_use]
+    pub fn host_bytes_per_s(&self) -> f64 {
+        const SHARE: f64 = 0.8;
+        let link = self.host_link.as_deref().unwrap_or_default();
+        let lanes = || {
+            let (generation, lanes) = link.strip_prefix("Gen")?.split_once('x')?;
+            Some((generation.parse::<i32>().ok()?, lanes.parse::<f64>().ok()?))
+        };
+        let peak = match lanes() {
+            // A lane of the third generation carries 0.985 GB/s; every generation doubles it.
+            Some((generation, lanes)) => 0.985e9 * 2f64.powi(generation.clamp(1, 8) - 3) * lanes,
+            None if link.ends_with("C2C") => 450e9,
+            None => 31.5e9,
+        };
+        peak * SHARE
+    }
+
     /// Checks what types can't say; `origin` names the file in the error.
     pub fn validate(&self, origin: &str) -> Result<(), ProfileError> {
         let fail = |key: &str, problem: String| {

@@ -5,6 +5,7 @@ use batchmax_exec::quality::{kl, mean, nll, top};
 use batchmax_exec::{Chosen, Engine, RunOptions, load_of};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::lower::{Setup, lower};
+use batchmax_sim::memory::offloaded;
 use batchmax_sim::policy::Policy;
 use batchmax_sim::units::Tokens;
 use indicatif::ProgressBar;
@@ -98,7 +99,8 @@ impl Bench<'_> {
             let schedule = Schedule::Staggered { prefill_batch: count as u32 };
             let load = load_of(&prompts, osl as Tokens, schedule);
             let program = lower(&self.engine.model, policy, &load, self.setup)?;
-            let read_once = Some(count as u32);
+            // Slower memory has no copies: those prompts are read for each task.
+            let read_once = (offloaded(&program).0 == 0).then_some(count as u32);
             let options = RunOptions { forced, read_once, ..RunOptions::default() };
             let watch = &mut |c: Chosen<'_>| {
                 let sample = batch * together + c.sequence % count;
