@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use batchmax_exec::RunResult;
 use batchmax_exec::state_maps::StateMaps;
 use batchmax_sim::load::Schedule;
@@ -27,7 +29,8 @@ fn policies(budget: u32) -> Vec<(H2o, Less)> {
         .map(|(chunk, decode, slack)| {
             let h2o = H2o::new(Budget::Tokens(budget));
             let h2o = H2o { cut: Cut { chunk, decode, slack, ..h2o.cut }, ..h2o };
-            let less = Less { evicting: h2o.clone(), ..Less::new(Budget::Tokens(budget)) };
+            let less =
+                Less { evicting: Arc::new(h2o.clone()), ..Less::new(Budget::Tokens(budget)) };
             (h2o, less)
         })
         .into()
