@@ -492,17 +492,17 @@ pub struct CompareArgs {
 #[derive(Args, Clone, Debug)]
 pub struct PrepareArgs {
     /// What to find: the tokens that DBudgetKV's layers keep, DuoAttention's streaming heads, the layer behind which
-    /// FastKV drops rows, or the layers that KVSharer lets share. With parameters where they are not to be the preset's:
-    /// duoattention:retrieval=0.75
-    #[arg(value_name = "dbudgetkv|duoattention|fastkv|kvsharer[:KEY=VALUE,…]")]
+    /// FastKV drops rows, the layers that KVSharer lets share, or the networks of LESS (minutes). With parameters where they
+    /// are not to be the preset's: duoattention:retrieval=0.75
+    #[arg(value_name = "dbudgetkv|duoattention|fastkv|kvsharer|less[:KEY=VALUE,…]")]
     pub policy: String,
     /// Model: a name, a GGUF file or a safetensors directory
     #[arg(long, short, default_value = "smollm2-135m")]
     pub model: String,
-    /// Prompt tokens of each excerpt [default: 1k; 64 for kvsharer]
+    /// Prompt tokens of each excerpt [default: 1k; 64 for kvsharer, 512 for less]
     #[arg(long)]
     pub context: Option<String>,
-    /// Excerpts of the text [default: 4; 30 for kvsharer]
+    /// Excerpts of the text [default: 4; 30 for kvsharer, 32 for less]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub samples: Option<u32>,
     #[command(flatten)]

@@ -19,7 +19,7 @@ pub fn data_dir(given: Option<&PathBuf>) -> Result<PathBuf> {
 }
 
 /// Writes a file whole or not at all: to a neighbour first, then renamed.
-pub fn write_whole(path: &std::path::Path, text: &str) -> Result<()> {
+pub fn write_whole(path: &std::path::Path, content: impl AsRef<[u8]>) -> Result<()> {
     let problem = |e: std::io::Error| anyhow::anyhow!("{}: {e}", path.display());
     if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         std::fs::create_dir_all(parent).map_err(problem)?;
@@ -27,7 +27,8 @@ pub fn write_whole(path: &std::path::Path, text: &str) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let temporary = path.with_file_name(name);
-    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));
+    let written =
+        std::fs::write(&temporary, content).and_then(|()| std::fs::rename(&temporary, path));
     if let Err(e) = written {
         // The first error is the one to report; a leftover that can't be removed changes nothing.
         std::fs::remove_file(&temporary).ok();

@@ -101,6 +101,12 @@ pub enum ExecError {
         /// Why.
         problem: String,
     },
+    /// Networks can't be trained on what there is.
+    #[error("{problem}; hint: more --samples or a longer --context")]
+    Training {
+        /// Why.
+        problem: String,
+    },
     /// A token that the model does not know.
     #[error("token id {id} is outside the vocabulary of {vocab}")]
     UnknownToken {

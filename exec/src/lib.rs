@@ -9,7 +9,7 @@
 //! - [`clock`]: measured times in the simulator's own [`batchmax_sim::timeline::Timeline`];
 //! - [`profile`]: times single passes over a grid, for calibration;
 //! - [`quality`]: what a policy loses, by the logits of runs;
-//! - [`state_maps`]: the networks of the states that dropped tokens leave;
+//! - [`state_maps`], [`state_training`]: the networks of the states that dropped tokens leave;
 //! - [`observe`], [`sharing`]: what policies are prepared from.
 #![forbid(unsafe_code)]
 
@@ -28,6 +28,7 @@ pub mod quality;
 pub mod sampling;
 pub mod sharing;
 pub mod state_maps;
+pub mod state_training;
 pub mod tier;
 pub mod weights;
 

@@ -13,7 +13,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use crate::error::ExecError;
 
 /// Where gates and scales of keys start: nearly nothing is added.
-const START: f32 = 1e-4;
+pub(crate) const START: f32 = 1e-4;
 
 /// The networks of all layers.
 #[derive(Clone, Debug, PartialEq)]

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use batchmax_exec::RunResult;
 use batchmax_exec::state_maps::StateMaps;
 use batchmax_sim::load::Schedule;
@@ -27,7 +29,8 @@ fn policies(budget: u32) -> Vec<(H2o, Less)> {
         .map(|(chunk, decode, slack)| {
             let h2o = H2o::new(Budget::Tokens(budget));
             let h2o = H2o { cut: Cut { chunk, decode, slack, ..h2o.cut }, ..h2o };
-            let less = Less { evicting: h2o.clone(), ..Less::new(Budget::Tokens(budget)) };
+            let less =
+                Less { evicting: Arc::new(h2o.clone()), ..Less::new(Budget::Tokens(budget)) };
             (h2o, less)
         })
         .into()
@@ -92,4 +95,58 @@ fn real_weights_need_trained_networks() {
         .run(&program, &prompts, &RunOptions::default(), &stop, &mut |_, _| {})
         .expect_err("no networks");
     assert!(matches!(error, ExecError::MissingStateMaps { .. }), "{error}");
+}
+
+#[test]
+fn training_makes_up_for_some_of_what_eviction_loses() {
+    use batchmax_exec::load_of;
+    use batchmax_exec::state_training::{Training, train};
+    use batchmax_sim::form::State;
+    use batchmax_sim::lower::lower;
+    use batchmax_sim::op::Protect;
+    let engine = small();
+    let excerpts: Vec<Vec<u32>> = (0..10).map(|i| made_up(96, 7 + i, 512)).collect();
+    let load = load_of(&excerpts[..1], 1, Schedule::Static);
+    let program = lower(&engine.model, &Full::default(), &load, common::setup(DType::F16));
+    let program = program.expect("lowers");
+    let training = Training {
+        state: State { rank: 8, hidden: 16 },
+        budget: 24,
+        protect: Protect { sinks: 0, recent: 12 },
+        tokens_of_state: 9,
+        epochs: 4,
+    };
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let counted = std::sync::atomic::AtomicU32::new(0);
+    let learn = |excerpts: &[Vec<u32>], training: &Training| {
+        let count = || {
+            counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        };
+        train(&engine, &program, excerpts, training, &stop, &count)
+    };
+    let (maps, learned) = learn(&excerpts, &training).expect("trains");
+    assert_eq!((maps.layers.len(), learned.len()), (3, 3));
+    assert_eq!(counted.into_inner(), 10 + 3);
+    for errors in &learned {
+        // Nothing stands out of made-up text, so that the mean of what was dropped helps a lot.
+        assert!(errors.trained < 0.8 * errors.eviction, "{learned:?}");
+        assert!(errors.equal < errors.more && errors.more < errors.eviction, "{learned:?}");
+    }
+    // What was trained runs, and again gives the same.
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("maps.safetensors");
+    let bytes = maps.to_bytes(&engine.model, training.state, &[]).expect("a file");
+    std::fs::write(&path, &bytes).expect("written");
+    let less = Less::new(Budget::Tokens(64));
+    let maps = Some(path.to_str().expect("a name").to_owned());
+    let less = Less { state: training.state, maps, ..less };
+    run(&engine, &less, &prompts(), 8, Schedule::Static, DType::F16);
+    let again = train(&engine, &program, &excerpts, &training, &stop, &|| {}).expect("trains").0;
+    assert!(again.to_bytes(&engine.model, training.state, &[]).expect("a file") == bytes);
+    // Too little to learn from.
+    for (few, budget) in [(1, 24), (10, 90)] {
+        let training = Training { budget, ..training };
+        let error = train(&engine, &program, &excerpts[..few], &training, &stop, &|| {});
+        assert!(error.is_err_and(|e| e.to_string().contains("hint: ")), "{few} at {budget}");
+    }
 }

@@ -5,6 +5,7 @@
 //! hysteresis, budgets per layer and per head.
 
 use std::fmt::{Debug, Write};
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -241,11 +242,6 @@ impl<S: Scoring> Evicting<S> {
         (tokens, self.forced(tokens))
     }
 
-    /// Tokens that stay in the step's layer, once it has more.
-    pub(super) fn layer_budget(&self, step: &Step<'_>) -> Tokens {
-        self.budget(step).0
-    }
-
     fn choice(&self) -> Choice {
         self.cut.guaranteed.map_or(Choice::PerHead, |share| Choice::AcrossHeads {
             guaranteed: (share * 1000.0).round() as u32,
@@ -257,7 +253,23 @@ impl<S: Scoring> Evicting<S> {
     }
 }
 
+/// A policy that keeps a budget of the tokens that it ranks highest, and drops the others where the program says so.
+pub trait Evictor: Policy {
+    /// Tokens that stay in the step's layer once it has more, and which of them stay in any case.
+    fn layer_budget(&self, step: &Step<'_>) -> (Tokens, Protect);
+}
+
+impl<S: Scoring> Evictor for Evicting<S> {
+    fn layer_budget(&self, step: &Step<'_>) -> (Tokens, Protect) {
+        self.budget(step)
+    }
+}
+
 impl<S: Scoring> Policy for Evicting<S> {
+    fn evictor(self: Arc<Self>) -> Option<Arc<dyn Evictor>> {
+        Some(self)
+    }
+
     fn label(&self) -> String {
         format!("{}:{}{}", S::KIND, self.by.parameters(), self.cut.label(&S::usual()))
     }

@@ -1,19 +1,24 @@
-//! LESS: heavy hitters and recent tokens stay, and what was dropped leaves a small state that attention reads beside them.
+//! LESS: some tokens stay, by default heavy hitters and the newest, and what was dropped leaves a small state that attention
+//! reads beside them.
 //!
 //! Every token that eviction drops is added to a state of constant size per KV head, through a small trained network of its
 //! key; queries read it through another. So a budget of tokens keeps something of all the others, for the memory of
 //! `rank` / 2 tokens of a 32-bit cache.
 //!
-//! Paper: <https://arxiv.org/abs/2402.09398>. Parameters: those of H2O, by which tokens stay, `rank` (rows of the state) and
-//! `hidden` (width of the networks). `maps` is the file with the trained networks (`batchmax prepare less`). Deviations: the
-//! authors mask dropped tokens, here their memory is freed; with grouped queries there is one state and one key network per
+//! Paper: <https://arxiv.org/abs/2402.09398>. Parameters: `over`, the kind of policy by which tokens stay (H2O), and its
+//! parameters; `rank` (rows of the state) and `hidden` (width of the networks). `maps` is the file with the trained networks
+//! (`batchmax prepare less`). It works over every policy that ranks tokens and keeps a budget of them; one that keeps as many
+//! as the text asks for, or forwards fewer rows, or reads a part only, is refused. Deviations: the authors mask dropped tokens, here their memory is freed; with grouped queries there is one state and one key network per
 //! KV head; networks are 64 wide instead of 512, which for small models would add a tenth to the weights.
 
-use serde::Deserialize;
+use std::sync::Arc;
 
-use super::evicting::Evicting;
-use super::h2o::HeavyHitters;
-use super::{Beside, Budget, Leaves, Policy, PolicyError, Request, Role, Step};
+use serde::Deserialize;
+use serde::de::Error;
+
+use super::{
+    Beside, Budget, Evictor, H2o, Leaves, Policy, PolicyError, Request, Role, Step, builder,
+};
 use crate::form::{Form, State};
 use crate::kv::KvTape;
 use crate::profile::Model;
@@ -23,17 +28,21 @@ use crate::units::{Layer, Tokens};
 #[derive(Clone, Debug)]
 pub struct Less {
     /// What stays.
-    pub evicting: Evicting<HeavyHitters>,
+    pub evicting: Arc<dyn Evictor>,
     /// The state.
     pub state: State,
     /// File of the trained networks.
     pub maps: Option<String>,
 }
 
+/// The kind of policy that it works over.
+const USUAL: &str = "h2o";
+
 /// The keys of a preset that are not the eviction's.
 #[derive(Deserialize)]
 #[serde(default)]
 struct Own {
+    over: String,
     rank: u32,
     hidden: u32,
     maps: Option<String>,
@@ -41,7 +50,7 @@ struct Own {
 
 impl Default for Own {
     fn default() -> Self {
-        Self { rank: 8, hidden: 64, maps: None }
+        Self { over: USUAL.to_owned(), rank: 8, hidden: 64, maps: None }
     }
 }
 
@@ -49,29 +58,46 @@ impl Less {
     /// With its usual parameters and this budget.
     #[must_use]
     pub fn new(budget: Budget) -> Self {
-        let Own { rank, hidden, maps } = Own::default();
-        Self { evicting: Evicting::new(budget), state: State { rank, hidden }, maps }
+        let Own { rank, hidden, maps, .. } = Own::default();
+        Self { evicting: Arc::new(H2o::new(budget)), state: State { rank, hidden }, maps }
     }
 
     /// From the keys of a preset.
-    pub(super) fn from_table(mut table: toml::Table) -> Result<Self, toml::de::Error> {
+    ///
+    /// # Errors
+    /// If one is wrong, or the policy that it is to work over does more than rank tokens.
+    pub fn from_table(mut table: toml::Table) -> Result<Self, toml::de::Error> {
         let mut own = toml::Table::new();
-        for key in ["rank", "hidden", "maps"] {
+        for key in ["over", "rank", "hidden", "maps"] {
             if let Some(value) = table.remove(key) {
                 own.insert(key.to_owned(), value);
             }
         }
-        let Own { rank, hidden, maps } = toml::Value::Table(own).try_into()?;
-        Ok(Self { evicting: Evicting::from_table(table)?, state: State { rank, hidden }, maps })
+        let Own { over, rank, hidden, maps } = toml::Value::Table(own).try_into()?;
+        let evictor = |table: toml::Table| {
+            let build = builder(&over).filter(|_| over != "less");
+            build.map(|build| build(table)).transpose().map(|p| p.and_then(Policy::evictor))
+        };
+        // Whether it is one at all shows without its other parameters.
+        let bare = toml::Table::from_iter([("budget".to_owned(), toml::Value::from(64))]);
+        if !matches!(evictor(bare), Ok(Some(_))) {
+            return Err(Error::custom(format!(
+                "over: {over:.40} does not just rank tokens and keep a budget of them; hint: over=h2o, snapkv or tova"
+            )));
+        }
+        let evicting = evictor(table)?.ok_or_else(|| Error::custom("over: no evicting policy"))?;
+        Ok(Self { evicting, state: State { rank, hidden }, maps })
     }
 }
 
 impl Policy for Less {
     fn label(&self) -> String {
         let evicting = self.evicting.label();
-        let (_, parameters) = evicting.split_once(':').unwrap_or(("", &evicting));
+        let (over, parameters) = evicting.split_once(':').unwrap_or(("", &evicting));
+        let over = if over == USUAL { String::new() } else { format!("over={over},") };
         let maps = self.maps.as_ref().map_or_else(String::new, |m| format!(",maps={m}"));
-        format!("less:rank={},hidden={},{parameters}{maps}", self.state.rank, self.state.hidden)
+        let State { rank, hidden } = self.state;
+        format!("less:{over}rank={rank},hidden={hidden},{parameters}{maps}")
     }
 
     fn role(&self) -> Role {
@@ -127,7 +153,7 @@ impl Policy for Less {
 
     fn after_attend(&self, step: &Step<'_>, kv: &mut KvTape<'_>) {
         // Before a first cut there are fewer tokens than the budget, and nothing to read.
-        if kv.length().settled >= self.evicting.layer_budget(step) {
+        if kv.length().settled >= self.evicting.layer_budget(step).0 {
             kv.read_state();
         }
         self.evicting.after_attend(step, kv);
@@ -146,7 +172,7 @@ mod tests {
     use crate::lower::{Setup, lower};
     use crate::memory::{footprint, kv_peaks};
     use crate::op::{DType, OpKind, Phase};
-    use crate::policy::H2o;
+    use crate::policy::{H2o, Preset};
     use crate::profile::Catalog;
     use crate::units::Bytes;
 
@@ -177,6 +203,30 @@ mod tests {
         // Per layer 9 x (64 x 64 + 64 x 8) of the queries, 3 x (64 x 64 + 64 x 8 + 8 x 8 + 2 x 8) of the keys: 55,536.
         let weights = |program| footprint(&model, program, Bytes(0)).weights.0;
         assert_eq!(weights(&less) - weights(&h2o), 30 * 55_536 * 4);
+    }
+
+    #[test]
+    fn it_works_over_what_ranks_tokens_and_nothing_else() {
+        let catalog = Catalog::built_in();
+        let parse = |text: &str| Preset::parse(&catalog, text);
+        let snap = parse("less:over=snapkv,window=16,budget=512").expect("ranks");
+        let label = snap.policy.label();
+        assert!(label.starts_with("less:over=snapkv,rank=8,hidden=64,window=16,"), "{label}");
+        assert!(!snap.policy.acts_in_decode(), "it cuts when SnapKV does");
+        let again = parse(&label).expect("labels are accepted").policy;
+        assert_eq!(again.label(), label);
+        for kind in ["tova", "streaming-llm", "knorm", "adakv", "pyramidkv", "batch-max", "h2o"] {
+            parse(&format!("less:over={kind}")).expect(kind);
+        }
+        for kind in ["full", "kivi", "rocketkv", "fastkv", "dbudgetkv", "quest", "less", "no"] {
+            let error = parse(&format!("less:over={kind}")).expect_err(kind).to_string();
+            assert!(error.contains(kind) && error.contains("hint: "), "{error}");
+        }
+        let error = parse("less:over=snapkv,heavy=0.5").expect_err("H2O's").to_string();
+        assert!(error.contains("heavy"), "{error}");
+        for (text, goes) in [("less+kivi", true), ("snapkv+less", false), ("less+quest", false)] {
+            assert_eq!(parse(text).is_ok(), goes, "{text}");
+        }
     }
 
     #[test]

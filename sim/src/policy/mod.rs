@@ -46,7 +46,7 @@ pub use clusterkv::ClusterKv;
 pub use composed::Composed;
 pub use dbudgetkv::{DBudgetKv, Kept, Order};
 pub use duoattention::DuoAttention;
-pub use evicting::{Cut, Evicting, Instant, Scoring};
+pub use evicting::{Cut, Evicting, Evictor, Instant, Scoring};
 pub use expected_attention::{Expected, ExpectedAttention};
 pub use fastkv::FastKv;
 pub use full::Full;
@@ -318,6 +318,11 @@ pub trait Policy: Debug + Send + Sync {
     /// What a run needs beside the model; predictions need nothing.
     fn beside(&self) -> Beside {
         Beside::Nothing
+    }
+
+    /// The policy as one that ranks tokens and keeps a budget of them, if that is all it does.
+    fn evictor(self: Arc<Self>) -> Option<Arc<dyn Evictor>> {
+        None
     }
 
     /// Tokens that an eviction leaves in the layer that keeps fewest, and whether it happens more than once per sequence.

@@ -35,6 +35,12 @@ impl Preset {
             problem,
         };
         let mut table = table;
+        // A file that a preset names stands beside it.
+        if let Some(toml::Value::String(file)) = table.get_mut("maps")
+            && let Some(folder) = catalog.folder("policies", name)
+        {
+            *file = folder.join(&*file).to_string_lossy().into_owned();
+        }
         let mut take = |key: &str| match table.remove(key) {
             Some(toml::Value::String(text)) => Ok(Some(text)),
             Some(_) => Err(invalid(key, "expected a string".to_owned())),

@@ -118,6 +118,12 @@ impl Catalog {
         )
     }
 
+    /// Where the user's file of a description lies, if it is one.
+    #[must_use]
+    pub fn folder(&self, kind: &str, name: &str) -> Option<PathBuf> {
+        self.file(kind, name)?.parent().map(Path::to_owned)
+    }
+
     fn described<T: DeserializeOwned>(
         &self,
         kind: &'static str,

@@ -1,5 +1,6 @@
 //! `batchmax prepare`: what a policy must know of a model beforehand, found by running the model. The result is a preset.
 
+mod less;
 mod sharing;
 
 use std::collections::BTreeMap;
@@ -10,7 +11,7 @@ use batchmax_exec::weights::check_executable;
 use batchmax_exec::{Engine, RunOptions, load_of};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::lower::{Setup, lower};
-use batchmax_sim::policy::{DBudgetKv, DuoAttention, FastKv, Preset, Request};
+use batchmax_sim::policy::{DBudgetKv, DuoAttention, FastKv, Less, Preset, Request};
 use batchmax_sim::profile::Model;
 use batchmax_sim::profile::catalog::parse_toml;
 use indicatif::ProgressBar;
@@ -55,7 +56,7 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
     drop(checkpoint);
     let source = Source::new(tokenizer.as_ref(), model.vocab)?;
     // What is compared with another layer's cache is plain prose, without the numbers that others are to find again.
-    let (samples, excerpts) = if kind == "kvsharer" {
+    let (samples, excerpts) = if ["kvsharer", "less"].contains(&kind.as_str()) {
         (Vec::new(), source.excerpts(context as usize, count as usize)?)
     } else {
         (source.samples(context as usize, count as usize, 0)?, Vec::new())
@@ -65,6 +66,10 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
     let bench = Bench { engine: &engine, setup, bar: &bar };
     let found = match kind.as_str() {
         "dbudgetkv" => counts(&engine, setup, parsed(&table)?, &model, &samples, &bar)?,
+        "less" => {
+            let policy = Less::from_table(own(&table))?;
+            less::networks(&engine, setup, &policy, &excerpts, args.out.as_deref(), &bar)?
+        }
         "kvsharer" => sharing::map(&engine, setup, &parsed(&table)?, &excerpts, &bar)?,
         "duoattention" => streaming(places, &bench, parsed(&table)?, &model, &samples)?,
         _ => forwarding(places, &bench, parsed(&table)?, &model, &samples)?,
@@ -101,8 +106,13 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
 
 /// Prompt tokens of an excerpt and how many excerpts, where nothing else is asked for.
 fn usual(kind: &str) -> (&'static str, u32) {
-    // As in the paper.
-    if kind == "kvsharer" { ("64", 30) } else { ("1k", 4) }
+    match kind {
+        // As in the paper.
+        "kvsharer" => ("64", 30),
+        // Most of the novel.
+        "less" => ("512", 32),
+        _ => ("1k", 4),
+    }
 }
 
 /// The kind of a preset and its table, with what was typed.
@@ -114,28 +124,33 @@ fn preset(places: &Places, text: &str) -> Result<(String, toml::Table)> {
         Some(toml::Value::String(kind)) => kind,
         _ => bail!("{origin}: kind: missing"),
     };
-    if !["dbudgetkv", "duoattention", "fastkv", "kvsharer"].contains(&kind.as_str()) {
+    if !["dbudgetkv", "duoattention", "fastkv", "kvsharer", "less"].contains(&kind.as_str()) {
         bail!(
-            "{name} needs no preparation; hint: prepare finds what dbudgetkv, duoattention, fastkv and kvsharer need"
+            "{name} needs no preparation; hint: prepare finds what dbudgetkv, duoattention, fastkv, kvsharer and less need"
         );
     }
     for pair in typed.split(',').filter(|p| !p.is_empty()) {
-        let (key, value) =
+        let (key, typed) =
             pair.split_once('=').ok_or_else(|| anyhow!("{pair}: expected key=value"))?;
         let value =
-            format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
-        let value = value.ok_or_else(|| anyhow!("{pair}: expected a number"))?;
-        table.insert(key.trim().to_owned(), value);
+            format!("v = {typed}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
+        let typed = || toml::Value::from(typed.trim());
+        table.insert(key.trim().to_owned(), value.unwrap_or_else(typed));
     }
     Ok((kind, table))
 }
 
 /// The policy of a preset's table.
 fn parsed<P: DeserializeOwned>(table: &toml::Table) -> Result<P> {
+    Ok(toml::Value::Table(own(table)).try_into()?)
+}
+
+/// What of a preset's table is the policy's.
+fn own(table: &toml::Table) -> toml::Table {
     let mut table = table.clone();
     table.remove("paper");
     table.remove("about");
-    Ok(toml::Value::Table(table).try_into()?)
+    table
 }
 
 /// The tokens that each layer keeps, as shares of the prompt: mean and standard deviation over the samples.
