@@ -23,7 +23,7 @@ weight_dtype = "f32"
 fn place() -> Place {
     let place = Place::new();
     place.write("tiny.toml", TINY);
-    place.write("other.toml", &TINY.replace("\"tiny\"", "\"other\""));
+    place.write("other.toml", TINY.replace("\"tiny\"", "\"other\""));
     place
 }
 

@@ -220,7 +220,7 @@ mod tests {
         let engine = small();
         let prompt = prompt(3 * 64 + 20);
         let full = caches(&engine, &Full::default(), &prompt);
-        let mut last = vec![f64::INFINITY; 5];
+        let mut last = [f64::INFINITY; 5];
         for recompute in [0.0, 0.2, 0.5, 0.8, 1.0] {
             let blended = caches(&engine, &blend(recompute, 1), &prompt);
             assert!(blended[0] == full[0] && blended[1] == full[1], "{recompute}: read whole");

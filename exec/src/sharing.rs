@@ -8,6 +8,9 @@
 use batchmax_sim::profile::Model;
 use batchmax_sim::units::Layer;
 
+/// Says how close the hidden states stay with some pairs of a layer and the one whose cache it reads.
+pub type Judge<'a, E> = dyn FnMut(&[(Layer, Layer)]) -> Result<f64, E> + 'a;
+
 /// Means of the keys and values of each layer over excerpts.
 #[derive(Clone, Debug)]
 pub struct MeanCaches {
@@ -103,7 +106,7 @@ pub fn search<E>(
     pairs: &[Pair],
     most: usize,
     threshold: f64,
-    judge: &mut dyn FnMut(&[(Layer, Layer)]) -> Result<f64, E>,
+    judge: &mut Judge<'_, E>,
 ) -> Result<Vec<Trial>, E> {
     let mut taken: Vec<(Layer, Layer)> = Vec::new();
     let mut trials = Vec::new();

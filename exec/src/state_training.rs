@@ -36,7 +36,7 @@ use network::{Adam, Networks};
 /// Excerpts whose gradients are averaged in a step.
 const BATCH: usize = 2;
 /// Queries of an excerpt that a step sees.
-const QUERIES: usize = 96;
+const QUERIES: usize = 64;
 const RATE: f64 = 1e-3;
 /// Epochs after which the rate is halved.
 const HALVED: u32 = 10;
@@ -68,6 +68,9 @@ pub struct Learned {
     /// With the state; never more than eviction alone, since a layer that learns nothing adds nothing.
     pub trained: f64,
 }
+
+/// A layer's networks and what they are worth, once they are trained.
+type Done = Option<Result<(Maps, Learned)>>;
 
 /// Rows of queries, keys and values: `[layer][excerpt]`.
 type Rows = Vec<Vec<Vec<f16>>>;
@@ -106,8 +109,7 @@ pub fn train(
         progress();
     }
     let outputs: Vec<Vec<f32>> = (0..layers).map(|l| output_projection(engine, l)).collect();
-    let done: Vec<Mutex<Option<Result<(Maps, Learned)>>>> =
-        (0..layers).map(|_| Mutex::new(None)).collect();
+    let done: Vec<Mutex<Done>> = (0..layers).map(|_| Mutex::default()).collect();
     engine.threads.run(layers, |layer| {
         if stop.load(Ordering::Relaxed) {
             return;

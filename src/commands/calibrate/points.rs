@@ -71,7 +71,7 @@ pub fn run(places: &Places, args: &CalibrateArgs, global: &Global) -> Result<Out
         files.entry(path).or_default().push(surface.clone());
     }
     for (path, surfaces) in &files {
-        write_whole(path, &to_text(surfaces))?;
+        write_whole(path, to_text(surfaces))?;
     }
     if global.json {
         let list: Vec<_> = surfaces

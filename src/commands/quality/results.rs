@@ -164,7 +164,7 @@ impl Results {
 
     /// Writes all rows.
     pub fn write(&self, path: &Path) -> Result<()> {
-        write_whole(path, &format!("{:#}\n", serde_json::to_value(self)?))
+        write_whole(path, format!("{:#}\n", serde_json::to_value(self)?))
     }
 
     /// The row of a key.
