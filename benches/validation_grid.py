@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Validates every preset on loads that the calibration has not seen and prints the errors, by policy.
+"""Validates every preset on loads that the calibration has not seen, and prints a table of the errors, by policy.
 
-    benches/validation_grid.py [--binary PATH] [--policy NAME]... [--load BATCHxISL+OSL]... [--out FILE]
+    benches/validation_grid.py [--binary PATH] [--policy NAME]... [--load BATCHxISL+OSL]... [--less FILE] [--out FILE]
+    benches/validation_grid.py --table FILE...       # only the table, of runs that --out wrote
 
 Needs the default model, a profile of this machine (`batchmax profile`) and a quiet machine. Loads are the outer loop, so that
-a disturbance falls on all policies. A policy passes where its median error is at most 12 %, at the pace at which the machine runs
-then (`validate` times what the profile has timed again, before and after). Standard library only.
+a disturbance falls on all policies. A policy passes where its median error is at most 12 %; beside it stands the error at the
+pace at which the machine runs then (`validate` times what the profile has timed again, before and after). LESS needs its
+networks: `batchmax prepare less --out FILE`. Standard library only.
 """
 import argparse
 import json
@@ -18,12 +20,38 @@ BAR = 0.12
 LOADS = ["1x700+40", "2x1500+64", "4x400+100", "3x1100+24"]
 SPARSER = ["batch-max:budget=256,chunk=256", "batch-max:budget=50%,chunk=128"]
 
-options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-options.add_argument("--binary", default="target/release/batchmax")
-options.add_argument("--policy", action="append")
-options.add_argument("--load", action="append")
-options.add_argument("--out", help="where the runs go, one JSON object a line")
-options = options.parse_args()
+
+def median(runs, key):
+    return statistics.median(abs(run[key]) for run in runs)
+
+
+def nine_of_ten(runs, key):
+    return sorted(abs(run[key]) for run in runs)[int(0.9 * (len(runs) - 1))]
+
+
+def matched(run):
+    """Every kind of op that ran was predicted, and the other way round."""
+    return all(row["predicted"] > 0 and row["measured"] > 0 for row in run["comparison"]["rows"])
+
+
+def table(runs):
+    by_policy = {}
+    for run in runs:
+        by_policy.setdefault(run["policy"], {})[run["load"]] = run
+    loads = list(dict.fromkeys(run["load"] for run in runs))
+    print(f"| policy | {' | '.join(loads)} | median | at the machine's pace | memory | KV bytes | op kinds |")
+    print("|---" * (len(loads) + 6) + "|")
+    for policy, by_load in sorted(by_policy.items()):
+        own = list(by_load.values())
+        cells = [f"{by_load[load]['total_error']:+.1%}" if load in by_load else "" for load in loads]
+        over = "" if median(own, "total_error") <= BAR else " (over the bar)"
+        equal = "equal" if all(r["kv_bytes_equal"] for r in own) else "differ"
+        kinds = "matched" if all(map(matched, own)) else "differ"
+        print(f"| {policy} | {' | '.join(cells)} | {median(own, 'total_error'):.1%}{over} | {median(own, 'error_at_pace'):.1%} "
+              f"| {median(own, 'memory_error'):.1%} | {equal} | {kinds} |")
+    time, paced = (f"{median(runs, key):.1%}, nine of ten within {nine_of_ten(runs, key):.1%}" for key in ("total_error", "error_at_pace"))
+    print(f"\n{len(runs)} runs: error of the time, median {time}; at the machine's pace {paced}; "
+          f"of the process's memory {median(runs, 'memory_error'):.1%}.")
 
 
 def batchmax(*arguments):
@@ -33,32 +61,34 @@ def batchmax(*arguments):
     return json.loads(run.stdout)
 
 
-policies = options.policy or [p["name"] for p in batchmax("policies")["policies"]] + SPARSER
-out = open(options.out, "w") if options.out else None
-times, phases, memories, unequal = {}, {}, [], []
-for load in options.load or LOADS:
-    batch, isl, osl = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", load).groups()
-    for policy in policies:
-        found = batchmax("validate", "--policy", policy, "--batch", batch, "--isl", isl, "--osl", osl, "--tolerance", "10")
-        error = found["total_error"]
-        at_pace = found["error_at_pace"]
-        times.setdefault(policy, []).append((abs(error), abs(at_pace)))
-        memories.append(abs(found["memory_error"]))
-        if not found["kv_bytes_equal"]:
-            unequal.append((policy, load))
-        measured = found["measured"]["prefill_s"] + found["measured"]["decode_s"]
-        print(f"{policy:34} {load:>12}  {measured:6.2f} s  time {error:+7.1%}  at its pace {at_pace:+7.1%}  memory {found['memory_error']:+7.1%}"
-              f"  KV equal: {found['kv_bytes_equal']}", flush=True)
-        if out:
-            print(json.dumps({"policy": policy, "load": load, **found}), file=out, flush=True)
+def validated(policies):
+    out = open(options.out, "a") if options.out else None
+    for load in options.load or LOADS:
+        batch, isl, osl = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", load).groups()
+        for policy in policies:
+            preset = options.less if policy == "less" else policy
+            found = batchmax("validate", "--policy", preset, "--batch", batch, "--isl", isl, "--osl", osl, "--tolerance", "10")
+            run = {"policy": policy, "load": load, **found}
+            print(f"{policy:34} {load:>12}  time {run['total_error']:+7.1%}  at its pace {run['error_at_pace']:+7.1%}", file=sys.stderr)
+            if out:
+                print(json.dumps(run), file=out, flush=True)
+            yield run
 
-print()
-worst = lambda errors, which: max(e[which] for e in errors)
-median = lambda errors, which: statistics.median(e[which] for e in errors)
-for policy, errors in sorted(times.items(), key=lambda entry: median(entry[1], 1)):
-    print(f"{policy:34} median {median(errors, 0):6.1%}  worst {worst(errors, 0):6.1%}  at its pace {median(errors, 1):6.1%}"
-          f"  worst {worst(errors, 1):6.1%}{'' if median(errors, 1) <= BAR else '  over the bar'}")
-together = [error for errors in times.values() for error in errors]
-for name, errors in (("time", [e[0] for e in together]), ("time at its pace", [e[1] for e in together]), ("memory", memories)):
-    print(f"{name}: {len(errors)} runs, median {statistics.median(errors):.1%}, worst {max(errors):.1%}")
-print(f"KV bytes differ from the prediction: {unequal or 'nowhere'}")
+
+options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+options.add_argument("--binary", default="target/release/batchmax")
+options.add_argument("--policy", action="append")
+options.add_argument("--load", action="append")
+options.add_argument("--less", metavar="FILE", help="the preset that `prepare less` wrote; without it LESS is passed over")
+options.add_argument("--out", help="file to which the runs are added, one JSON object a line")
+options.add_argument("--table", nargs="+", metavar="FILE", help="print what --out wrote as a table, and run nothing")
+options = options.parse_args()
+
+if options.table:
+    table([json.loads(line) for path in options.table for line in open(path)])
+else:
+    policies = options.policy or [p["name"] for p in batchmax("policies")["policies"]] + SPARSER
+    if not options.less and "less" in policies:
+        print("less is passed over: no --less FILE", file=sys.stderr)
+        policies.remove("less")
+    table(list(validated(policies)))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What each system claims, what the simulator predicts for that setting, and what a run here shows at equal memory.
 
-    docs/headlines.py [--binary PATH] [--repeats N] [--out FILE.json] > table.md
+    docs/headlines.py [--binary PATH] [--repeats N] [--less FILE] [--out FILE.json] > table.md
 
 The baseline (`full`) and the system run in turn, and ratios are medians over the repeats. Needs the default model and a profile
-of this machine. Standard library only.
+of this machine, and for LESS its networks (`batchmax prepare less --out FILE`). Standard library only.
 """
 import argparse
 import json
@@ -61,6 +61,7 @@ MEMORY = ["--kv-memory", "32MB"]
 options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options.add_argument("--binary", default="target/release/batchmax")
 options.add_argument("--repeats", type=int, default=3)
+options.add_argument("--less", metavar="FILE", required=True, help="the preset that `prepare less` wrote")
 options.add_argument("--out")
 options = options.parse_args()
 
@@ -90,8 +91,8 @@ def predicted(metric, setting, policy):
 
 def run_here(metric, policy):
     batch = ["--batch", "max"] if metric in ("output_tok_s", "decode_tok_s", "batch") else ["--batch", "1"]
-    found, error = batchmax("validate", *HERE, *MEMORY, *batch, "--policy", policy, "--weights", WEIGHTS.get(policy, "real"),
-                            "--tolerance", "1000")
+    policy = options.less if policy == "less" else policy
+    found, error = batchmax("validate", *HERE, *MEMORY, *batch, "--policy", policy, "--tolerance", "1000")
     if found is None:
         sys.exit(f"{policy}: {error}")
     own = found["measured"]
@@ -100,7 +101,6 @@ def run_here(metric, policy):
     return own, {"batch": own["batch"], **found["predicted"]["metrics"]}
 
 
-WEIGHTS = {"less": "synthetic"}
 rows = []
 for system, claim, metric, setting, policy, baseline, local in SYSTEMS:
     own, base = predicted(metric, setting, policy), predicted(metric, setting, baseline)

@@ -324,13 +324,20 @@ impl Interpreter<'_> {
             }
             OpKind::Rope { heads } => {
                 let rotated = (heads.query + heads.kv) as usize;
+                let places;
+                let positions = if heads.form.rerotated {
+                    places = self.places(lanes, layer);
+                    &places
+                } else {
+                    &self.slots.positions[..rows]
+                };
                 k::rope::rope(
                     self.threads,
                     &mut self.slots.qkv[..rows * qkv_width],
                     qkv_width,
                     rotated,
                     heads.dim as usize,
-                    &self.slots.positions[..rows],
+                    positions,
                     &self.weights.rope,
                     self.weights.rope_layout,
                 );

@@ -175,8 +175,15 @@ fn cache_upkeep(c: &mut Criterion) {
                     head.positions.extend(0..4096);
                 }
                 let mut items = [EvictItem { keep: vec![1024; 3], heads: &mut heads, seen: 4096 }];
-                evict(&workers, &mut pool, &mut items, &scores, Protect { sinks: 4, recent: 32 })
-                    .expect("room");
+                evict(
+                    &workers,
+                    &mut pool,
+                    &mut items,
+                    &scores,
+                    Protect { sinks: 4, recent: 32 },
+                    None,
+                )
+                .expect("room");
             },
             BatchSize::PerIteration,
         );

@@ -1,6 +1,7 @@
 //! Eviction: the best tokens of each head stay, in place and in order.
 
 mod mixed;
+mod turn;
 mod within;
 
 use std::ops::Range;
@@ -9,6 +10,7 @@ use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, PoolFull};
 use crate::simd::{Isa, isa};
 use crate::threads::{Disjoint, Threads};
 use mixed::Mixed;
+pub use turn::Turning;
 pub use within::{WithinItem, within};
 
 /// Tokens that stay whatever their score.
@@ -38,20 +40,22 @@ pub struct EvictItem<'a> {
 /// group loses a token, and all those behind, are grouped and packed anew from what their codes stand for, which adds an
 /// error of up to half a step of the new codes each time. What forms the tokens have does not change.
 ///
-/// `scores[item * kv_heads + head]` has one score per cached token; it may be shorter where nothing has to go.
+/// `scores[item * kv_heads + head]` has one score per cached token; it may be shorter where nothing has to go. With
+/// `turning`, the keys of whole tokens that move up are rotated from their old place in the cache to the new one.
 ///
 /// # Errors
 /// If the budget has no room: forms end inside a block at other places than before, so that a cache of several forms may
 /// need a half more. Nothing is changed then. A cache of whole tokens never needs more.
 ///
 /// # Panics
-/// If scores are missing.
+/// If scores are missing, or keys that are to be turned are packed or pruned.
 pub fn evict(
     threads: &Threads,
     pool: &mut BlockPool,
     items: &mut [EvictItem<'_>],
     scores: &[Vec<f32>],
     protect: Protect,
+    turning: Option<Turning<'_>>,
 ) -> Result<(), PoolFull> {
     let mut work = Vec::new();
     let mut index = 0;
@@ -77,7 +81,9 @@ pub fn evict(
     }
     let count = work.len();
     let isa = isa();
-    if work.iter().all(|w| w.head.is_plain()) {
+    let plain = work.iter().all(|w| w.head.is_plain());
+    assert!(plain || turning.is_none(), "packed or pruned keys are not turned");
+    if plain {
         let shared = &*pool;
         let parts = Disjoint::new(&mut work);
         threads.run(count, |i| {
@@ -86,6 +92,9 @@ pub fn evict(
                 let work = parts.item_mut(i);
                 work.kept = best(work.scores, &work.head.positions, work.seen, work.keep, protect);
                 compact(isa, shared, work);
+                if let Some(turning) = turning {
+                    turning.turn(shared, work.head, &work.kept);
+                }
             }
         });
     } else {
@@ -323,7 +332,7 @@ mod tests {
                 EvictItem { heads, seen: *seen, keep }
             })
             .collect();
-        evict(&layer.threads, &mut layer.pool, &mut items, scores, protect).expect("room");
+        evict(&layer.threads, &mut layer.pool, &mut items, scores, protect, None).expect("room");
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub(crate) mod tile;
 
 pub use codec::{Codec, KeyAxis};
 pub use head::{Halves, HeadCache};
+pub(crate) use head::{read, write};
 pub use pool::{BlockPool, Half, PoolFull};
 
 /// Tokens of a block.

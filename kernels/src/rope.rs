@@ -55,13 +55,21 @@ impl RopeTable {
     /// # Panics
     /// If the head has fewer channels than the table, or the position is not below the table's end.
     pub fn turn_back(&self, head: &mut [f32], position: u32, layout: RopeLayout) {
-        assert!((position as usize) < self.max_position, "position {position} is past the end");
-        let (cos, sin) = self.row(position);
+        let (cos, sin) = self.angles(position);
         let scale = 1.0 / (self.factor * self.factor);
         for (i, (c, s)) in cos.iter().zip(sin).enumerate() {
             let (a, b) = layout.pair(i, cos.len());
             (head[a], head[b]) = turn(head[a], head[b], c * scale, -s * scale);
         }
+    }
+
+    /// Cosines and sines of a distance, per pair, multiplied by [`Self::factor`].
+    ///
+    /// # Panics
+    /// If it is not below the table's end.
+    pub(crate) fn angles(&self, distance: u32) -> (&[f32], &[f32]) {
+        assert!((distance as usize) < self.max_position, "position {distance} is past the end");
+        self.row(distance)
     }
 
     /// What keys and queries are multiplied by beside the rotation (`attention_factor`).

@@ -323,7 +323,7 @@ mod tests {
         let mut items = [EvictItem { heads, seen: 40, keep: vec![8, 8] }];
         let protect = Protect { sinks: 1, recent: 2 };
         accumulate(&layer.threads, &layer.pool, &items, &scores, protect, maps);
-        evict(&layer.threads, &mut layer.pool, &mut items, &scores, protect).expect("room");
+        evict(&layer.threads, &mut layer.pool, &mut items, &scores, protect, None).expect("room");
         layer.feed(5, &[1]);
         let (mut out, mut lse) = (vec![0.0; 64], vec![0.0; 4]);
         let (threads, pool, items) = (&layer.threads, &layer.pool, layer.items());

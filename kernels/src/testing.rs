@@ -106,7 +106,7 @@ impl Layer {
                 seen: *seen,
             })
             .collect();
-        evict(&self.threads, &mut self.pool, &mut items, &scores, Protect::default())
+        evict(&self.threads, &mut self.pool, &mut items, &scores, Protect::default(), None)
             .expect("room");
     }
 

@@ -172,8 +172,8 @@ fn sizes(op: &Op, growing: bool) -> String {
         OpKind::Rank { by, .. } => {
             format!("{} over {}", by.name(), tokens(&op.lanes, growing, false))
         }
-        OpKind::Evict { protect, choice, .. } => format!(
-            "{}, {} sinks and {} recent stay{}",
+        OpKind::Evict { heads, protect, choice } => format!(
+            "{}, {} sinks and {} recent stay{}{}",
             tokens(&op.lanes, growing, true),
             protect.sinks,
             protect.recent,
@@ -185,6 +185,7 @@ fn sizes(op: &Op, growing: bool) -> String {
                     format!(", expected at a loss of {loss} %, {most} at most")
                 }
             },
+            if heads.form.rerotated { ", keys turned to their places" } else { "" }
         ),
         OpKind::Accumulate { heads, .. } => format!(
             "{} into {} rows a head",

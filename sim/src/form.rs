@@ -85,6 +85,9 @@ pub struct Form {
     pub short: Option<Short>,
     /// Something of what was dropped.
     pub state: Option<State>,
+    /// Keys are rotated by their place in the cache, not in the text: an eviction turns those that move up, and new
+    /// queries and keys stand behind what is cached (`StreamingLLM`).
+    pub rerotated: bool,
 }
 
 /// Tokens of a cache inside a step.
@@ -114,7 +117,7 @@ impl Form {
     /// Whether nothing has to be done to settle new tokens.
     #[must_use]
     pub fn is_plain(&self) -> bool {
-        *self == Self::default()
+        Self { rerotated: false, ..*self } == Self::default()
     }
 
     /// What an eviction leaves: a settled cache, or, where channels have still to be chosen among the keys that stay, one
@@ -133,6 +136,7 @@ impl Form {
             pruned: self.pruned.or(other.pruned),
             short: self.short.or(other.short),
             state: self.state.or(other.state),
+            rerotated: self.rerotated || other.rerotated,
         }
     }
 

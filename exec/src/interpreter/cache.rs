@@ -23,6 +23,16 @@ impl Interpreter<'_> {
         }
     }
 
+    /// Where the step's rows will stand in their caches, which do not hold them yet.
+    pub(super) fn places(&mut self, lanes: &Lanes, layer: Option<Layer>) -> Vec<u32> {
+        let (_, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
+        let of = |(_, lane, heads): &(u32, &Lane, &mut [k::kv::HeadCache])| {
+            let first = heads.first().map_or(0, k::kv::HeadCache::tokens) as u32;
+            first..first + lane.rows
+        };
+        picked.iter().flat_map(of).collect()
+    }
+
     pub(super) fn append(
         &mut self,
         heads: Heads,
@@ -208,7 +218,11 @@ impl Interpreter<'_> {
             };
             items.push(EvictItem { heads, seen, keep });
         }
-        k::evict::evict(self.threads, pool, &mut items, &scores, protect)?;
+        let turning = heads.form.rerotated.then_some(k::evict::Turning {
+            table: &self.weights.rope,
+            layout: self.weights.rope_layout,
+        });
+        k::evict::evict(self.threads, pool, &mut items, &scores, protect, turning)?;
         // What an eviction leaves is settled, but for channels that are chosen among the keys that stay.
         let caches = items.iter_mut().flat_map(|item| item.heads.iter_mut());
         if heads.form.pruned.is_none() {

@@ -103,7 +103,7 @@ impl Interpreter<'_> {
             items.push(EvictItem { heads: caches, seen, keep });
         }
         let protect = Protect { sinks: short.sinks, recent: 0 };
-        Ok(k::evict::evict(self.threads, pool, &mut items, &scores, protect)?)
+        Ok(k::evict::evict(self.threads, pool, &mut items, &scores, protect, None)?)
     }
 
     /// Chooses the channels of sequences that have none yet, by this step's queries.

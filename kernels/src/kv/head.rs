@@ -303,7 +303,7 @@ unsafe fn number(code: u8, levels: *const u8, groups: usize, group: usize) -> f3
 
 /// # Safety
 /// `base` has a number at `index`.
-pub(super) unsafe fn read(format: KvFormat, base: *const u8, index: usize) -> f32 {
+pub(crate) unsafe fn read(format: KvFormat, base: *const u8, index: usize) -> f32 {
     // SAFETY: by the contract.
     unsafe {
         match format {
@@ -317,7 +317,7 @@ pub(super) unsafe fn read(format: KvFormat, base: *const u8, index: usize) -> f3
 
 /// # Safety
 /// `base` has a writable number at `index`.
-unsafe fn write(format: KvFormat, base: *mut u8, index: usize, x: f32) {
+pub(crate) unsafe fn write(format: KvFormat, base: *mut u8, index: usize, x: f32) {
     // SAFETY: by the contract.
     unsafe {
         match format {

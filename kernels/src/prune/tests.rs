@@ -155,7 +155,7 @@ proptest! {
         let mut items =
             [EvictItem { heads: &mut layer.caches[0], seen: tokens as u32, keep: each }];
         let protect = Protect { sinks: 2, recent: 4 };
-        evict(&layer.threads, &mut layer.pool, &mut items, &scores, protect).expect("room");
+        evict(&layer.threads, &mut layer.pool, &mut items, &scores, protect, None).expect("room");
         prop_assert_eq!(layer.pool.held_bytes(), held(&layer, codec));
         for (h, head) in layer.caches[0].iter().enumerate() {
             let stay: Vec<usize> = head.positions.iter().map(|p| *p as usize).collect();
@@ -214,7 +214,7 @@ fn an_eviction_that_needs_more_than_the_budget_changes_nothing() {
     let scores = vec![(0..96).map(|t| if t < 64 { t as f32 / 64.0 } else { 9.0 }).collect()];
     let keep = vec![70; layer.caches[0].len()];
     let mut items = [EvictItem { heads: &mut layer.caches[0], seen: 96, keep }];
-    let full = evict(&layer.threads, &mut pool, &mut items, &scores, Protect::default())
+    let full = evict(&layer.threads, &mut pool, &mut items, &scores, Protect::default(), None)
         .expect_err("a whole half more for keys and values each");
     assert_eq!((full.requested, pool.held_bytes()), (4 * 8192, held));
     layer.pool = pool;

@@ -201,8 +201,9 @@ pub fn features(op: &Op, step: u32) -> Features {
         OpKind::Select { by, .. } => {
             one(head_key(pick(by)), [log2(sequences), log2(mean_kv), log2(kept)])
         }
-        OpKind::AttendChosen { heads, by } => {
-            one(head_key(by.sets(heads)), [log2(sequences), log2(kept), log2(mean_kv)])
+        // Pages are copied whole, tokens one by one.
+        OpKind::AttendChosen { by, .. } => {
+            one(head_key(pick(by)), [log2(sequences), log2(kept), log2(mean_kv)])
         }
         OpKind::Pack { .. } | OpKind::PruneChannels { .. } | OpKind::Trim { .. } => {
             one(head_key(0), [log2(rows), log2(sequences), log2(mean_kv)])
@@ -258,7 +259,10 @@ pub fn features(op: &Op, step: u32) -> Features {
             let dropped = ((cached - kept) / cached.max(1.0)).clamp(1.0 / 1024.0, 1.0);
             // One that weighs what it drops reads keys, too.
             let weighs = matches!(choice, Choice::Within { .. });
-            one(head_key(u32::from(weighs)), [log2(cached), -dropped.log2(), 0.0])
+            // And one that turns keys reckons.
+            let turns = op.cache_heads().is_some_and(|h| h.form.rerotated);
+            let extra = u32::from(weighs) + 2 * u32::from(turns);
+            one(head_key(extra), [log2(cached), -dropped.log2(), 0.0])
         }
     }
 }
@@ -400,6 +404,11 @@ impl CostModel for Calibrated {
 
     fn step_overhead(&self, _phase: Phase) -> Seconds {
         Seconds(self.profile.step_overhead_s)
+    }
+
+    /// They were timed in runs, beside everything else.
+    fn transfers_run_beside(&self) -> bool {
+        false
     }
 }
 

@@ -71,6 +71,10 @@ impl CostModel for InSteps<'_> {
     fn step_overhead(&self, phase: Phase) -> Seconds {
         self.kernels.step_overhead(phase)
     }
+
+    fn transfers_run_beside(&self) -> bool {
+        self.kernels.transfers_run_beside()
+    }
 }
 
 /// A cost model of kernels, as an engine launches them.
@@ -173,6 +177,10 @@ impl CostModel for UnderEngine {
 
     fn common_stddev(&self) -> f64 {
         self.stddev
+    }
+
+    fn transfers_run_beside(&self) -> bool {
+        self.kernels.transfers_run_beside()
     }
 }
 

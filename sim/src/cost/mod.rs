@@ -49,13 +49,19 @@ pub trait CostModel: Send + Sync {
     fn common_stddev(&self) -> f64 {
         0.0
     }
+
+    /// Whether what [`Self::launch`] says of a transfer is all its time, which goes on beside the other ops, instead of
+    /// what a run waits for.
+    fn transfers_run_beside(&self) -> bool {
+        true
+    }
 }
 
 /// Predicts a program: each op once where nothing grows, at the nodes of a Gauss-Legendre rule where caches grow.
 #[must_use]
 pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
     let mut timeline = Timeline { common: model.common_stddev(), ..Timeline::default() };
-    let mut ops = 0;
+    let (mut ops, beside) = (0, model.transfers_run_beside());
     program
         .visit_passes(|_, pass, _| ops += pass.blocks().map(|(_, b)| b.ops.len()).sum::<usize>());
     timeline.spans.reserve_exact(ops);
@@ -82,11 +88,11 @@ pub fn predict(model: &dyn CostModel, program: &Program) -> Timeline {
                     source: cost.source,
                 });
             }
-            if by_layer {
+            if beside && by_layer {
                 hide_transfers(&mut timeline.spans[start..]);
             }
         }
-        if !by_layer {
+        if beside && !by_layer {
             hide_transfers(&mut timeline.spans[first..]);
         }
         timeline.overhead[pass.phase as usize] += model.pass_overhead(pass) * steps;

@@ -197,8 +197,14 @@ impl Op {
                 };
                 // In-place compaction moves what lies behind the first hole; on average half of what stays.
                 let moved = Bytes(heads.stored(Length::settled(lane.keep.min(kv))).0 / 2);
+                // Keys that move are turned, two multiplications and an addition a channel.
+                let turned = if heads.form.rerotated {
+                    3.0 * f64::from(heads.kv) * dim * f64::from(lane.keep.min(kv)) / 2.0
+                } else {
+                    0.0
+                };
                 Work {
-                    flops: Flops(f64::from(heads.kv) * f64::from(kv) + weighing),
+                    flops: Flops(f64::from(heads.kv) * f64::from(kv) + weighing + turned),
                     read: moved + keys + f32s(kv_heads * tokens),
                     written: moved,
                 }
@@ -408,7 +414,7 @@ mod tests {
         kv: 3,
         dim: 64,
         dtype: DType::F16,
-        form: crate::form::Form { packed: None, pruned: None, short: None, state: None },
+        form: Form { packed: None, pruned: None, short: None, state: None, rerotated: false },
     };
 
     fn op(kind: OpKind, lane: Lane) -> Op {

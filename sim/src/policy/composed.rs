@@ -181,6 +181,13 @@ impl Policy for Composed {
     fn check(&self, request: &Request<'_>) -> Result<(), PolicyError> {
         self.0.iter().try_for_each(|p| p.check(request))?;
         let form = self.form(0, request.model);
+        if form.rerotated {
+            return Err(PolicyError {
+                policy: self.label(),
+                problem: "keys that are turned when others go have no second owner".to_owned(),
+                remedy: "leave out rerotate".to_owned(),
+            });
+        }
         let Some(evicts) = self.0.iter().find_map(|p| p.leaves(request)) else { return Ok(()) };
         let refuse = |problem: String, remedy: &str| {
             Err(PolicyError { policy: self.label(), problem, remedy: remedy.to_owned() })

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{Budget, Leaves, Policy, PolicyError, Request, Role, Step};
+use crate::form::Form;
 use crate::kv::KvTape;
 use crate::op::{Choice, Phase, Protect, Score};
 use crate::profile::Model;
@@ -49,6 +50,9 @@ pub struct Cut {
     pub pyramid: Option<f64>,
     /// Heads share a layer's budget, each with this share of it in any case (`AdaKV`).
     pub guaranteed: Option<f64>,
+    /// Keys are turned to their place in the cache whenever tokens before them go, and what comes next stands behind the
+    /// cache, not behind the text: no position is ever past what the model was trained on.
+    pub rerotate: bool,
 }
 
 impl Default for Cut {
@@ -63,6 +67,7 @@ impl Default for Cut {
             slack: 0,
             pyramid: None,
             guaranteed: None,
+            rerotate: false,
         }
     }
 }
@@ -79,10 +84,21 @@ struct CutText {
     slack: Option<Tokens>,
     pyramid: Option<f64>,
     guaranteed: Option<f64>,
+    rerotate: Option<bool>,
 }
 
-const CUT_KEYS: [&str; 9] =
-    ["budget", "chunk", "instant", "sinks", "recent", "decode", "slack", "pyramid", "guaranteed"];
+const CUT_KEYS: [&str; 10] = [
+    "budget",
+    "chunk",
+    "instant",
+    "sinks",
+    "recent",
+    "decode",
+    "slack",
+    "pyramid",
+    "guaranteed",
+    "rerotate",
+];
 
 impl Cut {
     fn with(self, text: CutText) -> Self {
@@ -97,6 +113,7 @@ impl Cut {
             slack: text.slack.unwrap_or(self.slack),
             pyramid: text.pyramid.or(self.pyramid),
             guaranteed: text.guaranteed.or(self.guaranteed),
+            rerotate: text.rerotate.unwrap_or(self.rerotate),
         }
     }
 
@@ -121,6 +138,7 @@ impl Cut {
         add(self.slack != usual.slack, "slack", &self.slack);
         add(self.pyramid != usual.pyramid, "pyramid", &self.pyramid.unwrap_or(1.0));
         add(self.guaranteed != usual.guaranteed, "guaranteed", &self.guaranteed.unwrap_or(1.0));
+        add(self.rerotate != usual.rerotate, "rerotate", &self.rerotate);
         label
     }
 
@@ -303,6 +321,10 @@ impl<S: Scoring> Policy for Evicting<S> {
         if self.cut.pyramid.is_some() { layer } else { 0 }
     }
 
+    fn form(&self, _layer: Layer, _model: &Model) -> Form {
+        Form { rerotated: self.cut.rerotate, ..Form::default() }
+    }
+
     fn check(&self, request: &Request<'_>) -> Result<(), PolicyError> {
         let refuse = |problem: String, remedy: String| {
             Err(PolicyError { policy: self.label(), problem, remedy })
@@ -320,6 +342,18 @@ impl<S: Scoring> Policy for Evicting<S> {
             return refuse(
                 format!("{} has one KV head: there is nothing to share", request.model.name),
                 "leave guaranteed out".to_owned(),
+            );
+        }
+        if self.cut.rerotate && self.cut.guaranteed.is_some() {
+            return refuse(
+                "heads of different lengths have no common place for the next token".to_owned(),
+                "leave out rerotate or guaranteed".to_owned(),
+            );
+        }
+        if self.cut.rerotate && matches!(self.by.score(), Score::ExpectedAttention { .. }) {
+            return refuse(
+                "queries to come are expected at places in the text".to_owned(),
+                "leave out rerotate".to_owned(),
             );
         }
         if self.cut.pyramid.is_some_and(|beta| !beta.is_finite() || beta < 1.0) {

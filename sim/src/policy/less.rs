@@ -139,6 +139,13 @@ impl Policy for Less {
                 "set rank to 1..256 (8 is usual), hidden to 1..4096 (64 is usual)",
             );
         }
+        if self.evicting.form(0, request.model).rerotated {
+            return refuse(
+                "the state was made of keys as they came, and those that stay are turned"
+                    .to_owned(),
+                "leave out rerotate",
+            );
+        }
         if request.model.sliding_window.is_some() {
             return refuse(
                 format!(

@@ -1,8 +1,10 @@
 //! StreamingLLM: the first tokens (attention sinks) and a window of the newest ones, nothing between.
 //!
-//! Paper: <https://arxiv.org/abs/2309.17453>. Original positions are kept instead of re-rotating the window.
-//! Parameters: `chunk` cuts while the prompt is read (E2); without it the prompt is read whole and cut layer by
-//! layer (E1). Deviation: with `slack` decode cuts once the cache has grown that much over the budget.
+//! Paper: <https://arxiv.org/abs/2309.17453>. Parameters: `chunk` cuts while the prompt is read (E2); without it the prompt
+//! is read whole and cut layer by layer (E1); `rerotate` turns the window's keys to their places in the cache, as the
+//! authors do. Deviations: positions in the text are kept by default, which saves turning the window at every cut and
+//! is the same as long as the text fits the model's context; with `slack` decode cuts once the cache has grown that much
+//! over the budget.
 
 use serde::Deserialize;
 

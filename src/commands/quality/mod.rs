@@ -153,6 +153,10 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
                         left_out.push(format!("{}: the executor can't run {part}", variant.base));
                         unable.push(variant.base.clone());
                     }
+                    Some(why @ ExecError::MissingStateMaps { .. }) if !variant.named => {
+                        left_out.push(why.to_string());
+                        unable.push(variant.base.clone());
+                    }
                     _ => return Err(error),
                 },
             }
