@@ -37,13 +37,12 @@ def matched(run):
 def table(runs):
     by_policy = {}
     for run in runs:
-        by_policy.setdefault(run["policy"], {})[run["load"]] = run
+        by_policy.setdefault(run["policy"], []).append(run)
     loads = list(dict.fromkeys(run["load"] for run in runs))
     print(f"| policy | {' | '.join(loads)} | median | at the machine's pace | memory | KV bytes | op kinds |")
     print("|---" * (len(loads) + 6) + "|")
-    for policy, by_load in sorted(by_policy.items()):
-        own = list(by_load.values())
-        cells = [f"{by_load[load]['total_error']:+.1%}" if load in by_load else "" for load in loads]
+    for policy, own in sorted(by_policy.items()):
+        cells = [", ".join(f"{r['total_error']:+.1%}" for r in own if r["load"] == load) for load in loads]
         over = "" if median(own, "total_error") <= BAR else " (over the bar)"
         equal = "equal" if all(r["kv_bytes_equal"] for r in own) else "differ"
         kinds = "matched" if all(map(matched, own)) else "differ"

@@ -38,23 +38,23 @@ for (policy, budget, chunk, context), during in rows.items():
         apart = [d - a for d, a in zip(during[metric], after[metric])]
         entry[metric] = (mean(after[metric]), mean(during[metric]), mean(apart), *interval(apart))
     found.append(entry)
-found.sort(key=lambda e: (e["policy"], e["context"]))
+found.sort(key=lambda e: (e["policy"], e["context"], -float(e["budget"].rstrip("%")), e["chunk"]))
 
-print("| policy | context | KL after | KL during | difference (90 %) | digits after | during | difference (90 %) |")
-print("|---|---|---|---|---|---|---|---|")
+print("| policy | context | kept | chunk | KL after | KL during | difference (90 %) | digits after | during | difference (90 %) |")
+print("|---|---|---|---|---|---|---|---|---|---|")
 for e in found:
     k, d = e["kl"], e["digits"]
-    print(f"| {e['policy']} | {e['context']} | {k[0]:.3f} | {k[1]:.3f} | {k[2]:+.3f} ({k[3]:+.3f} to {k[4]:+.3f}) "
+    print(f"| {e['policy']} | {e['context']} | {e['budget']} | {e['chunk']} | {k[0]:.3f} | {k[1]:.3f} | {k[2]:+.3f} ({k[3]:+.3f} to {k[4]:+.3f}) "
           f"| {d[0]:.2f} | {d[1]:.2f} | {d[2]:+.2f} ({d[3]:+.2f} to {d[4]:+.2f}) |")
 
-# One row per policy and context; on the left KL, on the right digits.
-height, width, top = 22, 330, 56
-plot = [f'<svg xmlns="http://www.w3.org/2000/svg" width="880" height="{top + height * len(found) + 30}" '
+# One row per policy, context, budget and chunk; on the left KL, on the right digits.
+height, width, top = 22, 300, 56
+plot = [f'<svg xmlns="http://www.w3.org/2000/svg" width="960" height="{top + height * len(found) + 30}" '
         'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
-        '<text x="12" y="20" font-size="14">Cut after every 256 prompt tokens, less one cut after the prompt: '
-        'SmolLM2-135M, a quarter of the cache</text>']
-for metric, left, label, worse in (("kl", 150, "KL(full || policy), nats", 1), ("digits", 520, "hidden digits found, share", -1)):
+        '<text x="12" y="20" font-size="14">Cut after every chunk of the prompt, less one cut after the prompt: '
+        'SmolLM2-135M; prompt tokens, share that stays, tokens of a chunk</text>']
+for metric, left, label, worse in (("kl", 270, "KL(full || policy), nats", 1), ("digits", 630, "hidden digits found, share", -1)):
     most = 1.1 * max(max(abs(e[metric][3]), abs(e[metric][4])) for e in found)
     x = lambda v: left + width / 2 + v / most * width / 2
     plot.append(f'<text x="{left + width / 2}" y="44" text-anchor="middle">{label}</text>')
@@ -70,7 +70,7 @@ for metric, left, label, worse in (("kl", 150, "KL(full || policy), nats", 1), (
         plot.append(f'<circle cx="{x(middle):.1f}" cy="{y}" r="4" fill="{colour}"/>')
 for i, e in enumerate(found):
     y = top + height * i + height / 2 + 4
-    plot.append(f'<text x="12" y="{y}">{e["policy"]}, {e["context"]}</text>')
+    plot.append(f'<text x="12" y="{y}">{e["policy"]}, {e["context"]}, {e["budget"]}, {e["chunk"]}</text>')
 plot.append("</svg>")
 out = os.path.join(os.path.dirname(os.path.abspath(__file__)), "during-or-after.svg")
 with open(out, "w") as file:

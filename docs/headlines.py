@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """What each system claims, what the simulator predicts for that setting, and what a run here shows at equal memory.
 
-    docs/headlines.py [--binary PATH] [--repeats N] [--less FILE] [--out FILE.json] > table.md
+    docs/headlines.py [--binary PATH] [--repeats N] --less FILE [--out FILE.json] > table.md
 
 The baseline (`full`) and the system run in turn, and ratios are medians over the repeats. Needs the default model and a profile
 of this machine, and for LESS its networks (`batchmax prepare less --out FILE`). Standard library only.
 """
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -62,7 +63,7 @@ options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
 options.add_argument("--binary", default="target/release/batchmax")
 options.add_argument("--repeats", type=int, default=3)
 options.add_argument("--less", metavar="FILE", required=True, help="the preset that `prepare less` wrote")
-options.add_argument("--out")
+options.add_argument("--out", help="keep the figures here (JSON); systems that it has already are not repeated")
 options = options.parse_args()
 
 
@@ -102,7 +103,11 @@ def run_here(metric, policy):
 
 
 rows = []
+if options.out and os.path.exists(options.out):
+    rows = json.load(open(options.out))["rows"]
 for system, claim, metric, setting, policy, baseline, local in SYSTEMS:
+    if any(r["system"] == system for r in rows):
+        continue
     own, base = predicted(metric, setting, policy), predicted(metric, setting, baseline)
     there, batches_there = gain(metric, own, base), (base["batch"], own["batch"])
     measured, expected, batches = [], [], None

@@ -524,8 +524,8 @@ pub struct QualityArgs {
     /// Policy presets, separated by spaces [default: every preset that this machine can run]
     #[arg(long, short, num_args = 1..)]
     pub policy: Vec<String>,
-    /// Prompt tokens: a list (512,1k,2k) or a range
-    #[arg(long, default_value = "512,1k,2k")]
+    /// Prompt tokens: a list (512,1k,2k) or a range; the default set takes minutes, longer prompts much more
+    #[arg(long, default_value = "512")]
     pub context: String,
     /// Budgets, where a policy has one that was not typed with it
     #[arg(long, default_value = "50%,25%,12.5%")]

@@ -133,9 +133,10 @@ mod tests {
     use batchmax_sim::kv::KvLayout;
     use batchmax_sim::load::Schedule;
     use batchmax_sim::lower::{Setup, lower};
-    use batchmax_sim::op::DType;
+    use batchmax_sim::op::{DType, Op, OpKind, Score};
     use batchmax_sim::policy::{CacheBlend, Full, Policy};
     use batchmax_sim::profile::Catalog;
+    use batchmax_sim::program::Node;
 
     fn small() -> Engine {
         let mut model = Catalog::built_in().model("smollm2-135m").expect("built in");
@@ -148,6 +149,16 @@ mod tests {
 
     /// The caches of one prompt behind its prefill: per layer the keys and values of all heads.
     fn caches(engine: &Engine, policy: &dyn Policy, prompt: &[u32]) -> Vec<Vec<f32>> {
+        caches_of(engine, policy, prompt, |_| ())
+    }
+
+    /// The same, where something of the program is changed.
+    fn caches_of(
+        engine: &Engine,
+        policy: &dyn Policy,
+        prompt: &[u32],
+        change: impl Fn(&mut Op),
+    ) -> Vec<Vec<f32>> {
         let setup = Setup {
             kv: KvLayout { dtype: DType::F32, block_tokens: 32, shares_prefix: false },
             weights: DType::F32,
@@ -157,7 +168,11 @@ mod tests {
         };
         let prompts = [prompt.to_vec()];
         let load = load_of(&prompts, 1, Schedule::Static);
-        let program = lower(&engine.model, policy, &load, setup).expect("lowers");
+        let mut program = lower(&engine.model, policy, &load, setup).expect("lowers");
+        for node in &mut program.nodes {
+            let Node::Pass(pass) = node else { continue };
+            pass.layers.iter_mut().flat_map(|block| &mut block.ops).for_each(&change);
+        }
         let stop = AtomicBool::new(false);
         let mut interpreter: Interpreter<'_> = engine
             .interpreter(&program, &prompts, &RunOptions::default(), &stop)
@@ -231,6 +246,31 @@ mod tests {
             }
         }
         assert_eq!(last[4], 0.0, "all computed anew is a plain prefill");
+    }
+
+    #[test]
+    fn what_deviates_most_is_a_better_choice_than_chance() {
+        let engine = small();
+        let prompt = prompt(3 * 64 + 20);
+        let full = caches(&engine, &Full::default(), &prompt);
+        let blended = caches(&engine, &blend(0.2, 1), &prompt);
+        let mut by_chance = [0.0; 5];
+        for seed in 0..5 {
+            let chance = |op: &mut Op| {
+                if let OpKind::Deviate { heads } = op.kind {
+                    op.kind = OpKind::Rank { heads, by: Score::Random { seed } };
+                }
+            };
+            let caches = caches_of(&engine, &blend(0.2, 1), &prompt, chance);
+            assert_ne!(caches, blended, "seed {seed} chose the same");
+            for layer in 2..5 {
+                by_chance[layer] += apart(&caches[layer], &full[layer]) / 5.0;
+            }
+        }
+        for layer in 2..5 {
+            let chosen = apart(&blended[layer], &full[layer]);
+            assert!(chosen < by_chance[layer], "layer {layer}: {chosen}, {}", by_chance[layer]);
+        }
     }
 
     /// The tokens whose values at the check layer are farthest go on: what is left there is less than by any other choice,

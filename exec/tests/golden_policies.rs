@@ -176,7 +176,7 @@ fn shared_layers_give_the_reference_tokens() {
                 .map(|pair| (ids(pair)[0], ids(pair)[1]))
                 .collect();
             let maps = BTreeMap::from([(engine.model.name.clone(), map)]);
-            let policy = KvSharer { layers, maps };
+            let policy = KvSharer { layers, maps, unsearched: false };
             let result = run(
                 &engine,
                 &policy,
@@ -231,7 +231,7 @@ fn layers_that_share_are_found_as_the_reference_finds_them() {
     }
     let trials = search(&pairs, 4, 0.5, &mut |taken| {
         let maps = BTreeMap::from([(engine.model.name.clone(), taken.to_vec())]);
-        let policy = KvSharer { layers: taken.len() as u32, maps };
+        let policy = KvSharer { layers: taken.len() as u32, maps, unsearched: false };
         Ok::<f64, ()>(cosine(&full, &states(&policy, &mut |_| {}), 64 * 576))
     });
     for (trial, theirs) in

@@ -316,6 +316,18 @@ fn upper_layers_see_what_goes_on_and_nothing_else() {
 }
 
 #[test]
+fn fastkv_that_forwards_everything_is_snapkv() {
+    let engine = small();
+    // A quarter of 160 and of 96 tokens, whole numbers both.
+    let fast = FastKv { retain: 0.25, forward: 1.0, window: 8, pool: 7, after: Some(1) };
+    let snap = SnapKv::new(Budget::Share(0.25));
+    let snap = SnapKv { by: Snap { window: 8, pool: 7, ..Snap::default() }, ..snap };
+    assert_eq!(outcome_of(&engine, &fast, &[160, 96]), outcome_of(&engine, &snap, &[160, 96]));
+    let full = outcome_of(&engine, &Full::default(), &[160, 96]);
+    assert_ne!(outcome_of(&engine, &fast, &[160, 96]), full);
+}
+
+#[test]
 fn layers_that_share_hold_nothing() {
     let engine = small();
     let policy = KvSharer { layers: 1, ..KvSharer::default() };

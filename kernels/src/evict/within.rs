@@ -138,6 +138,31 @@ mod tests {
     }
 
     #[test]
+    fn more_goes_the_more_may_be_lost_and_never_more_than_that() {
+        // Lengths that fall by uneven steps, in two heads that disagree.
+        let falling = |seed: u64| -> Vec<f64> {
+            let steps = crate::testing::noise(seed, 300);
+            let mut left: Vec<f64> = (steps.iter())
+                .scan(0.0, |sum, step| {
+                    *sum += f64::from(step * step);
+                    Some(*sum)
+                })
+                .collect();
+            left.reverse();
+            left
+        };
+        let heads = [falling(1), falling(2)];
+        let sum = |gone: usize| heads.iter().map(|h| h[gone]).sum::<f64>();
+        let gone: Vec<usize> = (0..=20).map(|l| droppable(&heads, f64::from(l) / 20.0)).collect();
+        assert!(gone.is_sorted() && gone[10] > gone[1], "{gone:?}");
+        for (loss, gone) in (0..=20).zip(gone) {
+            let lost = |gone| (sum(0) - sum(gone)) / sum(0);
+            assert!(lost(gone) <= f64::from(loss) / 20.0);
+            assert!(gone + 1 == 300 || lost(gone + 1) > f64::from(loss) / 20.0);
+        }
+    }
+
+    #[test]
     fn leading_tokens_without_weight_may_go_for_nothing() {
         assert_eq!(droppable(&[vec![2.0, 2.0, 2.0, 1.0]], 0.0), 2);
         assert_eq!(droppable(&[vec![0.0; 4]], 0.01), 3);

@@ -158,6 +158,39 @@ fn a_packed_cache_by_hand() {
     assert_eq!(pool.held_bytes(), head.held_bytes(pool));
 }
 
+/// What KIVI found in real models: some channels of the keys are far larger than the others. Packed along tokens they cost
+/// the others nothing, packed along channels they take all levels.
+#[test]
+fn outlier_channels_want_keys_packed_along_tokens() {
+    let error = |key_axis| {
+        let mut layer = Layer::new(1, shape(1, 1, 64), KvFormat::F32);
+        layer.feed(5, &[128]);
+        let width = layer.width;
+        for row in layer.qkv.chunks_exact_mut(width) {
+            for channel in [3, 17, 40] {
+                row[64 + channel] += 20.0;
+            }
+        }
+        layer.caches[0][0].clear(&mut layer.pool);
+        let positions: Vec<u32> = (0..128).collect();
+        let rows = 128;
+        let heads = &mut layer.caches[0];
+        let mut items = [AppendItem { heads, first_row: 0, rows, positions: &positions }];
+        let (threads, pool, qkv) = (&layer.threads, &mut layer.pool, &layer.qkv);
+        crate::append::append(threads, pool, &mut items, qkv, width, 64, 128, 64).expect("room");
+        let before = contents(&layer);
+        pack_all(&mut layer, 128, 0, Codec { bits: 2, group: 32, key_axis }).expect("room");
+        let after = contents(&layer);
+        let of = |contents: &[Contents]| -> Vec<f32> {
+            contents[0].iter().flat_map(|(key, _)| key.clone()).collect()
+        };
+        let pairs = of(&before).into_iter().zip(of(&after));
+        pairs.map(|(x, y)| (x - y) * (x - y)).sum::<f32>()
+    };
+    let (channel, token) = (error(KeyAxis::Channel), error(KeyAxis::Token));
+    assert!(token > 10.0 * channel, "per channel {channel}, per token {token}");
+}
+
 #[test]
 fn packing_needs_no_room_for_both_forms_but_respects_the_budget() {
     let codec = Codec { bits: 4, group: 32, key_axis: KeyAxis::Channel };

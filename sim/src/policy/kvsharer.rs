@@ -23,11 +23,13 @@ pub struct KvSharer {
     pub layers: u32,
     /// Searched maps by model: pairs of (layer, the lower layer that it reads), in the order in which they were found.
     pub maps: BTreeMap<String, Vec<(Layer, Layer)>>,
+    /// Models that have no map share their upper layers, though others have one.
+    pub unsearched: bool,
 }
 
 impl Default for KvSharer {
     fn default() -> Self {
-        Self { layers: 4, maps: BTreeMap::new() }
+        Self { layers: 4, maps: BTreeMap::new(), unsearched: false }
     }
 }
 
@@ -95,6 +97,7 @@ impl Policy for KvSharer {
         }
         if let Some(of) = self.maps.keys().next()
             && !self.maps.contains_key(&model.name)
+            && !self.unsearched
         {
             return refuse(
                 format!("its map is one of {of}, not of {}", model.name),
@@ -134,10 +137,13 @@ mod tests {
         let model = catalog.model("smollm2-135m").expect("built in");
         let other = catalog.model("llama-3.1-8b").expect("built in");
         let maps = BTreeMap::from([(model.name.clone(), vec![(27, 11), (28, 27)])]);
-        let policy = KvSharer { layers: 2, maps };
+        let policy = KvSharer { layers: 2, maps, unsearched: false };
         assert!(policy.check(&Request::new(&model, 64, DType::F16)).is_ok());
         let why = policy.check(&Request::new(&other, 64, DType::F16)).expect_err("another model");
         assert!(why.to_string().contains("smollm2-135m, not of llama-3.1-8b"), "{why}");
+        let either = KvSharer { unsearched: true, ..policy.clone() };
+        assert!(either.check(&Request::new(&other, 64, DType::F16)).is_ok());
+        assert_eq!((either.cache_of(31, &other), either.cache_of(29, &other)), (30, 28));
         // What is handed on: layer 28 reads 27, which reads 11.
         assert_eq!((policy.cache_of(28, &model), policy.cache_of(27, &model)), (11, 11));
     }

@@ -4,36 +4,10 @@
 //! policy: its file, one line in `registry!`, one preset in `profiles/policies/`. A policy that only ranks tokens
 //! implements [`Scoring`], any other [`Policy`].
 
-mod adakv;
-mod batch_max;
 mod budget;
-mod cacheblend;
-mod clusterkv;
 mod composed;
-mod dbudgetkv;
-mod duoattention;
 mod evicting;
-mod expected_attention;
-mod fastkv;
-mod full;
-mod h2o;
-mod keydiff;
-mod kivi;
-mod knorm;
-mod kvsharer;
-mod lagkv;
-mod less;
 mod preset;
-mod pyramidkv;
-mod quest;
-mod random;
-mod refreshkv;
-mod rocketkv;
-mod snapkv;
-mod specache;
-mod streaming_llm;
-mod think;
-mod tova;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -403,14 +377,22 @@ fn build<P: Policy + DeserializeOwned + 'static>(
     Ok(Arc::new(toml::Value::Table(table).try_into::<P>()?))
 }
 
+/// Declares the modules, too, so that a policy is one line here. What is formatted by module must be told of them: see
+/// `.ci/run`.
 macro_rules! registry {
-    ($($kind:literal => $build:expr,)*) => {
+    ($($kind:literal in $module:ident: $build:expr,)*) => {
+        $(mod $module;)*
+
         /// The kinds a preset can name.
         pub const KINDS: &[&str] = &[$($kind),*];
 
         fn builder(kind: &str) -> Option<Build> {
             match kind {
-                $($kind => Some($build),)*
+                $($kind => {
+                    #[allow(unused_imports, reason = "some need only what stands here")]
+                    use $module::*;
+                    Some($build)
+                })*
                 _ => None,
             }
         }
@@ -426,30 +408,30 @@ fn less(table: toml::Table) -> Result<Arc<dyn Policy>, toml::de::Error> {
 }
 
 registry! {
-    "full" => build::<Full>,
-    "batch-max" => scored::<batch_max::AnyScore>,
-    "snapkv" => scored::<snapkv::Snap>,
-    "streaming-llm" => scored::<streaming_llm::Newest>,
-    "h2o" => scored::<h2o::HeavyHitters>,
-    "knorm" => scored::<knorm::SmallKeys>,
-    "keydiff" => scored::<keydiff::UnusualKeys>,
-    "pyramidkv" => scored::<pyramidkv::Falling>,
-    "tova" => scored::<tova::LastQuery>,
-    "lagkv" => scored::<lagkv::Lagging>,
-    "expected-attention" => scored::<expected_attention::Expected>,
-    "random" => scored::<random::Chance>,
-    "adakv" => scored::<adakv::Together>,
-    "kivi" => build::<Kivi>,
-    "think" => build::<ThinK>,
-    "fastkv" => build::<FastKv>,
-    "kvsharer" => build::<KvSharer>,
-    "quest" => build::<Quest>,
-    "clusterkv" => build::<ClusterKv>,
-    "rocketkv" => build::<RocketKv>,
-    "dbudgetkv" => build::<DBudgetKv>,
-    "duoattention" => build::<DuoAttention>,
-    "less" => less,
-    "cacheblend" => build::<CacheBlend>,
-    "refreshkv" => build::<RefreshKv>,
-    "specache" => build::<SpeCache>,
+    "full" in full: build::<Full>,
+    "batch-max" in batch_max: scored::<AnyScore>,
+    "snapkv" in snapkv: scored::<Snap>,
+    "streaming-llm" in streaming_llm: scored::<Newest>,
+    "h2o" in h2o: scored::<HeavyHitters>,
+    "knorm" in knorm: scored::<SmallKeys>,
+    "keydiff" in keydiff: scored::<UnusualKeys>,
+    "pyramidkv" in pyramidkv: scored::<Falling>,
+    "tova" in tova: scored::<LastQuery>,
+    "lagkv" in lagkv: scored::<Lagging>,
+    "expected-attention" in expected_attention: scored::<Expected>,
+    "random" in random: scored::<Chance>,
+    "adakv" in adakv: scored::<Together>,
+    "kivi" in kivi: build::<Kivi>,
+    "think" in think: build::<ThinK>,
+    "fastkv" in fastkv: build::<FastKv>,
+    "kvsharer" in kvsharer: build::<KvSharer>,
+    "quest" in quest: build::<Quest>,
+    "clusterkv" in clusterkv: build::<ClusterKv>,
+    "rocketkv" in rocketkv: build::<RocketKv>,
+    "dbudgetkv" in dbudgetkv: build::<DBudgetKv>,
+    "duoattention" in duoattention: build::<DuoAttention>,
+    "less" in less: less,
+    "cacheblend" in cacheblend: build::<CacheBlend>,
+    "refreshkv" in refreshkv: build::<RefreshKv>,
+    "specache" in specache: build::<SpeCache>,
 }

@@ -88,6 +88,8 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
             table.insert(key.to_owned(), value);
         }
     }
+    // A file of what was found says nothing of other models.
+    table.remove("unsearched");
     let text = written(&kind, &model, args, (count, context), &found, &table)?;
     if let Some(path) = &args.out {
         write_whole(path, &text)?;

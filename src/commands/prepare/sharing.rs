@@ -54,7 +54,7 @@ pub fn map(
         } else {
             BTreeMap::from([(model.name.clone(), map)])
         };
-        let shared = states(&KvSharer { layers, maps }, &mut None)?;
+        let shared = states(&KvSharer { layers, maps, unsearched: false }, &mut None)?;
         bar.inc(1);
         Ok(cosine(&full, &shared, numbers))
     };

@@ -154,24 +154,24 @@ impl<'a> Source<'a> {
     }
 }
 
-/// `prose` with one needle in each of as many equal parts, between the two paragraphs that meet nearest to the part's
-/// middle (in the middle where none meet); `context` tokens in all. `breaks`: the tokens between paragraphs.
+/// `prose` with needles that cut it into equal parts, each between the two paragraphs that meet nearest to its place (at its
+/// place where none meet nearer to it than to another's); `context` tokens in all. `breaks`: the tokens between paragraphs.
 fn hide(prose: &[u32], needles: &[Vec<u32>], context: usize, breaks: &[u32]) -> Result<Vec<u32>> {
     let taken: usize = needles.iter().map(Vec::len).sum();
     if taken * 2 > context {
         bail!("--context {context}: too short for {} hidden numbers; hint: 256", needles.len());
     }
     let prose = &prose[..context - taken];
-    let border = |k: usize| prose.len() * k / needles.len();
+    // Places in halves of a part.
+    let place = |halves: usize| prose.len() * halves / (2 * (needles.len() + 1));
     let mut out = Vec::with_capacity(context);
     let mut copied = 0;
     for (k, needle) in needles.iter().enumerate() {
-        let (from, to) = (border(k).max(1), border(k + 1));
-        let middle = usize::midpoint(from, to);
+        let (from, place, to) = (place(2 * k + 1), place(2 * k + 2), place(2 * k + 3));
         let at = (from..to)
             .filter(|at| prose[..*at].ends_with(breaks))
-            .min_by_key(|at| at.abs_diff(middle))
-            .unwrap_or(middle);
+            .min_by_key(|at| at.abs_diff(place))
+            .unwrap_or(place);
         out.extend_from_slice(&prose[copied..at]);
         out.extend_from_slice(needle);
         copied = at;
@@ -199,11 +199,11 @@ mod tests {
         let needles = vec![vec![7; 5], vec![8; 5]];
         let out = hide(&prose, &needles, 100, &[9]).expect("room");
         assert_eq!(out.len(), 100);
-        // 90 tokens of prose in two parts: from 1 to 45 with the middle 23, near which one ends behind 19; from 45 to 90
-        // none does, so the middle 67 it is, behind the five tokens of the first needle.
-        assert_eq!(out[19], 9);
-        assert_eq!(out[20..25], [7; 5]);
-        assert_eq!(out[67 + 5..72 + 5], [8; 5]);
+        // 90 tokens of prose in three parts: one paragraph ends at 30 itself; near 60 none does, so there it is, behind the
+        // five tokens of the first needle.
+        assert_eq!(out[29], 9);
+        assert_eq!(out[30..35], [7; 5]);
+        assert_eq!(out[60 + 5..65 + 5], [8; 5]);
         assert_eq!(out.iter().filter(|t| **t == 1 || **t == 9).count(), 90);
         assert!(hide(&prose, &needles, 19, &[9]).is_err());
     }
