@@ -528,7 +528,7 @@ pub struct QualityArgs {
     #[arg(long, default_value = "512")]
     pub context: String,
     /// Budgets, where a policy has one that was not typed with it
-    #[arg(long, default_value = "50%,25%,12.5%")]
+    #[arg(long, default_value = "50%,25%")]
     pub budget: String,
     /// Measure evicting policies with a cut every 256 prompt tokens too, not just after the whole prompt
     #[arg(long)]

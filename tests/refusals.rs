@@ -37,6 +37,18 @@ fn policies_that_contradict_each_other() {
         ("kivi+snapkv", ["packed tokens would be taken apart again", "snapkv+think+kivi"]),
         ("cacheblend+snapkv", ["holds every token as it came", "cacheblend+quest"]),
         ("kvsharer+quest", ["a shared cache has several", "evicting or packing"]),
+        (
+            "kvsharer+rocketkv",
+            ["by a layer's own cache, and some have none", "evicting or packing"],
+        ),
+        ("kvsharer+fastkv", ["by a layer's own cache, and some have none", "evicting or packing"]),
+        ("rocketkv+kivi", ["are copied as they came", "name one"]),
+        ("rocketkv+think", ["are copied as they came", "name one"]),
+        ("fastkv+kivi", ["a budget of 102 tokens is less than the 128 newest", "lower residual"]),
+        ("batch-max+think", ["channels are dropped once", "evict once"]),
+        ("cacheblend+specache", ["made of a prompt that is read whole", "cacheblend+quest"]),
+        ("cacheblend+clusterkv", ["made of a prompt that is read whole", "cacheblend+quest"]),
+        ("cacheblend+refreshkv", ["made of a prompt that is read whole", "cacheblend+quest"]),
         ("full+kivi", ["keeps everything", "leave it out"]),
     ] {
         refuses(&format!("what-if --model smollm2-135m {HERE} --policy {policy}"), &parts);

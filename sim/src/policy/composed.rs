@@ -11,6 +11,7 @@ use super::{
 };
 use crate::form::Form;
 use crate::kv::KvTape;
+use crate::op::Pick;
 use crate::profile::Model;
 use crate::units::{Layer, Tokens};
 
@@ -180,20 +181,42 @@ impl Policy for Composed {
 
     fn check(&self, request: &Request<'_>) -> Result<(), PolicyError> {
         self.0.iter().try_for_each(|p| p.check(request))?;
-        let form = self.form(0, request.model);
-        if form.rerotated {
-            return Err(PolicyError {
-                policy: self.label(),
-                problem: "keys that are turned when others go have no second owner".to_owned(),
-                remedy: "leave out rerotate".to_owned(),
-            });
-        }
-        let Some(evicts) = self.0.iter().find_map(|p| p.leaves(request)) else { return Ok(()) };
+        let (model, form) = (request.model, self.form(0, request.model));
         let refuse = |problem: String, remedy: &str| {
             Err(PolicyError { policy: self.label(), problem, remedy: remedy.to_owned() })
         };
-        let shares = |l: Layer| self.cache_of(l, request.model) != l;
-        if form.state.is_some() && (0..request.model.layers).any(shares) {
+        if form.rerotated {
+            return refuse(
+                "keys that are turned when others go have no second owner".to_owned(),
+                "leave out rerotate",
+            );
+        }
+        let reads = (0..model.layers).find_map(|l| self.reads(l, request.prompt, model));
+        if reads.is_some() && (form.packed.is_some() || form.pruned.is_some()) {
+            return refuse(
+                "tokens that are chosen are copied as they came, and the other part stores them otherwise".to_owned(),
+                "name one of them",
+            );
+        }
+        let shares = (0..model.layers).any(|l| self.cache_of(l, model) != l);
+        if shares && (reads.is_some() || self.forwards(request.prompt, model).is_some()) {
+            return refuse(
+                "what is read and what goes on is chosen by a layer's own cache, and some have none".to_owned(),
+                "share layers together with an evicting or packing policy instead",
+            );
+        }
+        // Only a choice of pages has been seen to be that of a plain prefill.
+        let clusters = reads.is_some_and(|r| matches!(r.by, Pick::Clusters { .. }));
+        let beside =
+            self.prefetches(model).is_some() || self.refreshes(request.prompt, model).is_some();
+        if self.reuses(request.prompt, model).is_some() && (clusters || beside) {
+            return refuse(
+                "clusters, partial caches and slower memory are made of a prompt that is read whole".to_owned(),
+                "choose pages: cacheblend+quest",
+            );
+        }
+        let Some(evicts) = self.0.iter().find_map(|p| p.leaves(request)) else { return Ok(()) };
+        if form.state.is_some() && shares {
             return refuse(
                 "queries read the state of their own layer's cache only".to_owned(),
                 "leave one of the parts out",

@@ -147,7 +147,8 @@ impl Cut {
         let mean = self.budget.of(step.prompt, step.token_bytes);
         match self.pyramid {
             Some(beta) if step.layers > 1 && mean > forced => {
-                forced + pyramid(mean - forced, beta, step.layer, step.layers)
+                let most = step.prompt.saturating_sub(forced);
+                forced + pyramid(mean - forced, most, beta, step.layer, step.layers)
             }
             _ => mean,
         }
@@ -155,10 +156,11 @@ impl Cut {
 }
 
 /// `PyramidKV`'s tokens of a layer beside the window, where `mean` is their mean: from `2 mean - mean / beta` in the first
-/// layer to `mean / beta` in the last, in equal steps, rounded.
-fn pyramid(mean: Tokens, beta: f64, layer: Layer, layers: u32) -> Tokens {
+/// layer to `mean / beta` in the last, in equal steps, rounded; none gets more than `most`, and then the last ones more.
+fn pyramid(mean: Tokens, most: Tokens, beta: f64, layer: Layer, layers: u32) -> Tokens {
     let low = f64::from(mean) / beta.max(1.0);
-    let high = 2.0 * f64::from(mean) - low;
+    let high = (2.0 * f64::from(mean) - low).min(f64::from(most.max(mean)));
+    let low = 2.0 * f64::from(mean) - high;
     let fall = (high - low) * f64::from(layer) / f64::from(layers - 1);
     // Halves go to the even number, as in the reference.
     (high - fall).round_ties_even().max(0.0) as Tokens
@@ -445,9 +447,13 @@ mod tests {
     #[test]
     fn a_pyramid_has_the_total_of_equal_layers() {
         // The reference's counts for a budget of 256 with a window of 32 on 30 layers.
-        let counts: Vec<Tokens> = (0..30).map(|l| 32 + pyramid(224, 20.0, l, 30)).collect();
+        let counts: Vec<Tokens> = (0..30).map(|l| 32 + pyramid(224, 480, 20.0, l, 30)).collect();
         assert_eq!((counts[0], counts[29]), (32 + 437, 32 + 11));
         assert_eq!(counts.iter().sum::<Tokens>(), 30 * 256);
-        assert_eq!(pyramid(224, 1.0, 7, 30), 224);
+        assert_eq!(pyramid(224, 480, 1.0, 7, 30), 224);
+        // Three quarters of a prompt of 1,000: the first layer keeps all of it, the others what that leaves.
+        let counts: Vec<Tokens> = (0..30).map(|l| 32 + pyramid(718, 968, 20.0, l, 30)).collect();
+        assert_eq!((counts[0], counts[29]), (1000, 500));
+        assert!(counts.iter().sum::<Tokens>().abs_diff(30 * 750) <= 2, "{counts:?}");
     }
 }

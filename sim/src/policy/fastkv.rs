@@ -9,7 +9,7 @@
 
 use serde::Deserialize;
 
-use super::{Forwards, Policy, PolicyError, Request, Role, Step};
+use super::{Forwards, Leaves, Policy, PolicyError, Request, Role, Step};
 use crate::kv::KvTape;
 use crate::op::{Phase, Pooling, Protect, Score};
 use crate::profile::Model;
@@ -77,6 +77,12 @@ impl Policy for FastKv {
     fn forwards(&self, prompt: Tokens, model: &Model) -> Option<Forwards> {
         let (after, rows) = (self.after(model.layers), self.rows(prompt));
         (rows < prompt).then_some(Forwards { after, rows, recent: self.window })
+    }
+
+    fn leaves(&self, request: &Request<'_>) -> Option<Leaves> {
+        let below = self.kept(request.prompt, false);
+        let least = below.min(self.kept(self.rows(request.prompt), true));
+        Some(Leaves { least, again: false, ragged: false })
     }
 
     fn check(&self, request: &Request<'_>) -> Result<(), PolicyError> {
