@@ -536,8 +536,8 @@ pub struct QualityArgs {
     /// Excerpts of the text; the same for every policy
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub samples: u32,
-    /// Of the four numbers hidden in each excerpt, how many are asked for, each of a prompt of its own
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=4))]
+    /// Of the four numbers hidden in each excerpt, how many are asked for, each of a prompt of its own; 0: plain prose
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=4))]
     pub questions: u32,
     #[command(flatten)]
     pub memory: MemoryArgs,

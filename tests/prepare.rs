@@ -3,26 +3,10 @@
 
 mod common;
 
-use common::Place;
-
-const TINY: &str = r#"
-name = "tiny"
-source = "made up"
-layers = 2
-hidden = 64
-heads = 4
-kv_heads = 2
-head_dim = 16
-ffn = 128
-vocab = 100
-context = 512
-rope_theta = 10000.0
-weight_dtype = "f32"
-"#;
+use common::{Place, TINY};
 
 fn place() -> Place {
-    let place = Place::new();
-    place.write("tiny.toml", TINY);
+    let place = Place::with_tiny();
     place.write("other.toml", TINY.replace("\"tiny\"", "\"other\""));
     place
 }

@@ -5,27 +5,6 @@ mod common;
 
 use common::{Place, Ran, document};
 
-const TINY: &str = r#"
-name = "tiny"
-source = "made up"
-layers = 2
-hidden = 64
-heads = 4
-kv_heads = 2
-head_dim = 16
-ffn = 128
-vocab = 100
-context = 512
-rope_theta = 10000.0
-weight_dtype = "f32"
-"#;
-
-fn place() -> Place {
-    let place = Place::new();
-    place.write("tiny.toml", TINY);
-    place
-}
-
 fn quality(place: &Place, more: &[&str]) -> Ran {
     let mut args = vec!["quality", "--model", "tiny.toml", "--weights", "synthetic", "--quiet"];
     args.extend(["--threads", "1"]);
@@ -43,7 +22,7 @@ fn quality(place: &Place, more: &[&str]) -> Ran {
 
 #[test]
 fn quality_has_gates_and_goes_on_from_a_file() {
-    let place = place();
+    let place = Place::with_tiny();
     let few =
         [["--context", "320"], ["--policy", "knorm"], ["--budget", "50%"], ["--out", "q.json"]]
             .concat();
@@ -91,7 +70,7 @@ fn quality_has_gates_and_goes_on_from_a_file() {
 
 #[test]
 fn quality_refuses_what_it_can_not_measure() {
-    let place = place();
+    let place = Place::with_tiny();
     for (args, part) in [
         (["--policy", "nonsense"], "no policy \"nonsense\""),
         (["--policy", "snapkv:window=500"], "a window of 500 queries is longer"),

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, refuses};
+use common::{Place, TINY, refuses};
 
 const HERE: &str = "--gpu h100-sxm --isl 1k --osl 16";
 
@@ -76,8 +76,10 @@ fn models_with_sliding_layers() {
 #[test]
 fn a_model_with_one_kv_head_has_nothing_to_share() {
     let place = Place::new();
-    let model = "name = \"one\"\nsource = \"made up\"\nlayers = 2\nhidden = 64\nheads = 4\nkv_heads = 1\nhead_dim = 16\n\
-        ffn = 128\nvocab = 100\ncontext = 4096\nrope_theta = 10000.0\nweight_dtype = \"f32\"\n";
+    let model = TINY
+        .replace("\"tiny\"", "\"one\"")
+        .replace("kv_heads = 2", "kv_heads = 1")
+        .replace("= 512", "= 4096");
     place.write("one.toml", model);
     let args = format!("what-if --model one.toml {HERE} --policy adakv");
     let err = place.run(&args.split(' ').collect::<Vec<_>>()).refused();

@@ -5,27 +5,6 @@ mod common;
 
 use common::{Place, Ran, document, refuses};
 
-const TINY: &str = r#"
-name = "tiny"
-source = "made up"
-layers = 2
-hidden = 64
-heads = 4
-kv_heads = 2
-head_dim = 16
-ffn = 128
-vocab = 100
-context = 512
-rope_theta = 10000.0
-weight_dtype = "f32"
-"#;
-
-fn place() -> Place {
-    let place = Place::new();
-    place.write("tiny.toml", TINY);
-    place
-}
-
 fn run(place: &Place, more: &[&str]) -> Ran {
     let mut args = vec!["run", "--model", "tiny.toml", "--weights", "synthetic", "--quiet"];
     args.extend(["--threads", "1"]);
@@ -35,7 +14,7 @@ fn run(place: &Place, more: &[&str]) -> Ran {
 
 #[test]
 fn a_small_model_runs_and_reports_what_it_measured() {
-    let place = place();
+    let place = Place::with_tiny();
     let size = ["--isl", "64", "--osl", "8", "--batch", "3", "--json"];
     let json = document(&run(&place, &size).answered(), "run");
     assert_eq!((&json["batch"], &json["synthetic"]), (&3.into(), &true.into()));
@@ -53,7 +32,7 @@ fn a_small_model_runs_and_reports_what_it_measured() {
 
 #[test]
 fn a_prefix_read_first_changes_no_token() {
-    let place = place();
+    let place = Place::with_tiny();
     let run = |more: &[&str]| {
         let size = ["--isl", "64", "--osl", "8", "--batch", "3", "--json"];
         document(&run(&place, &[&size, more].concat()).answered(), "run")
@@ -70,7 +49,7 @@ fn a_prefix_read_first_changes_no_token() {
 
 #[test]
 fn prompts_as_ids_are_dumped_with_what_was_kept() {
-    let place = place();
+    let place = Place::with_tiny();
     place.write("ids.json", "[[1, 2, 3], [4, 5, 6, 7]]");
     let args = ["--ids", "ids.json", "--osl", "2", "--dump", "dump.json"];
     run(&place, &args).answered();
@@ -92,7 +71,7 @@ fn prompts_as_ids_are_dumped_with_what_was_kept() {
 
 #[test]
 fn what_would_not_fit_is_refused_before_it_starts() {
-    let place = place();
+    let place = Place::with_tiny();
     let size = ["--isl", "64", "--osl", "8"];
     let with = |more: &[&str]| run(&place, &[&size, more].concat()).refused();
     // Two layers of 36,864 and two embeddings of 6,400 parameters in f32: 346,112 bytes.
@@ -110,7 +89,7 @@ fn what_would_not_fit_is_refused_before_it_starts() {
 
 #[test]
 fn choices_that_can_not_be_are_refused() {
-    let place = place();
+    let place = Place::with_tiny();
     for (args, part) in [
         (["--temperature", "NaN"], "--temperature NaN: expected 0"),
         (["--temperature=-1", "--json"], "--temperature -1: expected 0"),

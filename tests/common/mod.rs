@@ -7,6 +7,22 @@ use std::process::{Command, Output};
 use serde_json::Value;
 use tempfile::TempDir;
 
+/// A model that runs in no time.
+pub const TINY: &str = r#"
+name = "tiny"
+source = "made up"
+layers = 2
+hidden = 64
+heads = 4
+kv_heads = 2
+head_dim = 16
+ffn = 128
+vocab = 100
+context = 512
+rope_theta = 10000.0
+weight_dtype = "f32"
+"#;
+
 /// A place where nothing of this machine is: no models, no profile, no variables.
 pub struct Place {
     pub dir: TempDir,
@@ -15,6 +31,13 @@ pub struct Place {
 impl Place {
     pub fn new() -> Self {
         Self { dir: tempfile::tempdir().expect("a directory") }
+    }
+
+    /// With a small model in `tiny.toml`.
+    pub fn with_tiny() -> Self {
+        let place = Self::new();
+        place.write("tiny.toml", TINY);
+        place
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

@@ -67,8 +67,8 @@ impl RocketKv {
         let ratio = (length / budget).max(1.0);
         let alpha = (0.2 + 0.06 * ratio.log2()).min(0.8);
         let cap = (length / ratio.powf(alpha)).floor();
-        if ratio <= 1.0 {
-            // A budget for everything: nothing is dropped, everything read.
+        if budget >= f64::from(prompt) {
+            // A budget for the prompt: nothing is dropped, everything read.
             return Parameters { kept: prompt, read: Tokens::MAX, page: 1, channels: dim };
         }
         let left = (cap / budget).max(1.0);
@@ -165,5 +165,8 @@ mod tests {
         let expected = Parameters { kept: 3191, read: 256, page: 3, channels: 62 };
         assert_eq!(policy(0).parameters(32_768, 512, 128), expected);
         assert_eq!(policy(0).parameters(512, 4096, 64).kept, 512);
+        // Room for the prompt, not for the answer: the formulas would drop nothing and read half.
+        let all = policy(64).parameters(480, 512, 64);
+        assert_eq!((all.kept, all.read), (480, Tokens::MAX));
     }
 }

@@ -59,7 +59,7 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
     let (samples, excerpts) = if ["kvsharer", "less"].contains(&kind.as_str()) {
         (Vec::new(), source.excerpts(context as usize, count as usize)?)
     } else {
-        (source.samples(context as usize, count as usize, 0)?, Vec::new())
+        (source.samples(context as usize, count as usize, 0, true)?, Vec::new())
     };
     let engine = local::engine(&model, weights, setting::threads(&args.memory)?);
     let bar = local::bar(global, 0, "preparing");

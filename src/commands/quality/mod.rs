@@ -121,7 +121,7 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
     let bench = Bench { engine: &engine, setup, bar: &bar };
     let mut unable: Vec<String> = Vec::new();
     for (context, todo, control) in asked {
-        let prepared = source.samples(context as usize, samples, questions)?;
+        let prepared = source.samples(context as usize, samples, questions, questions > 0)?;
         bar.set_message(format!("{UNCOMPRESSED}, {context} tokens"));
         let (reference, measured) = bench.reference(full.policy.as_ref(), &prepared)?;
         let key = full_key(&full, context);

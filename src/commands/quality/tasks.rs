@@ -83,8 +83,15 @@ impl<'a> Source<'a> {
         Ok((0..count).map(|index| self.ids[from(index)..][..context].to_vec()).collect())
     }
 
-    /// `count` samples of `context` tokens, evenly spread over the text; `questions` of each sample's numbers are asked for.
-    pub fn samples(&self, context: usize, count: usize, questions: usize) -> Result<Vec<Sample>> {
+    /// `count` samples of `context` tokens, evenly spread over the text; `questions` of each sample's numbers are asked for,
+    /// `hides`: whether there are any.
+    pub fn samples(
+        &self,
+        context: usize,
+        count: usize,
+        questions: usize,
+        hides: bool,
+    ) -> Result<Vec<Sample>> {
         let needed = context + CONTINUATION + 1;
         if needed > self.ids.len() {
             bail!(
@@ -99,7 +106,7 @@ impl<'a> Source<'a> {
             let from = if count > 1 { spare * index / (count - 1) } else { 0 };
             let text = &self.ids[from..from + needed];
             let hidden = Self::hidden(index as u64);
-            let needles = self.needles(&hidden)?;
+            let needles = if hides { self.needles(&hidden)? } else { Vec::new() };
             let prompt = match self.tokenizer {
                 Some(tokenizer) => {
                     hide(text, &needles, context, &tokenizer.encode("\n\n", false)?)?
@@ -211,7 +218,7 @@ mod tests {
     #[test]
     fn samples_are_spread_and_carry_what_follows() {
         let source = Source::new(None, 512).expect("made up");
-        let samples = source.samples(128, 3, 4).expect("fits");
+        let samples = source.samples(128, 3, 4, true).expect("fits");
         for sample in &samples {
             let lengths = [&sample.prompt, &sample.continuation, &sample.passage].map(Vec::len);
             assert_eq!(lengths, [128, CONTINUATION + 1, CUE + QUOTE]);
@@ -219,6 +226,6 @@ mod tests {
             assert!(sample.questions.is_empty());
         }
         assert_ne!(samples[0].prompt, samples[1].prompt);
-        assert!(source.samples(20_000, 1, 4).is_err());
+        assert!(source.samples(20_000, 1, 4, true).is_err());
     }
 }
