@@ -8,7 +8,7 @@
 //!
 //! Paper: <https://arxiv.org/abs/2502.16886>; as in the authors' code the length is that of the last row alone, the mean
 //! over query heads, the first `sinks` tokens count in no length and always stay, and all heads of a layer keep the same
-//! number. Deviations: sequences of a batch keep what each of them needs, where the authors keep the most of any; where
+//! number; `skip_layers` first layers keep everything (none, as in their code). Deviations: sequences of a batch keep what each of them needs, where the authors keep the most of any; where
 //! no deviation is measured, published means stand in.
 
 use std::collections::BTreeMap;
@@ -73,6 +73,8 @@ pub struct DBudgetKv {
     pub order: Order,
     /// First tokens, which stay.
     pub sinks: Tokens,
+    /// First layers, which keep everything.
+    pub skip_layers: Layer,
     /// What to expect, by model; `other` where a model is not named.
     pub kept: BTreeMap<String, Kept>,
     /// Standard deviations above the mean that memory is planned for.
@@ -85,6 +87,7 @@ impl Default for DBudgetKv {
             loss: 0.01,
             order: Order::Position,
             sinks: 4,
+            skip_layers: 0,
             kept: BTreeMap::new(),
             deviations: 2.0,
         }
@@ -115,9 +118,11 @@ impl DBudgetKv {
 
 impl Policy for DBudgetKv {
     fn label(&self) -> String {
-        let Self { loss, order, sinks, deviations, .. } = self;
+        let Self { loss, order, sinks, skip_layers, deviations, .. } = self;
         let order = order.name();
-        format!("dbudgetkv:loss={loss},order={order},sinks={sinks},deviations={deviations}")
+        let skip =
+            if *skip_layers > 0 { format!(",skip_layers={skip_layers}") } else { String::new() };
+        format!("dbudgetkv:loss={loss},order={order},sinks={sinks},deviations={deviations}{skip}")
     }
 
     fn role(&self) -> Role {
@@ -131,7 +136,7 @@ impl Policy for DBudgetKv {
     fn layer_kind(&self, layer: Layer, model: &Model) -> u32 {
         let alike =
             self.of(&model.name).is_none_or(|k| k.mean.len() == 1 && k.deviation.len() == 1);
-        if alike { 0 } else { layer }
+        if alike { u32::from(layer >= self.skip_layers) } else { layer }
     }
 
     fn check(&self, request: &Request<'_>) -> Result<(), PolicyError> {
@@ -193,7 +198,8 @@ impl Policy for DBudgetKv {
     fn expecting(&self, kept: &[f64], model: &Model) -> Option<Arc<dyn Policy>> {
         // Layers that were expected to be alike stay so: times go with the sum, and ops keep their places.
         let alike = self.of(&model.name).is_none_or(|k| k.mean.len() == 1);
-        let mean = kept.iter().sum::<f64>() / kept.len().max(1) as f64;
+        let dropping = kept.get(self.skip_layers as usize..).unwrap_or_default();
+        let mean = dropping.iter().sum::<f64>() / dropping.len().max(1) as f64;
         let mean = if alike { vec![mean] } else { kept.to_vec() };
         let kept = Kept { mean, deviation: vec![0.0] };
         let known = BTreeMap::from([(model.name.clone(), kept)]);
@@ -206,7 +212,7 @@ impl Policy for DBudgetKv {
     }
 
     fn after_attend(&self, step: &Step<'_>, kv: &mut KvTape<'_>) {
-        if step.phase == Phase::Decode || !step.prompt_read {
+        if step.phase == Phase::Decode || !step.prompt_read || step.layer < self.skip_layers {
             return;
         }
         if self.order != Order::Position {
@@ -234,5 +240,54 @@ mod tests {
         let alike = Kept { mean: vec![0.25], deviation: vec![0.0] };
         assert_eq!(policy.counts(Some(&alike), 7, 1000), (250, 250));
         assert_eq!(policy.counts(None, 7, 1000), (1000, 1000));
+    }
+
+    #[test]
+    fn skipped_layers_keep_everything_and_count_in_no_mean() {
+        let model = crate::profile::Catalog::built_in().model("smollm2-135m").expect("built in");
+        let policy = DBudgetKv { skip_layers: 2, ..DBudgetKv::default() };
+        let verbs = |layer| {
+            let (phase, prompt) = (Phase::Prefill, 512);
+            let step = Step {
+                model: &model,
+                phase,
+                layer,
+                layers: model.layers,
+                prompt,
+                rows: prompt,
+                prompt_read: true,
+                token_bytes: 1,
+            };
+            let heads = crate::op::Heads {
+                query: 9,
+                kv: 3,
+                dim: 64,
+                dtype: crate::op::DType::F16,
+                form: crate::form::Form::default(),
+            };
+            let mut verbs = Vec::new();
+            let length = crate::form::Length::with_new(prompt, prompt);
+            policy.after_attend(&step, &mut KvTape::new(heads, length, &mut verbs));
+            verbs.len()
+        };
+        assert_eq!([0, 1, 2, 29].map(verbs), [0, 0, 2, 2]);
+        assert_ne!(policy.layer_kind(1, &model), policy.layer_kind(2, &model));
+        let mut kept = vec![1.0; 30];
+        kept[2..].fill(0.5);
+        let expecting = policy.expecting(&kept, &model).expect("data decide");
+        assert!(expecting.label().ends_with("skip_layers=2"), "{}", expecting.label());
+        // A half of 512 in the others: one share of all layers, those that keep everything left out.
+        let request = Request::new(&model, 512, crate::op::DType::F16);
+        expecting.check(&request).expect("as before");
+        let lowered = |p: &dyn Policy| {
+            use crate::{kv::KvLayout, load, lower, memory};
+            let kv =
+                KvLayout { dtype: crate::op::DType::F16, block_tokens: 32, shares_prefix: false };
+            let f32 = crate::op::DType::F32;
+            let setup = lower::Setup { kv, weights: f32, activations: f32, head: f32, tp: 1 };
+            let load = load::Load::uniform(1, 512, 1, load::Schedule::Static);
+            memory::kv_trace(&lower::lower(&model, p, &load, setup).expect("lowers"))[0]
+        };
+        assert_eq!(lowered(expecting.as_ref()).0, (2 * 512 + 28 * 256) * 768);
     }
 }
