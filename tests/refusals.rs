@@ -17,6 +17,7 @@ fn parameters_that_can_not_be() {
         ),
         ("fastkv:window=2k", ["a window of 2048 in a prompt of 1024", "set window between 1"]),
         ("rocketkv:budget=2", ["which can't hold the window", "raise budget"]),
+        ("kivi:group=16", ["groups of 16 are no multiple of 32", "use 32, 64"]),
         ("kivi:group=48", ["groups of 48 don't divide the 64 channels", "a divisor of the head"]),
         ("kivi:bits=3", ["3 bits can't be packed", "8, 4, 2 or 1"]),
         ("duoattention:recent=0", ["has to see its newest token", "recent to 1"]),
@@ -35,7 +36,13 @@ fn policies_that_contradict_each_other() {
         ("snapkv+h2o", ["two policies evict from one cache", "name one"]),
         ("refreshkv+h2o", ["relies on the tokens that the other drops", "name one"]),
         ("kivi+snapkv", ["packed tokens would be taken apart again", "snapkv+think+kivi"]),
-        ("cacheblend+snapkv", ["holds every token as it came", "cacheblend+quest"]),
+        ("cacheblend+h2o", ["by the queries of the whole prompt", "cacheblend+snapkv"]),
+        ("cacheblend+batch-max", ["put together at once", "chunk=0"]),
+        ("cacheblend+less", ["a prompt that is read whole", "leave one"]),
+        ("cacheblend+fastkv", ["two policies choose the rows", "leave one"]),
+        ("cacheblend+snapkv:window=80", ["a window of 80 queries", "raise suffix"]),
+        ("cacheblend+kvsharer", ["stored of every layer", "leave one"]),
+        ("snapkv+cacheblend", ["before anything else is done to it", "cacheblend+kivi"]),
         ("kvsharer+quest", ["a shared cache has several", "evicting or packing"]),
         (
             "kvsharer+rocketkv",
@@ -46,9 +53,6 @@ fn policies_that_contradict_each_other() {
         ("rocketkv+think", ["are copied as they came", "name one"]),
         ("fastkv+kivi", ["a budget of 102 tokens is less than the 128 newest", "lower residual"]),
         ("batch-max+think", ["channels are dropped once", "evict once"]),
-        ("cacheblend+specache", ["made of a prompt that is read whole", "cacheblend+quest"]),
-        ("cacheblend+clusterkv", ["made of a prompt that is read whole", "cacheblend+quest"]),
-        ("cacheblend+refreshkv", ["made of a prompt that is read whole", "cacheblend+quest"]),
         ("full+kivi", ["keeps everything", "leave it out"]),
     ] {
         refuses(&format!("what-if --model smollm2-135m {HERE} --policy {policy}"), &parts);

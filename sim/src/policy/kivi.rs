@@ -65,13 +65,21 @@ impl Policy for Kivi {
         if !matches!(self.bits, 1 | 2 | 4 | 8) {
             return refuse(format!("{} bits can't be packed", self.bits), "use 8, 4, 2 or 1");
         }
-        if self.group == 0 || !dim.is_multiple_of(self.group.min(dim)) || self.group > dim {
+        if self.group == 0 || !dim.is_multiple_of(self.group) {
             return refuse(
                 format!("groups of {} don't divide the {dim} channels of a head", self.group),
                 "use a divisor of the head dimension (32 is usual)",
             );
         }
         let per_channel = !self.swapped && self.residual > 0;
+        // Codes of a group fill whole vectors.
+        let unit = if per_channel { 32 } else { 16 };
+        if !self.group.is_multiple_of(unit) {
+            return refuse(
+                format!("groups of {} are no multiple of {unit}", self.group),
+                "use 32, 64 ... (32 is usual)",
+            );
+        }
         if per_channel && !self.residual.is_multiple_of(32) {
             return refuse(
                 format!("a residual of {} tokens is no multiple of a block of 32", self.residual),

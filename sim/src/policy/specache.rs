@@ -5,9 +5,9 @@
 //! their packed copies. The guess decides nothing else: the answer comes from the first row.
 //!
 //! Paper: <https://arxiv.org/abs/2503.16163>. Packed as in KIVI. Deviations: tokens that are
-//! whole on the device anyway are not fetched, unless `whole` says so (the paper excludes only the row's own); codes of one bit, for which
-//! the paper has levels of its own, are not offered. Prompts attend in full precision; transfers overlap with everything
-//! else of their step.
+//! whole on the device anyway are not fetched, unless `whole` says so (the paper excludes only the row's own). Codes of one
+//! bit stand for the quartiles between least and largest, as in the paper. Prompts attend in full precision; transfers
+//! overlap with everything else of their step.
 
 use serde::Deserialize;
 
@@ -20,7 +20,7 @@ use crate::units::{Layer, Tokens};
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SpeCache {
-    /// Bits of a code: 8, 4 or 2.
+    /// Bits of a code: 8, 4, 2 or 1.
     pub bits: u32,
     /// Elements that share a scale.
     pub group: u32,
@@ -73,9 +73,6 @@ impl Policy for SpeCache {
         let refuse = |problem: String, remedy: &str| {
             Err(PolicyError { policy: self.label(), problem, remedy: remedy.to_owned() })
         };
-        if !matches!(self.bits, 2 | 4 | 8) {
-            return refuse(format!("codes of {} bits are not offered", self.bits), "use 2, 4 or 8");
-        }
         if self.residual == 0 {
             return refuse(
                 "without a residual new tokens are packed before they are offloaded".to_owned(),
