@@ -94,6 +94,15 @@ impl Lowering<'_> {
         ops.push(load);
         ops.push(self.op("blend", OpKind::Blend { heads }, blended));
         ops.push(self.op("attend", OpKind::AttendRows { heads }, attended));
+        if self.policy.prefetches(self.model).is_some() {
+            let whole: Lanes = (reused.iter())
+                .map(|(a, _)| {
+                    let s = &all[a.index];
+                    lane(s, s.isl, Length::with_new(s.isl, s.isl), 0)
+                })
+                .collect();
+            ops.push(self.op("offload", OpKind::Offload { heads }, whole));
+        }
     }
 
     /// At the layer that decides: how far values are from the stored ones.

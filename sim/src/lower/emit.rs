@@ -132,12 +132,13 @@ impl Lowering<'_> {
         if phase == Phase::Prefill {
             spoken.extend(self.first_fill(all, active, class));
         }
+        // Last: rows go on by these scores, and rankings for the cache would take their place.
+        self.deviate(all, active, phase, class, &mut spoken);
         let attend = |ops: &mut Vec<Op>| {
             if !seen.as_slice().is_empty() {
                 self.attend(all, &together, phase, class, seen, ops);
             }
             self.blend(all, &apart, phase, class, ops);
-            self.deviate(all, active, phase, class, ops);
         };
         let mut ops = self.layer(&rows, class, appended, attend, &mut spoken);
         self.compare_early(all, active, &mut ops);

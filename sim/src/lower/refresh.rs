@@ -2,7 +2,7 @@
 
 use super::{Active, Lowering, Sequences, lane};
 use crate::form::Length;
-use crate::op::{Branch, Lane, Lanes, Op, OpKind, Score};
+use crate::op::{Branch, Lane, Lanes, Op, OpKind, Phase, Score};
 use crate::policy::{Cosine, Refreshing};
 use crate::units::Tokens;
 
@@ -79,7 +79,9 @@ impl Lowering<'_> {
     /// At the end of a prompt: partial caches are filled for the first time. The ops belong behind the attention.
     pub(super) fn first_fill(&self, all: &[Sequences], active: &[Active], class: usize) -> Vec<Op> {
         let whole = |s: &Sequences, a: &Active| {
-            (a.rows, Length::with_new(s.resident[class].saturating_add(a.rows), a.rows))
+            let added = self.added(s, a, Phase::Prefill, class);
+            let length = Length::with_new(s.resident[class].saturating_add(added), added);
+            (self.rows(s, a, Phase::Prefill, class), length)
         };
         let Some((refreshing, lanes)) = self.beside(all, active, &whole) else {
             return Vec::new();

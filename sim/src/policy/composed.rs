@@ -1,7 +1,10 @@
 //! Several policies on one cache: `snapkv:budget=25%+kivi:bits=2`.
 //!
 //! Their hooks run in the order in which they are named, their forms are joined. What makes no sense together is refused
-//! with a reason.
+//! with a reason; so is what could be made sense of, but is not offered: Batch-Max and other policies that evict more than
+//! once before `ThinK` (channels are chosen once, and a cut would have to take pruned blocks apart), `KVSharer` with `ThinK` or
+//! with a policy that chooses what to read (several layers would choose in one cache), and LESS with anything else that
+//! evicts (`over=` names the policy it works over).
 
 use std::sync::Arc;
 
@@ -9,9 +12,9 @@ use super::{
     Beside, Forwards, Policy, PolicyError, Prefetching, Reading, Refreshing, Request, Reusing,
     Role, Step,
 };
-use crate::form::Form;
+use crate::form::{Form, Length};
 use crate::kv::KvTape;
-use crate::op::Pick;
+use crate::op::{DType, Heads, OpKind, Phase, Score};
 use crate::profile::Model;
 use crate::units::{Layer, Tokens};
 
@@ -63,14 +66,14 @@ fn contradiction(a: Role, b: Role) -> Option<(&'static str, &'static str)> {
             "name one of them",
         )),
         (Reuses, Reuses) => Some(("two policies put caches together", "name one")),
-        (Reuses, Selects) => None,
-        (Selects, Reuses) => Some((
-            "what is read of a cache is chosen when it has been put together",
-            "name the part that reuses first: cacheblend+quest",
+        (Reuses, Shares) | (Shares, Reuses) => Some((
+            "chunks are stored of every layer, and some layers have no cache",
+            "leave one of the parts out",
         )),
-        (Reuses, _) | (_, Reuses) => Some((
-            "a cache that is put together from chunks holds every token as it came",
-            "use it alone, or with a policy that chooses what to read: cacheblend+quest",
+        (Reuses, _) => None,
+        (_, Reuses) => Some((
+            "a cache is put together before anything else is done to it",
+            "name the part that reuses first: cacheblend+kivi",
         )),
         (Selects, Selects) => Some(("two policies choose what to read", "name one")),
         (Selects, Evicts) | (Evicts, Selects) => Some((
@@ -86,6 +89,63 @@ fn contradiction(a: Role, b: Role) -> Option<(&'static str, &'static str)> {
             "name the evicting part first: snapkv+think",
         )),
         _ => None,
+    }
+}
+
+impl Composed {
+    /// What a part asks of a prompt that is mostly taken over from chunks, which it has not: rows for the tokens of the
+    /// chunks are computed of a few only, and all at once.
+    fn not_blended(&self, request: &Request<'_>) -> Option<(String, &'static str)> {
+        let Request { model, prompt, token_bytes, .. } = *request;
+        let form = self.form(0, model);
+        if self.0.iter().filter_map(|p| p.forwards(prompt, model)).count() > 1 {
+            let problem = "two policies choose the rows that go on".to_owned();
+            return Some((problem, "leave one of the parts out"));
+        }
+        if self.prefill_chunk().is_some_and(|chunk| chunk < prompt) {
+            let problem = "the caches of chunks are put together at once, not cut in between";
+            return Some((problem.to_owned(), "evict after the prompt: chunk=0"));
+        }
+        if form.state.is_some() {
+            let problem = "states are made of a prompt that is read whole".to_owned();
+            return Some((problem, "leave one of the parts out"));
+        }
+        let question = self.forwards(prompt, model).map_or(prompt, |f| f.recent);
+        let mut verbs = Vec::new();
+        let heads = Heads {
+            query: model.heads,
+            kv: model.kv_heads,
+            dim: model.head_dim,
+            dtype: DType::F16,
+            form,
+        };
+        for layer in 0..model.layers {
+            let phase = Phase::Prefill;
+            let (layers, rows, prompt_read) = (model.layers, prompt, true);
+            let step = Step { model, phase, layer, layers, prompt, rows, prompt_read, token_bytes };
+            let mut tape = KvTape::new(heads, Length::with_new(prompt, prompt), &mut verbs);
+            self.after_attend(&step, &mut tape);
+            self.after_pass(&step, &mut tape);
+        }
+        let windows = verbs.iter().map(|verb| match verb.kind {
+            OpKind::Rank { by: Score::WindowAttention { window, .. }, .. } => window,
+            OpKind::Rank {
+                by: Score::TalliedAttention { .. } | Score::ExpectedAttention { .. },
+                ..
+            } => Tokens::MAX,
+            _ => 0,
+        });
+        match windows.chain(form.pruned.map(|p| p.window)).max().unwrap_or(0) {
+            Tokens::MAX => Some((
+                "tokens are ranked by the queries of the whole prompt, and few of them are computed".to_owned(),
+                "rank by keys or by the last queries: cacheblend+snapkv",
+            )),
+            window if window > question => Some((
+                format!("a window of {window} queries, and a question of {question} tokens"),
+                "raise suffix, or lower window",
+            )),
+            _ => None,
+        }
     }
 }
 
@@ -205,15 +265,10 @@ impl Policy for Composed {
                 "share layers together with an evicting or packing policy instead",
             );
         }
-        // Only a choice of pages has been seen to be that of a plain prefill.
-        let clusters = reads.is_some_and(|r| matches!(r.by, Pick::Clusters { .. }));
-        let beside =
-            self.prefetches(model).is_some() || self.refreshes(request.prompt, model).is_some();
-        if self.reuses(request.prompt, model).is_some() && (clusters || beside) {
-            return refuse(
-                "clusters, partial caches and slower memory are made of a prompt that is read whole".to_owned(),
-                "choose pages: cacheblend+quest",
-            );
+        if self.reuses(request.prompt, model).is_some()
+            && let Some((problem, remedy)) = self.not_blended(request)
+        {
+            return refuse(problem, remedy);
         }
         let Some(evicts) = self.0.iter().find_map(|p| p.leaves(request)) else { return Ok(()) };
         if form.state.is_some() && shares {
