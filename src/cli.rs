@@ -146,7 +146,8 @@ pub struct MemoryArgs {
     /// Memory of each device for the KV caches alone: a hard limit when running
     #[arg(long)]
     pub kv_memory: Option<String>,
-    /// Type of the weights [default: f32 on a CPU, the model's own on a GPU]
+    /// Type of the weights: f32, bf16, or q8 and q4, codes of 8 and 4 bits in blocks of 32 (with q4 the embedding and the
+    /// head have 8) [default: what the model's file holds on a CPU, else f32; the model's own on a GPU]
     #[arg(long)]
     pub weight_dtype: Option<String>,
     /// Type of the cache; several, separated by commas, for plan and what-if [default: f16 on a CPU, bf16 on a GPU]

@@ -95,7 +95,7 @@ fn choices_that_can_not_be_are_refused() {
         (["--temperature=-1", "--json"], "--temperature -1: expected 0"),
         (["--top-p", "0"], "--top-p 0: expected a probability"),
         (["--top-p", "NaN"], "--top-p NaN: expected a probability"),
-        (["--weight-dtype", "int4"], "can't run weights in int4 (it has f32 and bf16)"),
+        (["--weight-dtype", "int4"], "can't run weights in int4 (it has f32, bf16, q8 and q4)"),
         (["--prompt", "Hello"], "--prompt needs the model's tokeniser"),
         (["--gpu", "h100-sxm"], "only this machine's CPU can run"),
         (["--batch", "0"], "--batch 0: at least one sequence"),

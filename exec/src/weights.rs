@@ -1,6 +1,6 @@
 //! A model's weights, packed for the kernels: read from a checkpoint or made up.
 
-use batchmax_kernels::gemm::{Packed, WeightFormat};
+use batchmax_kernels::gemm::{CodeRow, Packed, WeightFormat};
 use batchmax_kernels::rope::{RopeLayout, RopeTable};
 use batchmax_sim::op::DType;
 use batchmax_sim::profile::{Model, RopeScaling};
@@ -56,6 +56,8 @@ pub fn format_of(dtype: DType) -> Option<WeightFormat> {
     match dtype {
         DType::F32 => Some(WeightFormat::F32),
         DType::Bf16 => Some(WeightFormat::Bf16),
+        DType::Q4 => Some(WeightFormat::Q4),
+        DType::Q8 => Some(WeightFormat::Q8),
         _ => None,
     }
 }
@@ -69,7 +71,7 @@ pub fn check_executable(model: &Model, weights: DType) -> Result<(), ExecError> 
     } else if !model.gated_ffn {
         "a feed-forward block without gate".to_owned()
     } else if format_of(weights).is_none() {
-        format!("weights in {weights} (it has f32 and bf16)")
+        format!("weights in {weights} (it has f32, bf16, q8 and q4)")
     } else if !model.head_dim.is_multiple_of(8) || model.head_dim > 256 {
         format!("heads of {} channels (multiples of 8 up to 256 work)", model.head_dim)
     } else {
@@ -81,13 +83,16 @@ pub fn check_executable(model: &Model, weights: DType) -> Result<(), ExecError> 
 impl Weights {
     /// Reads and packs a checkpoint. The largest tensors come first, so that the staging copy of a tensor never adds to
     /// the final peak.
-    pub fn load(checkpoint: &Checkpoint, dtype: DType) -> Result<Self, ExecError> {
+    /// `dtype` is that of the layers, `head` that of the embedding and the head.
+    pub fn load(checkpoint: &Checkpoint, dtype: DType, head: DType) -> Result<Self, ExecError> {
         let model = checkpoint.model();
         check_executable(model, dtype)?;
+        check_executable(model, head)?;
         let format = format_of(dtype).unwrap_or(WeightFormat::F32);
-        let embedding = matrix(checkpoint, format, &[Role::Embedding], None)?;
+        let head_format = format_of(head).unwrap_or(WeightFormat::F32);
+        let embedding = matrix(checkpoint, head_format, &[Role::Embedding], None)?;
         let head = if checkpoint.shape(Role::Head, None)?.is_some() {
-            Some(matrix(checkpoint, format, &[Role::Head], None)?)
+            Some(matrix(checkpoint, head_format, &[Role::Head], None)?)
         } else {
             None
         };
@@ -113,16 +118,28 @@ impl Weights {
 
     /// Small pseudo-random weights of the model's shape: they take the time and the memory of real ones.
     pub fn synthetic(model: &Model, dtype: DType) -> Result<Self, ExecError> {
+        Self::synthetic_with_head(model, dtype, dtype)
+    }
+
+    /// The same with an embedding and a head of another type.
+    pub fn synthetic_with_head(
+        model: &Model,
+        dtype: DType,
+        head: DType,
+    ) -> Result<Self, ExecError> {
         check_executable(model, dtype)?;
+        check_executable(model, head)?;
         let format = format_of(dtype).unwrap_or(WeightFormat::F32);
+        let head_format = format_of(head).unwrap_or(WeightFormat::F32);
         let hidden = model.hidden as usize;
         let attention = (model.heads * model.head_dim) as usize;
         let (qkv, ffn) = (model.qkv_width() as usize, model.ffn as usize);
-        let made = |n: usize, k: usize, seed: u64| {
+        let made_in = |format: WeightFormat, n: usize, k: usize, seed: u64| {
             // Variance 1/k keeps the residual stream of one size through the layers.
             let scale = (3.0 / k as f32).sqrt();
             Packed::synthetic(n, k, format, seed, scale)
         };
+        let made = |n, k, seed| made_in(format, n, k, seed);
         let ones = |n: usize| vec![1.0f32; n];
         let layers = (0..model.layers)
             .map(|layer| {
@@ -145,8 +162,8 @@ impl Weights {
             .collect();
         let vocab = model.vocab as usize;
         Ok(Self {
-            embedding: made(vocab, hidden, 1),
-            head: (!model.tied_embeddings).then(|| made(vocab, hidden, 2)),
+            embedding: made_in(head_format, vocab, hidden, 1),
+            head: (!model.tied_embeddings).then(|| made_in(head_format, vocab, hidden, 2)),
             final_norm: ones(hidden),
             layers,
             rope: rope_table(model, None),
@@ -219,8 +236,22 @@ fn matrix(
     roles: &[Role],
     layer: Option<u32>,
 ) -> Result<Packed, ExecError> {
-    let mut staged = Vec::new();
     let (mut n, mut k) = (0, 0);
+    if let Some(bits) = format.code_bits() {
+        for role in roles {
+            let (rows, width) = checkpoint.shape(*role, layer)?.unwrap_or_default();
+            n += rows;
+            k = width;
+        }
+        let mut packed = Packed::zeroed(n, k, format);
+        let mut first = 0;
+        for role in roles {
+            let mut put = |i: usize, row: &CodeRow| packed.put_codes(first + i, row);
+            first += checkpoint.read_codes(*role, layer, bits, &mut put)?.0;
+        }
+        return Ok(packed);
+    }
+    let mut staged = Vec::new();
     for role in roles {
         let (rows, width) =
             checkpoint.read_rows(*role, layer, &mut |_, row| staged.extend_from_slice(row))?;

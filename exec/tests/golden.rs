@@ -5,12 +5,13 @@
 
 mod common;
 
+use batchmax_kernels::gemm::Packed;
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::{
     AnyScore, BatchMax, Budget, By, Cut, Full, Policy, SnapKv, StreamingLlm,
 };
-use common::{Golden, assert_greedy, engine, from_runs, ids, overlap, run, worst_logit};
+use common::{Golden, assert_greedy, engine, engine_of, from_runs, ids, overlap, run, worst_logit};
 
 /// One-shot eviction by a score, nothing protected, nothing in decode: kvpress' regime.
 fn one_shot(by: By, keep: u32) -> BatchMax {
@@ -31,6 +32,59 @@ fn logits_and_tokens_of_the_three_prompts() {
         assert!(worst <= 5e-3, "{} tokens: {worst}", prompt["len"]);
         assert_greedy("full", &result.sequences[0].generated, prompt, 0.05);
     }
+}
+
+#[test]
+fn weights_held_as_they_are_stored_are_those_of_the_file() {
+    let (Some(exact), Some(stored)) = (engine(), engine_of(DType::Q4, DType::Q8)) else { return };
+    let same = |a: &Packed, b: &Packed, what: &str| {
+        assert_eq!((a.n(), a.k()), (b.n(), b.k()), "{what}");
+        let (mut x, mut y) = (vec![0.0; a.k()], vec![0.0; a.k()]);
+        for row in (0..a.n()).step_by(7) {
+            a.row(row, &mut x);
+            b.row(row, &mut y);
+            assert_eq!(x, y, "{what}: row {row}");
+        }
+    };
+    same(&exact.weights.embedding, &stored.weights.embedding, "embedding");
+    for (layer, (a, b)) in exact.weights.layers.iter().zip(&stored.weights.layers).enumerate() {
+        for (a, b, what) in [
+            (&a.qkv, &b.qkv, "qkv"),
+            (&a.output, &b.output, "output"),
+            (&a.gate_up, &b.gate_up, "gate_up"),
+            (&a.down, &b.down, "down"),
+        ] {
+            same(a, b, &format!("layer {layer}: {what}"));
+        }
+    }
+    // 106 million weights of 5 bits, 28 million of 9.
+    assert_eq!(stored.weights.bytes().0, (106_168_320 * 5 + 28_311_552 * 9) / 8);
+    // What is left is the rounding of activations to bytes.
+    for prompt in Golden::read("golden.json").prompts() {
+        let ids = ids(&prompt["ids"]);
+        let of = |engine| {
+            run(engine, &Full::default(), &[ids.clone()], 1, Schedule::Static, DType::F32).sequences
+                [0]
+            .prompt_logits
+            .clone()
+            .expect("kept")
+        };
+        let (exact, rounded) = (of(&exact), of(&stored));
+        let kl = divergence(&exact, &rounded);
+        println!("{} tokens: KL {kl:.2e}", prompt["len"]);
+        assert!(kl < 6e-3, "{} tokens: {kl}", prompt["len"]);
+    }
+}
+
+/// KL of two softmaxes, nats.
+fn divergence(of: &[f32], from: &[f32]) -> f64 {
+    let log_softmax = |logits: &[f32]| -> Vec<f64> {
+        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|x| f64::from(x - most).exp()).sum();
+        logits.iter().map(|x| f64::from(x - most) - sum.ln()).collect()
+    };
+    let (p, q) = (log_softmax(of), log_softmax(from));
+    p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
 #[test]

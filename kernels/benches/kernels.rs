@@ -24,13 +24,16 @@ fn noise(len: usize) -> Vec<f32> {
     (0..len).map(|i| (i as f32 * 0.7123).sin()).collect()
 }
 
+const FORMATS: [WeightFormat; 4] =
+    [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Q4, WeightFormat::Q8];
+
 /// Products: one element is one multiply-add, so 1 Gelem/s is 2 GFLOP/s.
 fn products(c: &mut Criterion) {
     for threads in [1, 2] {
         let pool = Threads::new(threads);
         let mut group = c.benchmark_group(format!("gemm/{threads} threads"));
         for (n, k) in [(1536, 576), (576, 1536)] {
-            for format in [WeightFormat::F32, WeightFormat::Bf16] {
+            for format in FORMATS {
                 let w = Packed::synthetic(n, k, format, 1, 0.05);
                 for m in [1, 8, 32, 512] {
                     let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
@@ -42,7 +45,7 @@ fn products(c: &mut Criterion) {
             }
         }
         // Larger than any cache: the rate of the memory.
-        for format in [WeightFormat::F32, WeightFormat::Bf16] {
+        for format in FORMATS {
             let w = Packed::synthetic(32_768, 4096, format, 1, 0.05);
             for m in [1, 4] {
                 let (x, mut out) = (noise(m * 4096), vec![0.0; m * 32_768]);

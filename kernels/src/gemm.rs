@@ -4,6 +4,7 @@
 //! k in order in one accumulator; where k is cut into blocks, the accumulator is stored and loaded again, which does not
 //! change it. So neither the number of rows nor the split between threads changes a bit of a result.
 
+mod codes;
 mod packed;
 #[cfg(test)]
 mod tests;
@@ -15,7 +16,7 @@ use crate::simd::{Bf16, F32, LANES, Simd, Source, multiversion};
 pub use crate::simd::{Isa, isa};
 use crate::threads::{Disjoint, Threads};
 use crate::tile::{PANEL, Tile, fits};
-pub use packed::{Packed, WeightFormat};
+pub use packed::{CodeRow, Packed, WeightFormat};
 
 /// Bytes of a block of a panel: what stays in half of an L2 cache of 1 MiB while rows pass by.
 const BLOCK_BYTES: usize = 512 << 10;
@@ -98,6 +99,13 @@ fn columns_with(
     }
     let split = Split::new(m, columns, k, threads.count());
     let out = Disjoint::new(out);
+    if let Some(bits) = w.format().code_bits() {
+        let mut scratch = codes::scratch(m, k);
+        let x = codes::quantise(isa, threads, x, m, k, scratch.floats());
+        let job = codes::Job { x, w, bits, bias, accumulate, out: &out };
+        codes::run(isa, threads, &split, &job);
+        return;
+    }
     let job = Job { x, w, bias, accumulate, out: &out, k, n };
     threads.run(split.tasks(), |task| {
         let (panels, rows) = split.part(task);
@@ -105,7 +113,7 @@ fn columns_with(
         unsafe {
             match w.format() {
                 WeightFormat::F32 => run::<F32>(isa, &job, panels, rows),
-                WeightFormat::Bf16 => run::<Bf16>(isa, &job, panels, rows),
+                _ => run::<Bf16>(isa, &job, panels, rows),
             }
         }
     });

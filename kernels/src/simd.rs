@@ -8,6 +8,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod dot;
 mod fp8;
 pub(crate) mod math;
 mod portable;
@@ -117,6 +118,11 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// 16 half floats are writable at `p`.
     unsafe fn store_f16(self, p: *mut u16, v: Self::V);
+    /// Whole numbers in -128..=127 as signed bytes.
+    ///
+    /// # Safety
+    /// 16 bytes are writable at `p`.
+    unsafe fn store_i8(self, p: *mut i8, v: Self::V);
 
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;

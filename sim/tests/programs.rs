@@ -48,6 +48,7 @@ fn smollm() -> Model {
         embedding_scale: None,
         weight_dtype: DType::Bf16,
         not_executable: None,
+        stored: None,
     }
 }
 

@@ -39,7 +39,7 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
         ..args.memory.clone()
     };
     let model = setting::model(places, &args.model)?;
-    check_executable(&model, setting::local_setup(&memory)?.weights)?;
+    check_executable(&model, setting::local_setup(&model, &memory)?.weights)?;
     prepare(places, args, &memory, global)?;
     let (configurations, chosen) = choose(places, args, &memory)?;
     let first = &configurations[0];
@@ -89,9 +89,12 @@ fn prepare(
         }
     }
     let threads = setting::threads(memory)?;
-    if !places.kernel_profile_path(LOCAL, threads).exists() {
+    // What was fetched says how it is stored.
+    let model = setting::model(places, &args.model)?;
+    let weights = setting::local_setup(&model, memory)?.weights;
+    if !places.kernel_profile_path(LOCAL, threads, weights).exists() {
         remark(global.quiet, "this machine has no profile yet: timing its kernels, once");
-        let path = places.measurements_path(LOCAL, threads);
+        let path = places.measurements_path(LOCAL, threads, weights);
         // What is compared here evicts by rankings: no kernels beyond those that every profile has.
         let wanted = profile::Wanted { model: &args.model, policies: &[], restart: false };
         profile::measure(places, &wanted, memory, &path, global)?;

@@ -14,6 +14,7 @@ use batchmax_exec::{Engine, RunOptions, RunResult, fetch};
 use batchmax_sim::cost::predict;
 use batchmax_sim::lower::Setup;
 use batchmax_sim::memory::{Footprint, kv_peaks, kv_spread};
+use batchmax_sim::op::DType;
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
@@ -84,7 +85,7 @@ pub fn weights(
     match path {
         Some(path) if path.extension().is_none_or(|e| e != "toml") => {
             let checkpoint = Checkpoint::open(&path)?;
-            let weights = Weights::load(&checkpoint, setup.weights)?;
+            let weights = Weights::load(&checkpoint, setup.weights, setup.head)?;
             Ok((weights, Some(checkpoint)))
         }
         _ if wanted == "real" => bail!(
@@ -99,7 +100,7 @@ pub fn weights(
                     ),
                 );
             }
-            Ok((Weights::synthetic(model, setup.weights)?, None))
+            Ok((Weights::synthetic_with_head(model, setup.weights, setup.head)?, None))
         }
     }
 }
@@ -218,7 +219,11 @@ pub fn trial(
 }
 
 /// How this machine is named in results.
-pub fn provenance(model: &str, threads: usize) -> batchmax_sim::cost::calibrated::Provenance {
+pub fn provenance(
+    model: &str,
+    threads: usize,
+    weights: DType,
+) -> batchmax_sim::cost::calibrated::Provenance {
     batchmax_sim::cost::calibrated::Provenance {
         date: crate::dates::today(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -226,5 +231,6 @@ pub fn provenance(model: &str, threads: usize) -> batchmax_sim::cost::calibrated
         threads: threads as u32,
         isa: machine::isa(),
         model: model.to_owned(),
+        weights,
     }
 }

@@ -26,7 +26,10 @@ const LAYERS: u32 = 12;
 /// Profiles and calibrates.
 pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outcome> {
     let threads = setting::threads(&args.memory)?;
-    let path = args.out.clone().unwrap_or_else(|| places.measurements_path(LOCAL, threads));
+    let model = setting::model(places, &args.model)?;
+    let weights = setting::local_setup(&model, &args.memory)?.weights;
+    let path =
+        args.out.clone().unwrap_or_else(|| places.measurements_path(LOCAL, threads, weights));
     let names =
         if args.policy.is_empty() { places.catalog.policy_names() } else { args.policy.clone() };
     let wanted = Wanted { model: &args.model, policies: &names, restart: args.restart };
@@ -64,7 +67,7 @@ pub fn measure(
         .iter()
         .map(|name| Ok(Preset::parse(&places.catalog, name)?.policy))
         .collect::<Result<Vec<_>>>()?;
-    let setup = setting::local_setup(memory)?;
+    let setup = setting::local_setup(&model, memory)?;
     check_executable(&model, setup.weights)?;
     let runtime = machine::rss();
     model.layers = model.layers.min(LAYERS);
@@ -77,7 +80,7 @@ pub fn measure(
         );
     }
     let probes = grid(&model, setup, GridLimits::default(), &policies);
-    let provenance = local::provenance(&model.name, threads);
+    let provenance = local::provenance(&model.name, threads, setup.weights);
     let partial = path.with_extension("partial.json");
     let resumed = if wanted.restart { None } else { read_partial(&partial) };
     let mut measurements = match resumed {
@@ -90,7 +93,11 @@ pub fn measure(
         }
         _ => Measurements::new(provenance, probes.len(), runtime),
     };
-    let engine = local::engine(&model, Weights::synthetic(&model, setup.weights)?, threads);
+    let engine = local::engine(
+        &model,
+        Weights::synthetic_with_head(&model, setup.weights, setup.head)?,
+        threads,
+    );
     let total: f64 = probes.iter().map(|p| p.weight).sum();
     let done: Vec<f64> = probes
         .iter()
@@ -129,7 +136,7 @@ fn read_partial(path: &Path) -> Option<Measurements> {
 pub fn store(places: &Places, measurements: &Measurements) -> Result<KernelProfile> {
     let profile = calibrate(measurements, LOCAL);
     let threads = measurements.measured.threads as usize;
-    let path = places.kernel_profile_path(LOCAL, threads);
+    let path = places.kernel_profile_path(LOCAL, threads, measurements.measured.weights);
     write_whole(&path, &toml::to_string(&profile)?)?;
     let gpu = this_machine(&profile);
     let path = places.data_dir.join("gpus").join(format!("{LOCAL}.toml"));

@@ -38,17 +38,25 @@ pub fn threads(memory: &MemoryArgs) -> Result<usize> {
     }
 }
 
-/// Types and layout on this machine's CPU.
-pub fn local_setup(memory: &MemoryArgs) -> Result<Setup> {
-    let weights = dtype(memory.weight_dtype.as_ref(), "--weight-dtype")?.unwrap_or(DType::F32);
+/// Types and layout on this machine's CPU: weights as they are stored here, unless told otherwise.
+pub fn local_setup(model: &Model, memory: &MemoryArgs) -> Result<Setup> {
+    let weights = dtype(memory.weight_dtype.as_ref(), "--weight-dtype")?
+        .unwrap_or(model.stored.unwrap_or(DType::F32));
     let kv = dtype(memory.kv_dtype.as_ref(), "--kv-dtype")?.unwrap_or(DType::F16);
     Ok(Setup {
         kv: KvLayout { dtype: kv, block_tokens: CPU_BLOCK_TOKENS, shares_prefix: false },
         weights,
         activations: DType::F32,
-        head: weights,
+        // Four bits are too few for the embedding and the head; files hold them in eight.
+        head: if weights == DType::Q4 { DType::Q8 } else { weights },
         tp: 1,
     })
+}
+
+/// The same with weights in single precision unless told otherwise, where what is measured is to depend on nothing else.
+#[cfg(feature = "exec")]
+pub fn exact_setup(model: &Model, memory: &MemoryArgs) -> Result<Setup> {
+    local_setup(&Model { stored: None, ..model.clone() }, memory)
 }
 
 /// A placement that is asked for.
@@ -153,12 +161,13 @@ impl<'a> Wanted<'a> {
 
     fn local(&self, places: &Places) -> Result<Placement> {
         check_local(self.engine, self.choice.tp, self.choice.pp)?;
-        let profile = places.kernel_profile(LOCAL, threads(self.memory)?)?;
+        let mut setup =
+            local_setup(self.model, &MemoryArgs { kv_dtype: None, ..self.memory.clone() })?;
+        setup.kv.dtype = self.choice.kv.unwrap_or(setup.kv.dtype);
+        let profile = places.kernel_profile(LOCAL, threads(self.memory)?, setup.weights)?;
         let gpu: Gpu =
             places.catalog.gpu(LOCAL).with_context(|| "this machine's description is missing")?;
         let share = Bytes((gpu.memory_bytes.0 as f64 * CPU_MEMORY_SHARE) as u64);
-        let mut setup = local_setup(&MemoryArgs { kv_dtype: None, ..self.memory.clone() })?;
-        setup.kv.dtype = self.choice.kv.unwrap_or(setup.kv.dtype);
         Ok(Placement {
             gpu,
             engine: None,
@@ -190,7 +199,10 @@ pub fn check_local(engine: Option<&str>, tp: u32, pp: u32) -> Result<()> {
 fn host(places: &Places, placement: Placement, memory: &MemoryArgs) -> Result<Host> {
     let cost: Box<dyn batchmax_sim::cost::CostModel> = match placement.engine {
         Some(_) => placement.cost(places.library()?),
-        None => Box::new(Calibrated::new(places.kernel_profile(LOCAL, threads(memory)?)?)),
+        None => {
+            let weights = placement.setup.weights;
+            Box::new(Calibrated::new(places.kernel_profile(LOCAL, threads(memory)?, weights)?))
+        }
     };
     Ok(Host { usd_per_hour: placement.gpu.usd_per_hour, placement, cost })
 }

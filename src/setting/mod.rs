@@ -13,9 +13,9 @@ use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::Model;
 use batchmax_sim::units::{Tokens, parse_tokens};
 
-#[cfg(feature = "exec")]
-pub use host::threads;
 pub use host::{Hosts, Wanted, choice, local_setup};
+#[cfg(feature = "exec")]
+pub use host::{exact_setup, threads};
 pub use places::Places;
 
 use crate::cli::{ConfigArgs, MemoryArgs, PlacementArgs};
@@ -203,7 +203,13 @@ impl Configuration {
 /// A model by name: built in, the user's, fetched, or a file.
 pub fn model(places: &Places, name: &str) -> Result<Model> {
     match places.catalog.model(name) {
-        Ok(model) => Ok(model),
+        Ok(model) if model.stored.is_some() => Ok(model),
+        // What was fetched under this name says how it is stored.
+        Ok(model) => {
+            let here = located(places, name)
+                .and_then(|path| places.catalog.model(&path.display().to_string()).ok());
+            Ok(Model { stored: here.and_then(|m| m.stored), ..model })
+        }
         Err(error) => match located(places, name) {
             Some(path) => Ok(places.catalog.model(&path.display().to_string())?),
             None => Err(error.into()),

@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, bail};
 use batchmax_sim::cost::calibrated::KernelProfile;
+use batchmax_sim::op::DType;
 use batchmax_sim::profile::Catalog;
 use batchmax_sim::surface::{Library, Surface};
 
@@ -36,13 +37,29 @@ impl Places {
     }
 
     /// The fitted profile of this machine with `threads` threads.
-    pub fn kernel_profile_path(&self, device: &str, threads: usize) -> PathBuf {
-        self.data_dir.join("kernels").join(device).join(format!("batchmax-{threads}t.toml"))
+    pub fn kernel_profile_path(&self, device: &str, threads: usize, weights: DType) -> PathBuf {
+        let name = format!("batchmax-{threads}t-{weights}.toml");
+        self.data_dir.join("kernels").join(device).join(name)
     }
 
     /// The measurements a profile is fitted from.
-    pub fn measurements_path(&self, device: &str, threads: usize) -> PathBuf {
-        self.data_dir.join("measurements").join(device).join(format!("batchmax-{threads}t.json"))
+    pub fn measurements_path(&self, device: &str, threads: usize, weights: DType) -> PathBuf {
+        let name = format!("batchmax-{threads}t-{weights}.json");
+        self.data_dir.join("measurements").join(device).join(name)
+    }
+
+    /// The newest measurements of a device with so many threads, whatever the weights.
+    pub fn newest_measurements(&self, device: &str, threads: usize) -> Option<PathBuf> {
+        let start = format!("batchmax-{threads}t-");
+        let files = std::fs::read_dir(self.data_dir.join("measurements").join(device)).ok()?;
+        let named = |file: &std::fs::DirEntry| {
+            let name = file.file_name();
+            let name = name.to_string_lossy();
+            name.starts_with(&start) && name.ends_with(".json") && !name.contains(".partial")
+        };
+        let written = |file: &std::fs::DirEntry| file.metadata().and_then(|m| m.modified()).ok();
+        let newest = files.flatten().filter(named).max_by_key(written)?;
+        Some(newest.path())
     }
 
     /// Kernel surfaces that the user has fitted: `kernels/<device>/<framework>.toml` in the data directory.
@@ -75,12 +92,17 @@ impl Places {
         Ok(self.library.get_or_init(|| library))
     }
 
-    pub(super) fn kernel_profile(&self, device: &str, threads: usize) -> Result<KernelProfile> {
-        let path = self.kernel_profile_path(device, threads);
+    pub(super) fn kernel_profile(
+        &self,
+        device: &str,
+        threads: usize,
+        weights: DType,
+    ) -> Result<KernelProfile> {
+        let path = self.kernel_profile_path(device, threads, weights);
         let text = std::fs::read_to_string(&path).map_err(|_| {
             anyhow!(
-                "no kernel profile of this machine with {threads} threads; \
-                 hint: batchmax profile --threads {threads} (under a minute)"
+                "no kernel profile of this machine with {threads} threads and weights in {weights}; \
+                 hint: batchmax profile --threads {threads} --weight-dtype {weights} (some minutes)"
             )
         })?;
         let profile =

@@ -6,6 +6,7 @@
 //! against the file before anything is allocated, shapes against the description, values for NaN.
 
 mod chat;
+mod codes;
 mod names;
 mod open;
 mod pre_tokenizer;
@@ -16,6 +17,7 @@ mod tokenizer;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use batchmax_kernels::gemm::CodeRow;
 use batchmax_sim::profile::{GgufHeader, Model, ProfileError};
 
 use names::Part;
@@ -247,6 +249,22 @@ impl Checkpoint {
         let stored = &self.tensors[&part.name];
         let add = if self.norms_lack_one && role.is_norm() { 1.0 } else { 0.0 };
         rows::read(&self.shards[stored.shard], stored, &part, add, row)?;
+        Ok((part.rows, part.columns))
+    }
+
+    /// The same as codes of `bits` bits (4 or 8): those of the file where it has such, else the nearest ones.
+    pub fn read_codes(
+        &self,
+        role: Role,
+        layer: Option<u32>,
+        bits: usize,
+        row: &mut dyn FnMut(usize, &CodeRow),
+    ) -> Result<(usize, usize), LoadError> {
+        let Some(part) = self.part(role, layer)? else {
+            return Err(self.tensor_error(&format!("{role:?}"), "is no part of this model"));
+        };
+        let stored = &self.tensors[&part.name];
+        codes::read(&self.shards[stored.shard], stored, &part, bits, row)?;
         Ok((part.rows, part.columns))
     }
 

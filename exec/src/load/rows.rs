@@ -16,19 +16,19 @@ const BAND_BYTES: usize = 1 << 20;
 /// candle views the bytes as its block types, none of which needs more.
 const ALIGNMENT: usize = 8;
 
-/// Reads the rows of a part, adds `add` to every value, and hands each row over.
-pub(super) fn read(
+/// What is wrong with a part.
+fn failure(shard: &Shard, part: &Part, problem: String) -> LoadError {
+    LoadError::Tensor { path: shard.path.clone(), tensor: part.name.clone(), problem }
+}
+
+/// Reads the rows of a part as they are stored and hands over bands of them, each with the index of its first.
+fn bands(
     shard: &Shard,
     stored: &Stored,
     part: &Part,
-    add: f32,
-    row: &mut dyn FnMut(usize, &[f32]),
+    band: &mut dyn FnMut(usize, usize, &[u8]) -> Result<(), LoadError>,
 ) -> Result<(), LoadError> {
-    let fail = |problem: String| LoadError::Tensor {
-        path: shard.path.clone(),
-        tensor: part.name.clone(),
-        problem,
-    };
+    let fail = |problem: String| failure(shard, part, problem);
     let Some((block, block_bytes)) = stored.kind.layout() else {
         return Err(fail(format!(
             "is stored as {}, which is not read; convert it to F16, BF16, Q8_0 or Q4_K",
@@ -39,19 +39,54 @@ pub(super) fn read(
     let row_bytes = stored.columns / block as usize * block_bytes as usize;
     let is_vector = stored.rows == 1;
     let (first, end) = if is_vector { (0, 1) } else { (part.first, part.first + part.rows) };
-    let band = (BAND_BYTES / row_bytes.max(1)).min(end - first).max(1);
-    let mut buffer = vec![0u8; band * row_bytes + ALIGNMENT];
+    let most = (BAND_BYTES / row_bytes.max(1)).min(end - first).max(1);
+    let mut buffer = vec![0u8; most * row_bytes + ALIGNMENT];
     let skip = buffer.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
     let mut at = first;
     while at < end {
-        let count = band.min(end - at);
+        let count = most.min(end - at);
         let raw = &mut buffer[skip..skip + count * row_bytes];
         shard.read_at(stored.start + (at * row_bytes) as u64, raw)?;
+        band(at - first, count, raw)?;
+        at += count;
+    }
+    Ok(())
+}
+
+/// Reads the rows of a part of whole blocks, each as it is stored. `row` says what is wrong with one.
+pub(super) fn read_raw(
+    shard: &Shard,
+    stored: &Stored,
+    part: &Part,
+    row: &mut dyn FnMut(usize, &[u8]) -> Result<(), String>,
+) -> Result<(), LoadError> {
+    bands(shard, stored, part, &mut |first, count, raw| {
+        for (i, raw) in raw.chunks_exact(raw.len() / count).enumerate() {
+            row(first + i, raw).map_err(|problem| failure(shard, part, problem))?;
+        }
+        Ok(())
+    })
+}
+
+/// Reads the rows of a part, adds `add` to every value, and hands each row over.
+pub(super) fn read(
+    shard: &Shard,
+    stored: &Stored,
+    part: &Part,
+    add: f32,
+    row: &mut dyn FnMut(usize, &[f32]),
+) -> Result<(), LoadError> {
+    let fail = |problem: String| failure(shard, part, problem);
+    let is_vector = stored.rows == 1;
+    let first = if is_vector { 0 } else { part.first };
+    bands(shard, stored, part, &mut |at, count, raw| {
         let mut values = decode(stored.kind, raw, count, stored.columns).map_err(&fail)?;
         for (i, values) in values.chunks_exact_mut(stored.columns).enumerate() {
             if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
-                let problem =
-                    format!("holds {bad} in row {}; the file is damaged, fetch it again", at + i);
+                let problem = format!(
+                    "holds {bad} in row {}; the file is damaged, fetch it again",
+                    first + at + i
+                );
                 return Err(fail(problem));
             }
             if add != 0.0 {
@@ -62,11 +97,10 @@ pub(super) fn read(
             } else {
                 &values[..]
             };
-            row(at + i - first, shown);
+            row(at + i, shown);
         }
-        at += count;
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// The values of whole rows.

@@ -36,8 +36,13 @@ pub fn default_model() -> Option<PathBuf> {
 
 /// The default model with f32 weights on two threads.
 pub fn engine() -> Option<Engine> {
+    engine_of(DType::F32, DType::F32)
+}
+
+/// The default model with weights of a type, embedding and head of another.
+pub fn engine_of(weights: DType, head: DType) -> Option<Engine> {
     let checkpoint = Checkpoint::open(&default_model()?).expect("the fetched model opens");
-    let weights = Weights::load(&checkpoint, DType::F32).expect("the fetched model loads");
+    let weights = Weights::load(&checkpoint, weights, head).expect("the fetched model loads");
     Some(Engine::new(checkpoint.model().clone(), weights, 2))
 }
 

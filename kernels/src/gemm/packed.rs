@@ -1,7 +1,9 @@
 //! Weights in panels of 32 output columns.
 
+use half::f16;
+
 use crate::buffer::AlignedBytes;
-use crate::simd::{Isa, Simd, bf16_bits, isa, multiversion};
+use crate::simd::{Isa, LANES, Simd, bf16_bits, isa, multiversion};
 use crate::tile::PANEL;
 
 /// The number format of packed weights.
@@ -11,19 +13,84 @@ pub enum WeightFormat {
     F32,
     /// Brain floats: the upper half of single precision.
     Bf16,
+    /// Codes of 4 bits in blocks of 32 along K, each with a binary16 scale and minimum (GGUF's `Q4_0` and `Q4_1`).
+    Q4,
+    /// Codes of 8 bits in such blocks (GGUF's `Q8_0`).
+    Q8,
+}
+
+/// Codes along K that share a scale.
+pub(super) const BLOCK: usize = 32;
+
+/// Bytes of a block of a panel: codes, scales, minima.
+pub(super) const fn block_bytes(bits: usize) -> usize {
+    PANEL * BLOCK * bits / 8 + 2 * PANEL * 2
 }
 
 impl WeightFormat {
-    const fn bytes(self) -> usize {
+    /// Bits of a code, where numbers are codes in blocks.
+    #[must_use]
+    pub const fn code_bits(self) -> Option<usize> {
         match self {
-            WeightFormat::F32 => 4,
-            WeightFormat::Bf16 => 2,
+            WeightFormat::F32 | WeightFormat::Bf16 => None,
+            WeightFormat::Q4 => Some(4),
+            WeightFormat::Q8 => Some(8),
+        }
+    }
+
+    /// Bytes of a panel of K numbers in each column.
+    const fn panel_bytes(self, k: usize) -> usize {
+        match self {
+            WeightFormat::F32 => PANEL * k * 4,
+            WeightFormat::Bf16 => PANEL * k * 2,
+            WeightFormat::Q4 => k.div_ceil(BLOCK) * block_bytes(4),
+            WeightFormat::Q8 => k.div_ceil(BLOCK) * block_bytes(8),
+        }
+    }
+}
+
+/// A row of weights as codes: `code * scale + minimum`, 32 to a scale, the last block padded.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CodeRow {
+    /// A code each, in a byte.
+    pub codes: Vec<u8>,
+    /// Scales, binary16.
+    pub scales: Vec<u16>,
+    /// Minima, binary16.
+    pub minima: Vec<u16>,
+}
+
+impl CodeRow {
+    /// Of `k` zeros.
+    #[must_use]
+    pub fn zero(k: usize) -> Self {
+        let blocks = k.div_ceil(BLOCK);
+        Self { codes: vec![0; blocks * BLOCK], scales: vec![0; blocks], minima: vec![0; blocks] }
+    }
+
+    /// The nearest codes of `bits` bits to `values`, between the least and the largest number of each block.
+    pub fn quantise(&mut self, values: &[f32], bits: usize) {
+        let most = ((1u32 << bits) - 1) as f32;
+        self.codes.fill(0);
+        for (block, values) in values.chunks(BLOCK).enumerate() {
+            let least = values.iter().copied().fold(f32::INFINITY, f32::min);
+            let largest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let half = |x: f32| f16::from_f32(x.clamp(-65504.0, 65504.0));
+            let minimum = half(least);
+            let scale = half((largest - minimum.to_f32()) / most);
+            (self.scales[block], self.minima[block]) = (scale.to_bits(), minimum.to_bits());
+            let by = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
+            let codes = &mut self.codes[block * BLOCK..];
+            for (code, x) in codes.iter_mut().zip(values) {
+                *code = ((x - minimum.to_f32()) * by).round_ties_even().clamp(0.0, most) as u8;
+            }
         }
     }
 }
 
 /// An N x K weight matrix as `[ceil(N / 32)][K][32]`: the numbers that meet one element of x lie next to each other.
-/// Columns beyond N are zero.
+/// Columns beyond N are zero. Codes lie as `[ceil(N / 32)][ceil(K / 32)]` blocks: for each 16 of a panel's columns groups of
+/// four codes along K, then the scales and minima of all of them; nibbles are those of two groups, the lower ones first.
 pub struct Packed {
     n: usize,
     k: usize,
@@ -32,13 +99,21 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// Packs the matrix whose row `i` of length `k` `rows(i, out)` writes. It is called once per row, in order.
+    /// Packs the matrix whose row `i` of length `k` `rows(i, out)` writes. It is called once per row, in order. Codes are the
+    /// nearest ones.
     pub fn pack(
         n: usize,
         k: usize,
         format: WeightFormat,
         mut rows: impl FnMut(usize, &mut [f32]),
     ) -> Self {
+        if let Some(bits) = format.code_bits() {
+            let mut values = vec![0.0; k];
+            return Self::pack_codes(n, k, format, |i, row| {
+                rows(i, &mut values);
+                row.quantise(&values, bits);
+            });
+        }
         let packed = Self::zeroed(n, k, format);
         let mut staged = vec![0.0f32; PANEL * k];
         for panel in 0..n.div_ceil(PANEL) {
@@ -57,7 +132,7 @@ impl Packed {
                             WeightFormat::F32 => {
                                 packed.data.as_ptr().cast::<f32>().add(start + i).write(x);
                             }
-                            WeightFormat::Bf16 => {
+                            _ => {
                                 packed
                                     .data
                                     .as_ptr()
@@ -71,6 +146,86 @@ impl Packed {
             }
         }
         packed
+    }
+
+    /// Packs the matrix whose row `i` `rows(i, out)` writes as codes. It is called once per row, in order.
+    ///
+    /// # Panics
+    /// If the format has no codes.
+    pub fn pack_codes(
+        n: usize,
+        k: usize,
+        format: WeightFormat,
+        mut rows: impl FnMut(usize, &mut CodeRow),
+    ) -> Self {
+        let mut packed = Self::zeroed(n, k, format);
+        let mut row = CodeRow::zero(k);
+        for i in 0..n {
+            rows(i, &mut row);
+            packed.put_codes(i, &row);
+        }
+        packed
+    }
+
+    /// Takes `row` for row `i` of a matrix of zeros ([`Self::zeroed`]), in which each row is put once.
+    ///
+    /// # Panics
+    /// If the format has no codes, there is no such row, or it has another length.
+    pub fn put_codes(&mut self, i: usize, row: &CodeRow) {
+        let bits = self.format.code_bits().expect("a format of codes");
+        let blocks = self.k.div_ceil(BLOCK);
+        assert!(i < self.n, "row {i} of {}", self.n);
+        assert!(row.codes.len() == blocks * BLOCK, "the row is not k long");
+        for (block, codes) in row.codes.as_chunks::<BLOCK>().0.iter().enumerate() {
+            let place = self.place(i, block, bits);
+            // SAFETY: the addresses are this row's in its block, and the matrix is this caller's alone.
+            unsafe {
+                for (j, four) in codes.as_chunks::<4>().0.iter().enumerate() {
+                    let at = place.codes.add(j * bits / 8 * 64).cast::<[u8; 4]>();
+                    if bits == 8 {
+                        at.write(*four);
+                    } else {
+                        let others = u32::from_ne_bytes(*at);
+                        let these = u32::from_ne_bytes(four.map(|c| c & 15)) << (4 * (j % 2));
+                        at.write((others | these).to_ne_bytes());
+                    }
+                }
+                place.scale.write(row.scales[block]);
+                place.minimum.write(row.minima[block]);
+            }
+        }
+    }
+
+    /// Where a column's part of a block is.
+    fn place(&self, column: usize, block: usize, bits: usize) -> Place {
+        let (panel, inside) = (column / PANEL, column % PANEL);
+        let (vector, lane) = (inside / LANES, inside % LANES);
+        let vector_bytes = LANES * BLOCK * bits / 8;
+        let start = (panel * self.k.div_ceil(BLOCK) + block) * block_bytes(bits);
+        assert!(start + block_bytes(bits) <= self.data.len(), "no such block");
+        let base = self.data.as_ptr().wrapping_add(start);
+        let scales = base.wrapping_add(2 * vector_bytes).cast::<u16>();
+        Place {
+            codes: base.wrapping_add(vector * vector_bytes + lane * 4),
+            scale: scales.wrapping_add(inside),
+            minimum: scales.wrapping_add(PANEL + inside),
+        }
+    }
+
+    /// A number of a matrix of codes.
+    fn coded(&self, column: usize, at: usize, bits: usize) -> f32 {
+        let place = self.place(column, at / BLOCK, bits);
+        let (four, byte) = (at % BLOCK / 4, at % 4);
+        // SAFETY: inside the block.
+        unsafe {
+            let code = if bits == 8 {
+                *place.codes.add(four * 64 + byte)
+            } else {
+                *place.codes.add(four / 2 * 64 + byte) >> (4 * (four % 2)) & 15
+            };
+            let half = |p: *const u16| f16::from_bits(*p).to_f32();
+            f32::from(code) * half(place.scale) + half(place.minimum)
+        }
     }
 
     /// Made-up weights, uniform in `-scale..=scale`: the same for the same shape and seed on every machine.
@@ -97,22 +252,25 @@ impl Packed {
     }
 
     fn make_up(&self, isa: Isa, panel: usize, seed: u64, scale: f32) {
-        let start = panel * self.k * PANEL;
         // One 32-bit stream per panel keeps the inner loop in 32-bit lanes.
         let key = mix((seed as u32).wrapping_add((panel as u32).wrapping_mul(0x9e37_79b9)))
             ^ mix((seed >> 32) as u32 ^ !(panel as u32));
         let count = PANEL.min(self.n - panel * PANEL);
         // SAFETY: the panel lies inside the buffer and one thread makes it up.
         unsafe {
-            let p = self.data.as_ptr().add(start * self.format.bytes());
+            let p = self.data.as_ptr().add(panel * self.format.panel_bytes(self.k));
             match self.format {
                 WeightFormat::F32 => fill_f32(isa, p.cast(), self.k, count, key, scale),
                 WeightFormat::Bf16 => fill_bf16(isa, p.cast(), self.k, count, key, scale),
+                WeightFormat::Q4 => fill_codes(p, self.k, 4, count, key, scale),
+                WeightFormat::Q8 => fill_codes(p, self.k, 8, count, key, scale),
             }
         }
     }
 
-    fn zeroed(n: usize, k: usize, format: WeightFormat) -> Self {
+    /// Zeros.
+    #[must_use]
+    pub fn zeroed(n: usize, k: usize, format: WeightFormat) -> Self {
         Self { n, k, format, data: AlignedBytes::zeroed(Self::bytes_for(n, k, format)) }
     }
 
@@ -143,7 +301,7 @@ impl Packed {
     /// Bytes that a matrix of this shape takes, without making it.
     #[must_use]
     pub fn bytes_for(n: usize, k: usize, format: WeightFormat) -> usize {
-        n.div_ceil(PANEL) * PANEL * k * format.bytes()
+        n.div_ceil(PANEL) * format.panel_bytes(k)
     }
 
     /// Unpacks row `i`, of length `k`.
@@ -153,6 +311,12 @@ impl Packed {
     pub fn row(&self, i: usize, out: &mut [f32]) {
         assert!(i < self.n, "row {i} of {}", self.n);
         assert_eq!(out.len(), self.k, "out is not k long");
+        if let Some(bits) = self.format.code_bits() {
+            for (at, out) in out.iter_mut().enumerate() {
+                *out = self.coded(i, at, bits);
+            }
+            return;
+        }
         let start = (i / PANEL) * self.k * PANEL + i % PANEL;
         for (at, out) in out.iter_mut().enumerate() {
             let index = start + at * PANEL;
@@ -160,7 +324,7 @@ impl Packed {
             *out = unsafe {
                 match self.format {
                     WeightFormat::F32 => *self.data.as_ptr().cast::<f32>().add(index),
-                    WeightFormat::Bf16 => f32::from_bits(
+                    _ => f32::from_bits(
                         u32::from(*self.data.as_ptr().cast::<u16>().add(index)) << 16,
                     ),
                 }
@@ -170,6 +334,39 @@ impl Packed {
 
     pub(super) fn as_ptr(&self) -> *const u8 {
         self.data.as_ptr()
+    }
+}
+
+/// Addresses of a column's part of a block of codes: groups of four codes lie 64 bytes apart.
+struct Place {
+    codes: *mut u8,
+    scale: *mut u16,
+    minimum: *mut u16,
+}
+
+/// Codes between `-scale` and `scale`; columns from `count` on stand for zeros.
+///
+/// # Safety
+/// A panel of `k` numbers per column is at `p`.
+unsafe fn fill_codes(p: *mut u8, k: usize, bits: usize, count: usize, key: u32, scale: f32) {
+    let step = f16::from_f32(2.0 * scale / ((1u32 << bits) - 1) as f32).to_bits();
+    let least = f16::from_f32(-scale).to_bits();
+    let codes = PANEL * BLOCK * bits / 8;
+    for block in 0..k.div_ceil(BLOCK) {
+        // SAFETY: a panel has that many blocks, each of codes, scales and minima.
+        unsafe {
+            let p = p.add(block * block_bytes(bits));
+            for word in 0..codes / 4 {
+                let random =
+                    mix(((block * codes / 4 + word) as u32).wrapping_mul(0x9e37_79b9) ^ key);
+                p.add(word * 4).cast::<u32>().write(random);
+            }
+            let scales = p.add(codes).cast::<u16>();
+            for i in 0..count {
+                scales.add(i).write(step);
+                scales.add(PANEL + i).write(least);
+            }
+        }
     }
 }
 

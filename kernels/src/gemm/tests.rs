@@ -16,8 +16,24 @@ fn weights(n: usize, k: usize, format: WeightFormat, seed: u64) -> (Vec<f32>, Pa
     let packed = Packed::pack(n, k, format, |i, row| {
         row.copy_from_slice(&plain[i * k..(i + 1) * k]);
     });
+    if format.code_bits().is_some() {
+        plain.chunks_exact_mut(k.max(1)).enumerate().for_each(|(i, row)| packed.row(i, row));
+    }
     (plain, packed)
 }
+
+/// What rows of x stand for where weights are codes: 127 steps to the largest number of each 32.
+fn as_bytes(x: &[f32], k: usize) -> Vec<f32> {
+    let block = |x: &[f32]| {
+        let largest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        let by = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        x.iter().map(|x| (x * by).round_ties_even() * (largest / 127.0)).collect::<Vec<_>>()
+    };
+    x.chunks(k).flat_map(|row| row.chunks(32).flat_map(block)).collect()
+}
+
+const FORMATS: [WeightFormat; 4] =
+    [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Q4, WeightFormat::Q8];
 
 fn check(
     isa: Isa,
@@ -33,7 +49,8 @@ fn check(
     let (x, bias, before) = (noise(seed + 1, m * k), noise(seed + 2, n), noise(seed + 3, m * n));
     let mut out = if accumulate { before.clone() } else { vec![f32::NAN; m * n] };
     gemm_with(isa, threads, &x, m, &packed, Some(&bias), accumulate, &mut out);
-    let mut exact = reference::gemm(&x, &plain, k, Some(&bias));
+    let met = if format.code_bits().is_some() { as_bytes(&x, k) } else { x.clone() };
+    let mut exact = reference::gemm(&met, &plain, k, Some(&bias));
     if accumulate {
         exact.iter_mut().zip(&before).for_each(|(y, b)| *y += f64::from(*b));
     }
@@ -69,6 +86,65 @@ fn a_hand_worked_product() {
 }
 
 #[test]
+fn a_hand_worked_product_of_codes() {
+    // One block of 32: codes 0 to 15 twice, of half the size and three less; x is 127 at one place and -1 at another, so
+    // its scale is 1.
+    let mut row = CodeRow::zero(32);
+    for (i, code) in row.codes.iter_mut().enumerate() {
+        *code = i as u8 % 16;
+    }
+    row.scales[0] = half::f16::from_f32(0.5).to_bits();
+    row.minima[0] = half::f16::from_f32(-3.0).to_bits();
+    for format in [WeightFormat::Q4, WeightFormat::Q8] {
+        let w = Packed::pack_codes(1, 32, format, |_, out| out.clone_from(&row));
+        let mut plain = [0.0; 32];
+        w.row(0, &mut plain);
+        assert!(plain.iter().enumerate().all(|(i, w)| *w == (i % 16) as f32 * 0.5 - 3.0));
+        let mut x = [0.0; 32];
+        (x[9], x[18]) = (127.0, -1.0);
+        for isa in Isa::available() {
+            let mut out = [10.0];
+            gemm_with(isa, &Threads::new(1), &x, 1, &w, Some(&[0.25]), true, &mut out);
+            // 127 x 1.5 + 2 + 0.25 + 10.
+            assert_eq!(out, [202.75], "{isa} {format:?}");
+        }
+    }
+}
+
+#[test]
+fn codes_lie_within_half_a_step() {
+    let values = noise(4, 100);
+    for (bits, most) in [(4, 15.0f32), (8, 255.0)] {
+        let mut row = CodeRow::zero(100);
+        row.quantise(&values, bits);
+        for (i, x) in values.iter().enumerate() {
+            let half = |bits: &[u16]| half::f16::from_bits(bits[i / 32]).to_f32();
+            let (scale, minimum) = (half(&row.scales), half(&row.minima));
+            let near = f32::from(row.codes[i]) * scale + minimum;
+            // Half a step, and what binary16 makes of the ends.
+            assert!((near - x).abs() <= scale * 0.5 + 2e-3, "{bits} {i}: {near} {x}");
+            assert!(f32::from(row.codes[i]) <= most);
+        }
+        // Nothing is said beyond the end.
+        assert!(row.codes[100..].iter().all(|c| *c == 0) && row.codes.len() == 128);
+        // A block of equal numbers has no scale to divide by.
+        row.quantise(&[0.75; 32], bits);
+        assert!(row.scales[0] == 0 && row.codes.iter().all(|c| *c == 0));
+    }
+}
+
+#[test]
+fn codes_in_many_rows_and_deep_panels() {
+    let threads = Threads::new(2);
+    for isa in Isa::available().into_iter().filter(|i| *i != Isa::Portable) {
+        for format in [WeightFormat::Q4, WeightFormat::Q8] {
+            check(isa, &threads, 200, 130, 200, format, true);
+            check(isa, &threads, 5, 65, 3000, format, false);
+        }
+    }
+}
+
+#[test]
 fn k_in_blocks_changes_no_bit() {
     let threads = Threads::new(2);
     for isa in Isa::available().into_iter().filter(|i| *i != Isa::Portable) {
@@ -85,7 +161,7 @@ fn many_rows_in_several_row_blocks() {
 
 #[test]
 fn rows_unpack_and_padding_is_zero() {
-    for format in [WeightFormat::F32, WeightFormat::Bf16] {
+    for format in FORMATS {
         let (plain, packed) = weights(45, 7, format, 5);
         let mut row = vec![0.0; 7];
         for i in 0..45 {
@@ -93,13 +169,20 @@ fn rows_unpack_and_padding_is_zero() {
             assert_eq!(row, plain[i * 7..(i + 1) * 7]);
         }
         assert_eq!(packed.bytes(), Packed::bytes_for(45, 7, format));
-        assert_eq!(packed.bytes(), 64 * 7 * if format == WeightFormat::F32 { 4 } else { 2 });
+        // A block of 32 codes has a scale and a minimum of two bytes.
+        let expected = match format {
+            WeightFormat::F32 => 64 * 7 * 4,
+            WeightFormat::Bf16 => 64 * 7 * 2,
+            WeightFormat::Q4 => 64 * (16 + 4),
+            WeightFormat::Q8 => 64 * (32 + 4),
+        };
+        assert_eq!(packed.bytes(), expected);
     }
 }
 
 #[test]
 fn synthetic_weights_are_uniform_and_repeat() {
-    for format in [WeightFormat::F32, WeightFormat::Bf16] {
+    for format in FORMATS {
         let (a, b) = (
             Packed::synthetic(100, 500, format, 9, 0.5),
             Packed::synthetic(100, 500, format, 9, 0.5),
@@ -115,12 +198,17 @@ fn synthetic_weights_are_uniform_and_repeat() {
             same += x.iter().zip(&z).filter(|(x, z)| x == z).count();
             sum += x.iter().map(|x| f64::from(*x)).sum::<f64>();
             square += x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
-            assert!(x.iter().all(|x| x.abs() <= 0.5));
+            assert!(x.iter().all(|x| x.abs() <= 0.5001));
         }
         assert!((sum / 50_000.0).abs() < 0.005, "{sum}");
-        // The variance of a uniform distribution on -1/2..1/2 is 1/12.
-        assert!((square / 50_000.0 - 1.0 / 12.0).abs() < 0.002, "{square}");
-        assert!(same < 500, "{same}");
+        // The variance of a uniform distribution on -1/2..1/2 is 1/12; on 16 points of it, 1/12 x 17/15.
+        let (variance, equal) = match format {
+            WeightFormat::Q4 => (17.0 / 15.0 / 12.0, 50_000 / 16),
+            WeightFormat::Q8 => (257.0 / 255.0 / 12.0, 50_000 / 256),
+            _ => (1.0 / 12.0, 0),
+        };
+        assert!((square / 50_000.0 - variance).abs() < 0.002, "{square}");
+        assert!(same < equal + 500, "{same}");
     }
 }
 
@@ -143,11 +231,11 @@ proptest! {
         m in 1usize..70,
         n in 1usize..140,
         k in 1usize..120,
-        bf16 in any::<bool>(),
+        format in 0usize..4,
         accumulate in any::<bool>(),
     ) {
         let threads = Threads::new(2);
-        let format = if bf16 { WeightFormat::Bf16 } else { WeightFormat::F32 };
+        let format = FORMATS[format];
         for isa in Isa::available() {
             check(isa, &threads, m, n, k, format, accumulate);
         }

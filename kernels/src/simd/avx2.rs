@@ -173,6 +173,21 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: Pair) {
+        // SAFETY: writable by the contract; `self` proves the feature.
+        unsafe {
+            let (low, high) = (_mm256_cvtps_epi32(v.0), _mm256_cvtps_epi32(v.1));
+            // Packing goes by halves of a register.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high));
+            let bytes = _mm_packs_epi16(
+                _mm256_castsi256_si128(words),
+                _mm256_extracti128_si256::<1>(words),
+            );
+            _mm_storeu_si128(p.cast(), bytes);
+        }
+    }
+
+    #[inline(always)]
     fn select_lt(self, a: Pair, b: Pair, x: Pair, y: Pair) -> Pair {
         // SAFETY: `self` proves the feature.
         unsafe {

@@ -13,6 +13,12 @@ pub(crate) struct Portable;
 const FUSED: bool =
     cfg!(any(target_feature = "fma", target_arch = "aarch64", target_arch = "riscv64"));
 
+/// `a * b + c`, fused where the target can.
+#[inline(always)]
+pub(super) fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
+}
+
 type Lanes = [f32; LANES];
 
 macro_rules! lanewise {
@@ -45,7 +51,7 @@ impl Simd for Portable {
         sqrt(a) = a.sqrt();
         max(a, b) = if a > b { a } else { b };
         min(a, b) = if a < b { a } else { b };
-        mul_add(a, b, c) = if FUSED { a.mul_add(b, c) } else { a * b + c };
+        mul_add(a, b, c) = mul_add(a, b, c);
         select_lt(a, b, x, y) = if a < b { x } else { y };
         pow2(n) = f32::from_bits(((n as i32 + 127) as u32) << 23);
     }
@@ -104,6 +110,12 @@ impl Simd for Portable {
         let bits = v.map(|x| f16::from_f32(x).to_bits());
         // SAFETY: 16 numbers are writable by the contract.
         unsafe { p.cast::<[u16; LANES]>().write_unaligned(bits) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: Lanes) {
+        // SAFETY: 16 bytes are writable by the contract.
+        unsafe { p.cast::<[i8; LANES]>().write_unaligned(v.map(|x| x as i8)) }
     }
 
     #[inline(always)]

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Cost, CostModel};
-use crate::op::{Choice, Family, Heads, Lane, Op, OpKind, Phase, Pick, Score, Work};
+use crate::op::{Choice, DType, Family, Heads, Lane, Op, OpKind, Phase, Pick, Score, Work};
 use crate::timeline::Source;
 use crate::units::{Bytes, Seconds};
 
@@ -72,7 +72,7 @@ pub struct FamilyFit {
 }
 
 /// What was measured, where and with what.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Provenance {
     /// Day of the measurement, ISO 8601.
@@ -87,6 +87,28 @@ pub struct Provenance {
     pub isa: String,
     /// The model whose shapes were measured.
     pub model: String,
+    /// Type of its weights.
+    #[serde(default = "single")]
+    pub weights: DType,
+}
+
+/// What all weights were before it was noted.
+fn single() -> DType {
+    DType::F32
+}
+
+impl Default for Provenance {
+    fn default() -> Self {
+        Self {
+            date: String::new(),
+            version: String::new(),
+            processor: String::new(),
+            threads: 0,
+            isa: String::new(),
+            model: String::new(),
+            weights: single(),
+        }
+    }
 }
 
 /// All families of a device and an engine.

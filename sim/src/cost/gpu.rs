@@ -63,8 +63,8 @@ fn gemm_type(weights: DType, gpu: &Gpu) -> &'static str {
         DType::F32 => "fp32",
         DType::F16 | DType::Bf16 => "bf16",
         DType::Fp8 => "fp8",
-        DType::Int8 => "w8a16",
-        DType::Int4 | DType::Int2 => "w4a16",
+        DType::Int8 | DType::Q8 => "w8a16",
+        DType::Int4 | DType::Int2 | DType::Q4 => "w4a16",
     }
 }
 
@@ -72,8 +72,8 @@ fn gemm_type(weights: DType, gpu: &Gpu) -> &'static str {
 fn attention_type(cache: DType) -> &'static str {
     match cache {
         DType::F32 | DType::F16 | DType::Bf16 => "bf16",
-        DType::Fp8 | DType::Int8 => "bf16/fp8",
-        DType::Int4 => "bf16/int4",
+        DType::Fp8 | DType::Int8 | DType::Q8 => "bf16/fp8",
+        DType::Int4 | DType::Q4 => "bf16/int4",
         DType::Int2 => "bf16/int2",
     }
 }

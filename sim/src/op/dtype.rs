@@ -22,14 +22,27 @@ pub enum DType {
     Int4,
     /// 2-bit integer.
     Int2,
+    /// Codes of 8 bits in blocks of 32, each with a binary16 scale and minimum, as GGUF files hold weights.
+    Q8,
+    /// Codes of 4 bits in such blocks.
+    Q4,
 }
 
 impl DType {
     /// Every type, for parsing and for help texts.
-    pub const ALL: [Self; 7] =
-        [Self::F32, Self::F16, Self::Bf16, Self::Fp8, Self::Int8, Self::Int4, Self::Int2];
+    pub const ALL: [Self; 9] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::Fp8,
+        Self::Int8,
+        Self::Int4,
+        Self::Int2,
+        Self::Q8,
+        Self::Q4,
+    ];
 
-    /// Bits of one element, scales not counted.
+    /// Bits of one element; scales are counted where a type says what they are.
     #[must_use]
     pub fn bits(self) -> u64 {
         match self {
@@ -38,10 +51,12 @@ impl DType {
             Self::Fp8 | Self::Int8 => 8,
             Self::Int4 => 4,
             Self::Int2 => 2,
+            Self::Q8 => 9,
+            Self::Q4 => 5,
         }
     }
 
-    /// Bytes of `elements`, rounded up; scales not counted.
+    /// Bytes of `elements`, rounded up.
     #[must_use]
     pub fn bytes(self, elements: u64) -> Bytes {
         Bytes(elements.saturating_mul(self.bits()).div_ceil(8))
@@ -58,6 +73,8 @@ impl DType {
             Self::Int8 => "int8",
             Self::Int4 => "int4",
             Self::Int2 => "int2",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
         }
     }
 }

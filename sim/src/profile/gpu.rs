@@ -41,7 +41,7 @@ impl Peaks {
             DType::Bf16 => half.or(self.f32),
             DType::Fp8 => self.fp8.or(half),
             DType::Int8 => self.int8.or(half),
-            DType::Int4 | DType::Int2 => half.or(self.f32),
+            DType::Int4 | DType::Int2 | DType::Q8 | DType::Q4 => half.or(self.f32),
         }
     }
 }

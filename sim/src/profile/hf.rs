@@ -364,6 +364,7 @@ fn describe(config: &Config<'_>, name: &str) -> Result<Model, ProfileError> {
         },
         weight_dtype,
         not_executable,
+        stored: None,
     };
     model.validate(config.origin)?;
     Ok(model)

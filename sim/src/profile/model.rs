@@ -135,6 +135,9 @@ pub struct Model {
     /// What the description leaves out that an executor would need, or empty.
     #[serde(default)]
     pub not_executable: Option<String>,
+    /// The type in which a file on this machine holds the weights of the layers, where it is one that kernels read.
+    #[serde(skip)]
+    pub stored: Option<DType>,
 }
 
 fn yes() -> bool {

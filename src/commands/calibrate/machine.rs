@@ -24,7 +24,14 @@ pub fn run(places: &Places, args: &CalibrateArgs, global: &Global) -> Result<Out
             "--points {}: one file of `batchmax profile` at a time; timings of GPUs are CSV",
             second.display()
         ),
-        [] => places.measurements_path(LOCAL, setting::threads(&memory)?),
+        [] => {
+            let threads = setting::threads(&memory)?;
+            places.newest_measurements(LOCAL, threads).ok_or_else(|| {
+                anyhow!(
+                    "no measurements of this machine with {threads} threads; hint: batchmax profile measures it"
+                )
+            })?
+        }
     };
     let text = std::fs::read_to_string(&path).map_err(|e| {
         anyhow!("{}: {e}; hint: batchmax profile measures this machine", path.display())

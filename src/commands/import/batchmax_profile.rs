@@ -198,6 +198,9 @@ fn dtype(bits: u64) -> Result<&'static str, &'static str> {
         16 => Ok("fp16"),
         8 => Ok("int8"),
         4 => Ok("int4"),
+        // Codes with their scales.
+        9 => Ok("q8"),
+        5 => Ok("q4"),
         _ => Err("a type of unknown width"),
     }
 }

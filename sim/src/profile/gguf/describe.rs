@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::{GgufHeader, GgufValue, invalid, printable};
+use super::{GgmlType, GgufHeader, GgufValue, invalid, printable};
 use crate::op::DType;
 use crate::profile::{Activation, Model, ProfileError, RopeScaling, SlidingWindow};
 
@@ -91,6 +91,7 @@ pub fn describe_gguf(
         },
         weight_dtype: main_type(header).and_then(|t| t.1).unwrap_or(DType::F16),
         not_executable: None,
+        stored: stored_type(header),
     };
     let not_executable = if let RopeScaling::Other { name } = &model.rope_scaling {
         Some(format!("rope scaling \"{name}\""))
@@ -272,6 +273,30 @@ fn main_type(header: &GgufHeader) -> Option<(String, Option<DType>)> {
         .into_iter()
         .max_by_key(|(_, (count, _))| *count)
         .map(|(name, (_, dtype))| (name, dtype))
+}
+
+/// The type in which the layers' matrices can be held as they are stored, or nearly so; `None` where that is as wide as
+/// single precision.
+fn stored_type(header: &GgufHeader) -> Option<DType> {
+    let mut all = header
+        .tensors
+        .iter()
+        .filter(|t| t.shape.len() > 1 && t.name.starts_with("blk."))
+        .peekable();
+    all.peek()?;
+    let kinds: Vec<GgmlType> = all.map(|t| t.kind).collect();
+    let every = |holds: fn(&GgmlType) -> bool| kinds.iter().all(holds);
+    if every(|k| matches!(k, GgmlType::Q4_0 | GgmlType::Q4_1)) {
+        Some(DType::Q4)
+    } else if every(|k| {
+        !matches!(k, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 | GgmlType::Other(_))
+    }) {
+        Some(DType::Q8)
+    } else if every(|k| *k == GgmlType::BF16) {
+        Some(DType::Bf16)
+    } else {
+        None
+    }
 }
 
 /// `general.basename` and `general.size_label`, else `general.name`, else the file's name.
