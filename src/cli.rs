@@ -110,7 +110,7 @@ pub struct ConfigArgs {
     /// Only the others are read
     #[arg(long, value_name = "TOKENS|SHARE", default_value = "0")]
     pub prefix_hit: String,
-    /// Sequences, or max for the largest batch that fits
+    /// Sequences, or max for the largest batch that fits (`run` without a limit of memory: 1)
     #[arg(long, short, default_value = "max")]
     pub batch: String,
     #[command(flatten)]

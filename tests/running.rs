@@ -70,6 +70,19 @@ fn prompts_as_ids_are_dumped_with_what_was_kept() {
 }
 
 #[test]
+fn without_a_batch_the_largest_that_fits_is_run() {
+    let place = Place::with_tiny();
+    let limited = ["--isl", "64", "--osl", "8", "--kv-memory", "200kB", "--json"];
+    let of = |more: &[&str]| run(&place, &[&limited, more].concat());
+    let largest: serde_json::Value = serde_json::from_str(&of(&[]).answered()).expect("valid JSON");
+    let batch = largest["batch"].as_u64().expect("a number");
+    assert!(batch > 1 && largest["kv_peak_bytes"].as_u64() <= Some(200_000), "{largest}");
+    of(&["--batch", &batch.to_string()]).answered();
+    let error = of(&["--batch", &(batch + 1).to_string()]).refused();
+    assert!(error.contains("the caches need"), "{error}");
+}
+
+#[test]
 fn what_would_not_fit_is_refused_before_it_starts() {
     let place = Place::with_tiny();
     let size = ["--isl", "64", "--osl", "8"];

@@ -63,11 +63,18 @@ fn weights_held_as_they_are_stored_are_those_of_the_file() {
     for prompt in Golden::read("golden.json").prompts() {
         let ids = ids(&prompt["ids"]);
         let of = |engine| {
-            run(engine, &Full::default(), &[ids.clone()], 1, Schedule::Static, DType::F32).sequences
-                [0]
-            .prompt_logits
-            .clone()
-            .expect("kept")
+            run(
+                engine,
+                &Full::default(),
+                std::slice::from_ref(&ids),
+                1,
+                Schedule::Static,
+                DType::F32,
+            )
+            .sequences[0]
+                .prompt_logits
+                .clone()
+                .expect("kept")
         };
         let (exact, rounded) = (of(&exact), of(&stored));
         let kl = divergence(&exact, &rounded);

@@ -10,6 +10,7 @@ use batchmax_exec::{Engine, RunOptions, RunResult, Sampling, load_of};
 use batchmax_sim::load::Load;
 use batchmax_sim::lower::{lower, lower_prefix};
 use batchmax_sim::memory::{kv_peaks, offloaded};
+use batchmax_sim::plan::{LARGEST_BATCH, largest};
 use batchmax_sim::program::Program;
 use batchmax_sim::units::Bytes;
 use serde_json::{Value, json};
@@ -66,14 +67,31 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             .map(|p| Checkpoint::open(&p))
             .transpose()?,
     };
-    let batch = setting::batch(&config.batch)?.unwrap_or(1);
     let schedule = setting::schedule(&config.schedule)?;
+    let hit = setting::hit(&config.prefix_hit)?;
+    let limited = budget.is_some() || config.memory.memory.is_some();
+    let batch = match setting::batch(&config.batch)? {
+        Some(batch) => batch,
+        // Nobody wants to wait for all that a whole machine can hold.
+        None if !limited || args.prompt.is_some() || args.ids.is_some() => 1,
+        None => {
+            let why_not = |batch| {
+                let load = Load::uniform(batch, isl, osl, schedule).with_hit(hit);
+                let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
+                Ok::<_, anyhow::Error>(refuse(args, &model, &program, budget).err())
+            };
+            match largest(LARGEST_BATCH, None, why_not)? {
+                (0, Some(why)) => return Err(why),
+                (batch, _) => batch.max(1),
+            }
+        }
+    };
     let given = given_prompts(args, checkpoint.as_ref(), batch)?;
     let load = match &given {
         Some(prompts) => load_of(prompts, osl, schedule),
         None => Load::uniform(batch, isl, osl, schedule),
     }
-    .with_hit(setting::hit(&config.prefix_hit)?);
+    .with_hit(hit);
     let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
     let prefix = lower_prefix(&model, preset.policy.as_ref(), &load, setup);
     refuse(args, &model, &program, budget)?;

@@ -16,6 +16,11 @@ const BAND_BYTES: usize = 1 << 20;
 /// candle views the bytes as its block types, none of which needs more.
 const ALIGNMENT: usize = 8;
 
+/// Takes some rows as they are stored: the index of the first, their number, their bytes.
+type TakeBand<'a> = dyn FnMut(usize, usize, &[u8]) -> Result<(), LoadError> + 'a;
+/// Takes one row as it is stored, or says what is wrong with it.
+pub(super) type TakeRaw<'a> = dyn FnMut(usize, &[u8]) -> Result<(), String> + 'a;
+
 /// What is wrong with a part.
 fn failure(shard: &Shard, part: &Part, problem: String) -> LoadError {
     LoadError::Tensor { path: shard.path.clone(), tensor: part.name.clone(), problem }
@@ -26,7 +31,7 @@ fn bands(
     shard: &Shard,
     stored: &Stored,
     part: &Part,
-    band: &mut dyn FnMut(usize, usize, &[u8]) -> Result<(), LoadError>,
+    band: &mut TakeBand<'_>,
 ) -> Result<(), LoadError> {
     let fail = |problem: String| failure(shard, part, problem);
     let Some((block, block_bytes)) = stored.kind.layout() else {
@@ -58,7 +63,7 @@ pub(super) fn read_raw(
     shard: &Shard,
     stored: &Stored,
     part: &Part,
-    row: &mut dyn FnMut(usize, &[u8]) -> Result<(), String>,
+    row: &mut TakeRaw<'_>,
 ) -> Result<(), LoadError> {
     bands(shard, stored, part, &mut |first, count, raw| {
         for (i, raw) in raw.chunks_exact(raw.len() / count).enumerate() {

@@ -220,3 +220,41 @@ fn an_eviction_that_needs_more_than_the_budget_changes_nothing() {
     layer.pool = pool;
     assert_eq!((contents(&layer), layer.caches[0][0].tokens()), (before, 96));
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// What the products of queries and keys lose is at most the square of the sum over the dropped channels of
+    /// |queries| |keys| (the triangle inequality), and no other choice of as many channels has a smaller bound.
+    #[test]
+    fn what_is_dropped_has_the_least_bound(seed in any::<u64>(), rows in 1usize..20, drop in 1usize..8) {
+        const DIM: usize = 8;
+        let mut layer = Layer::new(1, shape(1, 1, DIM), KvFormat::F32);
+        layer.feed(seed, &[30]);
+        layer.feed(seed ^ 1, &[rows]);
+        let item = ChannelItem { heads: &layer.caches[0], first_row: 0, rows };
+        let items = std::slice::from_ref(&item);
+        let (shape, qkv, width) = (&layer.shape, &layer.qkv, layer.width);
+        let kept = rank_channels(&layer.threads, &layer.pool, items, rows, drop, shape, qkv, width).remove(0);
+        prop_assert_eq!(kept.len(), DIM - drop);
+        let keys: Vec<Vec<f64>> = contents(&layer)[0].iter().map(|(k, _)| k.iter().map(|x| f64::from(*x)).collect()).collect();
+        let queries: Vec<Vec<f64>> =
+            qkv.chunks(width).map(|row| row[..DIM].iter().map(|x| f64::from(*x)).collect()).collect();
+        let norm = |rows: &[Vec<f64>], j: usize| rows.iter().map(|r| r[j] * r[j]).sum::<f64>().sqrt();
+        let weights: Vec<f64> = (0..DIM).map(|j| norm(&queries, j) * norm(&keys, j)).collect();
+        let bound = |dropped: &[usize]| dropped.iter().map(|j| weights[*j]).sum::<f64>().powi(2);
+        let lost = |dropped: &[usize]| -> f64 {
+            let pairs = queries.iter().flat_map(|q| keys.iter().map(move |k| (q, k)));
+            pairs.map(|(q, k)| dropped.iter().map(|j| q[*j] * k[*j]).sum::<f64>().powi(2)).sum()
+        };
+        let chosen: Vec<usize> = (0..DIM).filter(|j| !kept.contains(&(*j as u16))).collect();
+        prop_assert!(lost(&chosen) <= bound(&chosen) * (1.0 + 1e-9));
+        for set in 0u32..1 << DIM {
+            if set.count_ones() as usize == drop {
+                let other: Vec<usize> = (0..DIM).filter(|j| set >> j & 1 == 1).collect();
+                prop_assert!(bound(&chosen) <= bound(&other) * (1.0 + 1e-5), "{chosen:?} {other:?}");
+                prop_assert!(lost(&chosen) <= bound(&other) * (1.0 + 1e-5));
+            }
+        }
+    }
+}

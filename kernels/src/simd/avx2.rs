@@ -224,6 +224,31 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn sum(self, v: Pair) -> f32 {
+        // Halves added together, as everywhere.
+        // SAFETY: `self` proves the feature.
+        unsafe {
+            let eight = _mm256_add_ps(v.0, v.1);
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+
+    #[inline(always)]
+    fn largest(self, v: Pair) -> f32 {
+        // The upper half counts where it is larger: what is no number stays only in the lower one, as everywhere.
+        // SAFETY: `self` proves the feature.
+        unsafe {
+            let eight = _mm256_max_ps(v.1, v.0);
+            let (low, high) = (_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let four = _mm_max_ps(high, low);
+            let two = _mm_max_ps(_mm_movehl_ps(four, four), four);
+            _mm_cvtss_f32(_mm_max_ss(_mm_shuffle_ps::<1>(two, two), two))
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, p: *const u8) {
         // SAFETY: a prefetch has no effect but on time, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }

@@ -2,7 +2,7 @@
 
 /// The largest of `1..=most` that fits, and what `why_not` says of the next; (0, why) where 1 does not, and no reason where
 /// `most` does. What does not fit fits no larger. A good `guess` takes two questions; without one it is doubled from 1.
-pub(super) fn largest<W, E>(
+pub fn largest<W, E>(
     most: u32,
     guess: Option<u32>,
     mut why_not: impl FnMut(u32) -> Result<Option<W>, E>,

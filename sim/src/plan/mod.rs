@@ -14,7 +14,7 @@ pub use crossing::{Crossing, crossing};
 pub use front::{Marks, marks};
 pub use search::{Candidate, Host, Objective, Query, plan};
 
-use largest::largest;
+pub use largest::largest;
 
 use crate::cost::{CostModel, predict};
 use crate::load::{Hit, Load, Schedule};
