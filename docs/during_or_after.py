@@ -15,7 +15,9 @@ import sys
 rows = {}
 for path in sys.argv[1:]:
     for row in json.load(open(path))["rows"]:
-        rows[row["policy"], row["budget"], row["chunk"], row["context"]] = row
+        # A chunk that was typed is part of the name; it has a column of its own.
+        policy = row["policy"].split(":chunk=")[0]
+        rows[policy, row["budget"], row["chunk"], row["context"]] = row
 
 
 def interval(values):
