@@ -62,11 +62,12 @@ def batchmax(*arguments):
 
 def validated(policies):
     out = open(options.out, "a") if options.out else None
+    types = ["--weight-dtype", options.weight_dtype] if options.weight_dtype else []
     for load in options.load or LOADS:
         batch, isl, osl = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", load).groups()
         for policy in policies:
             preset = options.less if policy == "less" else policy
-            found = batchmax("validate", "--policy", preset, "--batch", batch, "--isl", isl, "--osl", osl, "--tolerance", "10")
+            found = batchmax("validate", "--policy", preset, "--batch", batch, "--isl", isl, "--osl", osl, "--tolerance", "10", *types)
             run = {"policy": policy, "load": load, **found}
             print(f"{policy:34} {load:>12}  time {run['total_error']:+7.1%}  at its pace {run['error_at_pace']:+7.1%}", file=sys.stderr)
             if out:
@@ -78,6 +79,7 @@ options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
 options.add_argument("--binary", default="target/release/batchmax")
 options.add_argument("--policy", action="append")
 options.add_argument("--load", action="append")
+options.add_argument("--weight-dtype", help="type of the weights; it needs a profile of its own")
 options.add_argument("--less", metavar="FILE", help="the preset that `prepare less` wrote; without it LESS is passed over")
 options.add_argument("--out", help="file to which the runs are added, one JSON object a line")
 options.add_argument("--table", nargs="+", metavar="FILE", help="print what --out wrote as a table, and run nothing")

@@ -62,6 +62,7 @@ MEMORY = ["--kv-memory", "32MB"]
 options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options.add_argument("--binary", default="target/release/batchmax")
 options.add_argument("--repeats", type=int, default=3)
+options.add_argument("--weight-dtype", help="type of the weights; it needs a profile of its own")
 options.add_argument("--less", metavar="FILE", required=True, help="the preset that `prepare less` wrote")
 options.add_argument("--out", help="keep the figures here (JSON); systems that it has already are not repeated")
 options = options.parse_args()
@@ -93,7 +94,8 @@ def predicted(metric, setting, policy):
 def run_here(metric, policy):
     batch = ["--batch", "max"] if metric in ("output_tok_s", "decode_tok_s", "batch") else ["--batch", "1"]
     policy = options.less if policy == "less" else policy
-    found, error = batchmax("validate", *HERE, *MEMORY, *batch, "--policy", policy, "--tolerance", "1000")
+    types = ["--weight-dtype", options.weight_dtype] if options.weight_dtype else []
+    found, error = batchmax("validate", *HERE, *MEMORY, *batch, "--policy", policy, "--tolerance", "1000", *types)
     if found is None:
         sys.exit(f"{policy}: {error}")
     own = found["measured"]

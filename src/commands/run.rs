@@ -35,7 +35,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     }
     setting::refuse_devices(&config.placement)?;
     let model = setting::model(places, &config.model)?;
-    let setup = setting::local_setup(&model, &config.memory)?;
+    let setup = setting::local_setup(places, &model, &config.memory)?;
     check_executable(&model, setup.weights)?;
     check_sampling(args)?;
     let preset = batchmax_sim::policy::Preset::parse(&places.catalog, &config.policy)?;

@@ -39,9 +39,24 @@ pub fn threads(memory: &MemoryArgs) -> Result<usize> {
 }
 
 /// Types and layout on this machine's CPU: weights as they are stored here, unless told otherwise.
-pub fn local_setup(model: &Model, memory: &MemoryArgs) -> Result<Setup> {
-    let weights = dtype(memory.weight_dtype.as_ref(), "--weight-dtype")?
-        .unwrap_or(model.stored.unwrap_or(DType::F32));
+pub fn local_setup(places: &Places, model: &Model, memory: &MemoryArgs) -> Result<Setup> {
+    // What was fetched under its name says how it is stored. Only a CPU asks: a header takes 20 ms to read.
+    let fetched = || {
+        let path = super::located(places, &model.name)?;
+        places.catalog.model(&path.display().to_string()).ok()?.stored
+    };
+    let usual = if memory.weight_dtype.is_some() { None } else { model.stored.or_else(fetched) };
+    cpu_setup(memory, usual.unwrap_or(DType::F32))
+}
+
+/// The same with weights in single precision unless told otherwise, where what is measured is to depend on nothing else.
+#[cfg(feature = "exec")]
+pub fn exact_setup(memory: &MemoryArgs) -> Result<Setup> {
+    cpu_setup(memory, DType::F32)
+}
+
+fn cpu_setup(memory: &MemoryArgs, usual: DType) -> Result<Setup> {
+    let weights = dtype(memory.weight_dtype.as_ref(), "--weight-dtype")?.unwrap_or(usual);
     let kv = dtype(memory.kv_dtype.as_ref(), "--kv-dtype")?.unwrap_or(DType::F16);
     Ok(Setup {
         kv: KvLayout { dtype: kv, block_tokens: CPU_BLOCK_TOKENS, shares_prefix: false },
@@ -51,12 +66,6 @@ pub fn local_setup(model: &Model, memory: &MemoryArgs) -> Result<Setup> {
         head: if weights == DType::Q4 { DType::Q8 } else { weights },
         tp: 1,
     })
-}
-
-/// The same with weights in single precision unless told otherwise, where what is measured is to depend on nothing else.
-#[cfg(feature = "exec")]
-pub fn exact_setup(model: &Model, memory: &MemoryArgs) -> Result<Setup> {
-    local_setup(&Model { stored: None, ..model.clone() }, memory)
 }
 
 /// A placement that is asked for.
@@ -161,8 +170,8 @@ impl<'a> Wanted<'a> {
 
     fn local(&self, places: &Places) -> Result<Placement> {
         check_local(self.engine, self.choice.tp, self.choice.pp)?;
-        let mut setup =
-            local_setup(self.model, &MemoryArgs { kv_dtype: None, ..self.memory.clone() })?;
+        let memory = MemoryArgs { kv_dtype: None, ..self.memory.clone() };
+        let mut setup = local_setup(places, self.model, &memory)?;
         setup.kv.dtype = self.choice.kv.unwrap_or(setup.kv.dtype);
         let profile = places.kernel_profile(LOCAL, threads(self.memory)?, setup.weights)?;
         let gpu: Gpu =

@@ -203,13 +203,7 @@ impl Configuration {
 /// A model by name: built in, the user's, fetched, or a file.
 pub fn model(places: &Places, name: &str) -> Result<Model> {
     match places.catalog.model(name) {
-        Ok(model) if model.stored.is_some() => Ok(model),
-        // What was fetched under this name says how it is stored.
-        Ok(model) => {
-            let here = located(places, name)
-                .and_then(|path| places.catalog.model(&path.display().to_string()).ok());
-            Ok(Model { stored: here.and_then(|m| m.stored), ..model })
-        }
+        Ok(model) => Ok(model),
         Err(error) => match located(places, name) {
             Some(path) => Ok(places.catalog.model(&path.display().to_string())?),
             None => Err(error.into()),

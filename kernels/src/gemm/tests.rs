@@ -198,7 +198,9 @@ fn synthetic_weights_are_uniform_and_repeat() {
             same += x.iter().zip(&z).filter(|(x, z)| x == z).count();
             sum += x.iter().map(|x| f64::from(*x)).sum::<f64>();
             square += x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
-            assert!(x.iter().all(|x| x.abs() <= 0.5001));
+            // Steps of codes are rounded to binary16, so the largest may lie a little beyond.
+            let most = if format.code_bits().is_some() { 0.5001 } else { 0.5 };
+            assert!(x.iter().all(|x| x.abs() <= most));
         }
         assert!((sum / 50_000.0).abs() < 0.005, "{sum}");
         // The variance of a uniform distribution on -1/2..1/2 is 1/12; on 16 points of it, 1/12 x 17/15.

@@ -37,7 +37,7 @@ struct Found {
 pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outcome> {
     let (kind, mut table) = preset(places, &args.policy)?;
     let model = setting::model(places, &args.model)?;
-    let setup = setting::exact_setup(&model, &args.memory)?;
+    let setup = setting::exact_setup(&args.memory)?;
     check_executable(&model, setup.weights)?;
     let (usual_context, usual_samples) = usual(&kind);
     let context = setting::tokens(args.context.as_deref().unwrap_or(usual_context), "--context")?;

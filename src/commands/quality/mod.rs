@@ -69,7 +69,7 @@ impl Variant {
 /// Measures and prints.
 pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outcome> {
     let model = setting::model(places, &args.model)?;
-    let setup = setting::exact_setup(&model, &args.memory)?;
+    let setup = setting::exact_setup(&args.memory)?;
     check_executable(&model, setup.weights)?;
     let contexts = contexts(args, &model)?;
     let (samples, questions) = (args.samples as usize, args.questions as usize);

@@ -133,6 +133,8 @@ fn a_llama_header_becomes_a_model() {
     assert_eq!(model.rope_theta, 500_000.0);
     assert_eq!(model.weight_dtype, DType::Int8);
     assert_eq!(model.not_executable, None);
+    // Nothing but an embedding says nothing of the layers.
+    assert_eq!(model.stored, None);
 }
 
 #[test]
