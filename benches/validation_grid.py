@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Validates every preset on loads that the calibration has not seen, and prints a table of the errors, by policy.
 
-    benches/validation_grid.py [--binary PATH] [--policy NAME]... [--load BATCHxISL+OSL]... [--less FILE] [--out FILE]
+    benches/validation_grid.py [--binary PATH] [--policy NAME]... [--load BATCHxISL+OSL[@SCHEDULE][~SPREAD]]... [--threads N] [--less FILE] [--out FILE]
     benches/validation_grid.py --table FILE...       # only the table, of runs that --out wrote
 
 Needs the default model, a profile of this machine (`batchmax profile`) and a quiet machine. Loads are the outer loop, so that
@@ -51,6 +51,22 @@ def table(runs):
     time, paced = (f"{median(runs, key):.1%}, nine of ten within {nine_of_ten(runs, key):.1%}" for key in ("total_error", "error_at_pace"))
     print(f"\n{len(runs)} runs: error of the time, median {time}; at the machine's pace {paced}; "
           f"of the process's memory {median(runs, 'memory_error'):.1%}.")
+    kinds(runs)
+
+
+def kinds(runs):
+    """Errors of each kind of op, over the runs in which it takes 1 % of the time or more."""
+    errors = {}
+    for run in runs:
+        rows = run["comparison"]["rows"]
+        total = sum(row["measured"] for row in rows)
+        for row in rows:
+            if row["measured"] >= 0.01 * total:
+                errors.setdefault((row["phase"], row["family"]), []).append(row["error"])
+    print("\n| phase | kind of op | runs | median error | nine of ten within |\n|---|---|---|---|---|")
+    for (phase, family), own in sorted(errors.items(), key=lambda e: -len(e[1])):
+        sizes = sorted(map(abs, own))
+        print(f"| {phase} | {family} | {len(own)} | {statistics.median(sizes):.1%} | {sizes[int(0.9 * (len(sizes) - 1))]:.1%} |")
 
 
 def batchmax(*arguments):
@@ -63,11 +79,13 @@ def batchmax(*arguments):
 def validated(policies):
     out = open(options.out, "a") if options.out else None
     types = ["--weight-dtype", options.weight_dtype] if options.weight_dtype else []
+    types += ["--threads", options.threads] if options.threads else []
     for load in options.load or LOADS:
-        batch, isl, osl = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", load).groups()
+        batch, isl, osl, schedule, spread = re.fullmatch(r"(\d+)x(\d+)\+(\d+)(?:@([^~]+))?(?:~(.+))?", load).groups()
+        more = [*(["--schedule", schedule] if schedule else []), *(["--osl-spread", spread] if spread else [])]
         for policy in policies:
             preset = options.less if policy == "less" else policy
-            found = batchmax("validate", "--policy", preset, "--batch", batch, "--isl", isl, "--osl", osl, "--tolerance", "10", *types)
+            found = batchmax("validate", "--policy", preset, "--batch", batch, "--isl", isl, "--osl", osl, "--tolerance", "10", *types, *more)
             run = {"policy": policy, "load": load, **found}
             print(f"{policy:34} {load:>12}  time {run['total_error']:+7.1%}  at its pace {run['error_at_pace']:+7.1%}", file=sys.stderr)
             if out:
@@ -80,6 +98,7 @@ options.add_argument("--binary", default="target/release/batchmax")
 options.add_argument("--policy", action="append")
 options.add_argument("--load", action="append")
 options.add_argument("--weight-dtype", help="type of the weights; it needs a profile of its own")
+options.add_argument("--threads", help="CPU threads; their number needs a profile of its own")
 options.add_argument("--less", metavar="FILE", help="the preset that `prepare less` wrote; without it LESS is passed over")
 options.add_argument("--out", help="file to which the runs are added, one JSON object a line")
 options.add_argument("--table", nargs="+", metavar="FILE", help="print what --out wrote as a table, and run nothing")

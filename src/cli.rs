@@ -106,6 +106,9 @@ pub struct ConfigArgs {
     /// Generated tokens of each sequence
     #[arg(long, default_value = "256")]
     pub osl: String,
+    /// How far the lengths of answers lie apart: they are spread evenly from this share below --osl to as much above it
+    #[arg(long, value_name = "SHARE", default_value = "0")]
+    pub osl_spread: String,
     /// First tokens of each prompt that a cache holds from an earlier request (prefix caching): tokens or a share (4k, 75%).
     /// Only the others are read
     #[arg(long, value_name = "TOKENS|SHARE", default_value = "0")]
@@ -117,7 +120,8 @@ pub struct ConfigArgs {
     pub placement: PlacementArgs,
     #[command(flatten)]
     pub memory: MemoryArgs,
-    /// static, staggered, staggered:N
+    /// static (read together, then generate together), staggered (read one prompt after another), staggered:N (N at a time),
+    /// continuous (requests join and leave; each place of the batch serves 4 in turn), continuous:N (N in turn)
     #[arg(long, default_value = "static")]
     pub schedule: String,
 }
@@ -176,6 +180,9 @@ pub struct PlanArgs {
     /// Generated tokens of each sequence
     #[arg(long, default_value = "256")]
     pub osl: String,
+    /// How far the lengths of answers lie apart: they are spread evenly from this share below --osl to as much above it
+    #[arg(long, value_name = "SHARE", default_value = "0")]
+    pub osl_spread: String,
     /// First tokens of each prompt that a cache holds from an earlier request (prefix caching): tokens or a share (4k, 75%).
     /// Only the others are read
     #[arg(long, value_name = "TOKENS|SHARE", default_value = "0")]
@@ -240,6 +247,9 @@ pub struct WhatIfArgs {
     /// Generated tokens: a value, a list or a range
     #[arg(long, default_value = "256")]
     pub osl: String,
+    /// How far the lengths of answers lie apart: they are spread evenly from this share below --osl to as much above it
+    #[arg(long, value_name = "SHARE", default_value = "0")]
+    pub osl_spread: String,
     /// First tokens of each prompt that a cache holds from an earlier request (prefix caching): tokens or a share (4k, 75%).
     /// Only the others are read
     #[arg(long, value_name = "TOKENS|SHARE", default_value = "0")]

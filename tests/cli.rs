@@ -8,6 +8,19 @@ use std::process::Command;
 use common::{LLAMA_ON_H100, Place, Ran, document, records, refuses, run};
 
 #[test]
+fn a_continuous_schedule_beats_a_static_one_where_answers_differ() {
+    let rate = |schedule: &str| {
+        let args = format!(
+            "what-if {LLAMA_ON_H100} --isl 2k --osl 256 --osl-spread 80% --batch 8 --schedule {schedule} --json"
+        );
+        let json = document(&run(&args).answered(), "what-if");
+        json["answers"][0]["metrics"]["output_tokens_per_s"].as_f64().expect("a rate")
+    };
+    // A static batch waits for its longest answer.
+    assert!(rate("continuous:16") > 1.1 * rate("static"));
+}
+
+#[test]
 fn help_leads_to_every_command_and_states_the_exit_codes() {
     let help = run("--help").answered();
     for verb in [
@@ -246,6 +259,8 @@ fn quantities_that_can_not_be_are_refused() {
         ("--memory 99999999999T", "--memory: \"99999999999T\" is not a size"),
         ("--kv-memory=-5MB", "--kv-memory: \"-5MB\" is not a size"),
         ("--schedule sometimes", "--schedule: \"sometimes\" is not a schedule; known: static"),
+        ("--schedule continuous:0", "a place serves 1 to 1024 requests"),
+        ("--osl-spread 100%", "--osl-spread: expected a share below 1"),
         ("--schedule staggered:0", "--schedule: \"staggered:0\" is not a schedule"),
         ("--policy batch-max:budget=0", "expected tokens (512, 4k), a share"),
         ("--policy batch-max:budget=NaN", "expected tokens (512, 4k), a share"),

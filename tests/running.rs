@@ -31,6 +31,35 @@ fn a_small_model_runs_and_reports_what_it_measured() {
 }
 
 #[test]
+fn requests_join_and_leave_under_a_budget_of_bytes() {
+    let place = Place::with_tiny();
+    let more = ["--batch", "2", "--schedule", "continuous:3", "--osl-spread", "50%", "--json"];
+    let args = [&["--isl", "64", "--osl", "8"], &more[..]].concat();
+    let json = document(&run(&place, &args).answered(), "run");
+    assert_eq!((&json["batch"], &json["requests"]), (&2.into(), &6.into()));
+    let lengths = |json: &serde_json::Value| -> Vec<usize> {
+        let generated = json["generated"].as_array().expect("a list");
+        generated.iter().map(|g| g.as_array().map_or(0, Vec::len)).collect()
+    };
+    let lengths = lengths(&json);
+    assert!(lengths.len() == 6 && lengths.iter().all(|n| (4..=12).contains(n)), "{lengths:?}");
+    // Two sequences of up to 75 tokens, 3 blocks of 32 each, whoever they are.
+    assert_eq!(json["kv_decode_peak_bytes"], 2 * 2 * 2 * 2 * 16 * 2 * 96);
+    // Prompts of their own lengths join by bytes: 2 blocks, 1 and 1 fit in 3 at no time together.
+    place.write("ids.json", &format!("[{:?}, [1], [2]]", vec![3; 40]));
+    let ids = ["--ids", "ids.json", "--osl", "3", "--schedule", "continuous", "--json"];
+    let block = 2 * 2 * 2 * 16 * 2 * 32;
+    let budget = format!("{}", 3 * block);
+    let json =
+        document(&run(&place, &[&ids[..], &["--kv-memory", &budget]].concat()).answered(), "run");
+    assert_eq!(json["kv_peak_bytes"], 3 * block);
+    assert_eq!(json["generated"].as_array().map(Vec::len), Some(3));
+    let refused = run(&place, &["--isl", "8", "--prefix-hit", "4", "--schedule", "continuous"]);
+    let refused = refused.refused();
+    assert!(refused.contains("a continuous schedule starts with empty caches"), "{refused}");
+}
+
+#[test]
 fn a_prefix_read_first_changes_no_token() {
     let place = Place::with_tiny();
     let run = |more: &[&str]| {

@@ -127,7 +127,7 @@ pub fn load_of(prompts: &[Vec<u32>], osl: Tokens, schedule: Schedule) -> Load {
             _ => groups.push(Group { sequences: 1, isl, osl, hit: 0 }),
         }
     }
-    Load { groups, schedule }
+    Load::new(groups, schedule)
 }
 
 impl Engine {
@@ -174,7 +174,7 @@ impl Engine {
         let (total, _) = program.steps();
         let (mut done, mut phase) = (0usize, Phase::Prefill);
         let mut peaks = [Bytes(0); 2];
-        let mut kept = None;
+        let mut kept: Vec<Option<Kept>> = vec![None; prompts.len()];
         let mut after_prefill = None;
         let ended = program.visit_steps(|view| {
             if stop.load(Ordering::Relaxed) {
@@ -193,7 +193,7 @@ impl Engine {
                         interpreter.copy_sequence(to % n as usize, to)?;
                     }
                 }
-                kept.get_or_insert_with(|| self.kept(&interpreter, options));
+                note_kept(&interpreter, options, &mut kept);
                 if view.pass.phase == Phase::Decode {
                     after_prefill = Some(interpreter.kv.held());
                 }
@@ -224,7 +224,7 @@ impl Engine {
             Ok(()) | Err(Ended::Early) => {}
             Err(Ended::Error(error)) => return Err(error),
         }
-        let kept = kept.unwrap_or_else(|| self.kept(&interpreter, options));
+        note_kept(&interpreter, options, &mut kept);
         let kv_after_prefill = after_prefill.unwrap_or_else(|| interpreter.kv.held());
         let tier = interpreter.tier.as_ref().map(Tier::used).unwrap_or_default();
         let sequences = finish(interpreter.sequences, kept, &options.stop_tokens);
@@ -434,15 +434,21 @@ impl Engine {
             None => Err(ExecError::MissingStateMaps { model: self.model.name.clone() }),
         }
     }
-
-    fn kept(&self, interpreter: &Interpreter<'_>, options: &RunOptions) -> Vec<Option<Kept>> {
-        (0..interpreter.sequences.len())
-            .map(|s| options.keep_details.then(|| interpreter.kv.kept(s)))
-            .collect()
-    }
 }
 
 type Kept = Vec<Vec<Vec<Tokens>>>;
+
+/// Notes what is cached of prompts that have been read since the last time.
+fn note_kept(interpreter: &Interpreter<'_>, options: &RunOptions, kept: &mut [Option<Kept>]) {
+    if !options.keep_details {
+        return;
+    }
+    for (index, (sequence, kept)) in interpreter.sequences.iter().zip(kept).enumerate() {
+        if kept.is_none() && !sequence.generated.is_empty() {
+            *kept = Some(interpreter.kv.kept(index));
+        }
+    }
+}
 
 /// Refuses copies of what was not read.
 fn check_read_once(

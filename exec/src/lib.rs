@@ -22,6 +22,7 @@ pub mod interpreter;
 pub mod kv_store;
 pub mod load;
 pub mod machine;
+pub mod nodes;
 pub mod observe;
 pub mod profile;
 pub mod quality;

@@ -32,7 +32,7 @@ fn every_preset_runs_and_holds_what_is_predicted() {
     // Two sequences of 600 tokens and one of 450: budgets of a quarter hold windows of 64.
     let groups =
         [(2, 600), (1, 450)].map(|(sequences, isl)| Group { sequences, isl, osl: 40, hit: 0 });
-    let load = Load { groups: groups.to_vec(), schedule: Schedule::Static };
+    let load = Load::new(groups.to_vec(), Schedule::Static);
     let prompts = [600, 600, 450].map(|n| made_up(n, n as u32 + 3, 512));
     let names = catalog.policy_names();
     assert!(names.len() > 20, "{names:?}");

@@ -21,7 +21,9 @@ pub fn explain(model: &Model, program: &Program) -> String {
         load.sequences(),
         load.schedule
     );
-    for group in &load.groups {
+    /// Groups that are listed one by one.
+    const LISTED: usize = 8;
+    for group in load.groups.iter().take(LISTED) {
         let cached = match group.hit {
             0 => String::new(),
             hit => format!(", the first {hit} cached"),
@@ -31,6 +33,10 @@ pub fn explain(model: &Model, program: &Program) -> String {
             "  {} x ({} prompt + {} generated tokens{cached})",
             group.sequences, group.isl, group.osl
         );
+    }
+    if load.groups.len() > LISTED {
+        let (more, tokens) = (load.groups.len() - LISTED, load.output_tokens());
+        let _ = writeln!(out, "  and {more} more groups; {tokens} generated tokens in all");
     }
     let _ = writeln!(
         out,

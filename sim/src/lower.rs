@@ -17,6 +17,7 @@ use crate::units::Tokens;
 mod ahead;
 mod blend;
 mod classes;
+mod continuous;
 mod emit;
 mod ops;
 mod prefix;
@@ -67,6 +68,12 @@ pub enum LowerError {
         /// Its limit.
         context: Tokens,
     },
+    /// Sequences that wait would hold their prefixes all the while.
+    #[error(
+        "a continuous schedule starts with empty caches: which of the waiting requests' prefixes stay cached is not planned; \
+         hint: leave --prefix-hit out, or --schedule staggered"
+    )]
+    HitWhileWaiting,
     /// More sequences than an index can count.
     #[error("{0} sequences are more than a batch can hold; hint: lower --batch")]
     TooManySequences(u64),
@@ -144,6 +151,10 @@ pub fn lower(
         let request = Request::new(model, group.isl, setup.kv.dtype);
         check_with_prefix(policy, &request.with_hit(group.hit))?;
     }
+    if matches!(load.schedule, Schedule::Continuous { .. }) && load.groups.iter().any(|g| g.hit > 0)
+    {
+        return Err(LowerError::HitWhileWaiting);
+    }
     let mut lowering = Lowering::new(model, policy, setup);
     let (held, nodes) = lowering.run(load);
     Ok(Program { header: header(model, policy, load, setup, held), nodes })
@@ -218,6 +229,8 @@ struct Lowering<'a> {
     setup: Setup,
     token_bytes: u64,
     classes: Vec<Class>,
+    /// Whether others run on, or begin, when a sequence has its answer: it then gives its caches back.
+    others_follow: bool,
     // Lists that each pass fills anew.
     verbs: Vec<Verb>,
     probe: Vec<Verb>,
@@ -233,6 +246,7 @@ impl<'a> Lowering<'a> {
             setup,
             token_bytes: Request::new(model, 0, setup.kv.dtype).token_bytes,
             classes: classes(model, policy, setup),
+            others_follow: false,
             verbs: Vec::new(),
             probe: Vec::new(),
             spoken: Vec::new(),
@@ -273,8 +287,13 @@ impl<'a> Lowering<'a> {
                     self.prefill_staggered(sequences, prefill_batch.max(1), &mut nodes);
                 }
             }
+            Schedule::Continuous { .. } => {
+                self.continuous(all, load.admission, &mut nodes);
+                return (held, nodes);
+            }
         }
-        self.decode(&mut all, &mut nodes);
+        self.look_ahead(&mut all, &mut nodes);
+        while self.decode_to_an_end(&mut all, &mut nodes) {}
         (held, nodes)
     }
 
@@ -328,7 +347,8 @@ impl<'a> Lowering<'a> {
             if equal_steps > 0 {
                 self.stretch(all, &active, Phase::Prefill, equal_steps, nodes);
             } else {
-                self.emit(all, &active, Phase::Prefill, 1, false, nodes);
+                // Answers of one token end here.
+                self.emit(all, &active, Phase::Prefill, 1, self.others_follow, nodes);
             }
             let steps = equal_steps.max(1);
             for a in &active {
@@ -341,47 +361,44 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    /// Generates until every sequence has its answer; the first token came from the prefill.
-    fn decode(&mut self, all: &mut [Sequences], nodes: &mut Vec<Node>) {
-        self.look_ahead(all, nodes);
-        loop {
-            let mut active: Vec<Active> = all
-                .iter()
-                .enumerate()
-                .filter(|(_, s)| s.generated < s.osl)
-                .map(|(index, _)| Active {
-                    index,
-                    rows: 1,
-                    prompt_read: true,
-                    comparing: Comparing::Never,
-                    ahead: self.ahead(),
-                })
-                .collect();
-            let Some(steps) =
-                active.iter().map(|a| all[a.index].osl - all[a.index].generated).min()
-            else {
-                return;
-            };
-            let some_stay =
-                active.iter().any(|a| all[a.index].osl - all[a.index].generated > steps);
-            // Where some sequences go on, the step that ends the others is one of its own: it releases their caches.
-            let mut left = steps - u32::from(some_stay);
-            while left > 0 {
-                let alike = self.compare(all, &mut active).min(left);
-                self.stretch(all, &active, Phase::Decode, alike, nodes);
-                for a in &active {
-                    all[a.index].generated += alike;
-                }
-                left -= alike;
+    /// Generates until the next sequences have their answers; the first token came from the prefill. Whether any were left.
+    fn decode_to_an_end(&mut self, all: &mut [Sequences], nodes: &mut Vec<Node>) -> bool {
+        let mut active: Vec<Active> = all
+            .iter()
+            .enumerate()
+            .filter(|(_, s)| s.generated < s.osl)
+            .map(|(index, _)| Active {
+                index,
+                rows: 1,
+                prompt_read: true,
+                comparing: Comparing::Never,
+                ahead: self.ahead(),
+            })
+            .collect();
+        let Some(steps) = active.iter().map(|a| all[a.index].osl - all[a.index].generated).min()
+        else {
+            return false;
+        };
+        let others_follow = self.others_follow
+            || active.iter().any(|a| all[a.index].osl - all[a.index].generated > steps);
+        // Where others go on, the step that ends these is one of its own: it releases their caches.
+        let mut left = steps - u32::from(others_follow);
+        while left > 0 {
+            let alike = self.compare(all, &mut active).min(left);
+            self.stretch(all, &active, Phase::Decode, alike, nodes);
+            for a in &active {
+                all[a.index].generated += alike;
             }
-            if some_stay {
-                self.compare(all, &mut active);
-                self.emit(all, &active, Phase::Decode, 1, true, nodes);
-                for a in &active {
-                    all[a.index].generated += 1;
-                }
+            left -= alike;
+        }
+        if others_follow {
+            self.compare(all, &mut active);
+            self.emit(all, &active, Phase::Decode, 1, true, nodes);
+            for a in &active {
+                all[a.index].generated += 1;
             }
         }
+        true
     }
 
     /// `left` steps with the same rows: quiet steps fold into passes, periods into loops.

@@ -296,6 +296,7 @@ mod tests {
             policy: &policy,
             isl: 2048,
             osl: 256,
+            spread: Default::default(),
             hit: Default::default(),
             schedule: Schedule::Static,
         };
@@ -317,6 +318,7 @@ mod tests {
             policy: &policy,
             isl: 64,
             osl: 16,
+            spread: Default::default(),
             hit: Default::default(),
             schedule: Schedule::Static,
         };

@@ -55,10 +55,8 @@ fn probe(
 ) -> Probe {
     let mut shallow = model.clone();
     shallow.layers = layers.min(model.layers);
-    let load = Load {
-        groups: vec![Group { sequences, isl: resident + rows, osl: 2, hit: 0 }],
-        schedule: Schedule::Static,
-    };
+    let group = Group { sequences, isl: resident + rows, osl: 2, hit: 0 };
+    let load = Load::new(vec![group], Schedule::Static);
     let program = lower_pass(&shallow, policy, &load, setup, phase, rows, resident);
     let work = f64::from(sequences) * f64::from(rows) * f64::from(shallow.layers);
     Probe { program, resident, weight: work * (1.0 + f64::from(resident + rows) / 4000.0) + 20.0 }
@@ -109,7 +107,7 @@ fn short_run(
     (sequences, isl): (u32, Tokens),
 ) -> Option<Probe> {
     let group = Group { sequences, isl, osl: 5, hit: 0 };
-    let load = Load { groups: vec![group], schedule: Schedule::Static };
+    let load = Load::new(vec![group], Schedule::Static);
     let program = lower(model, policy, &load, setup).ok()?;
     let work = f64::from(sequences) * f64::from(isl) * f64::from(model.layers);
     Some(Probe { program, resident: 0, weight: work * (1.0 + f64::from(isl) / 4000.0) + 20.0 })

@@ -447,10 +447,8 @@ impl Deployment<'_> {
     /// One generating step of `running` sequences, and what reading one prompt adds to the steps it rides on.
     fn step(&self, running: f64, isl: Tokens, osl: Tokens, prompt: Reading) -> Parts {
         let sequences = running.round().max(1.0) as u32;
-        let group = |sequences| Load {
-            groups: vec![Group { sequences, isl, osl, hit: 0 }],
-            schedule: Schedule::Static,
-        };
+        let group =
+            |sequences| Load::new(vec![Group { sequences, isl, osl, hit: 0 }], Schedule::Static);
         let resident = isl.saturating_add(osl / 2);
         let generating = lower_pass(
             self.model,

@@ -127,7 +127,8 @@ impl Timeline {
         SIGMAS_90 * (ops / time).hypot(self.common)
     }
 
-    /// The weakest source among the spans that take at least 1 % of the time (a guess about nothing changes nothing).
+    /// The weakest source that matters: it and weaker ones are behind at least 1 % of the time (a guess about nothing changes
+    /// nothing).
     #[must_use]
     pub fn weakest_source(&self) -> Source {
         self.weakest_source_of(self.total())
@@ -135,12 +136,23 @@ impl Timeline {
 
     /// The same where the total is known.
     pub(crate) fn weakest_source_of(&self, Seconds(total): Seconds) -> Source {
-        self.spans
-            .iter()
-            .filter(|s| s.time.0 >= 0.01 * total)
-            .map(|s| s.source)
-            .max()
-            .unwrap_or_default()
+        const WEAKEST_FIRST: [Source; 5] = [
+            Source::Roofline,
+            Source::Extrapolated,
+            Source::Interpolated,
+            Source::Measured,
+            Source::Run,
+        ];
+        let mut times = [0.0; WEAKEST_FIRST.len()];
+        for span in &self.spans {
+            times[span.source as usize] += span.time.0;
+        }
+        let mut sum = 0.0;
+        let matters = |source: &Source| {
+            sum += times[*source as usize];
+            sum > 0.0 && sum >= 0.01 * total
+        };
+        WEAKEST_FIRST.into_iter().find(matters).unwrap_or_default()
     }
 
     /// The family and phase in which most of the time goes, with its share; `host` is the time of steps that no op accounts

@@ -68,6 +68,7 @@ impl Run {
             policy: preset.policy.as_ref(),
             isl: self.isl,
             osl: self.osl,
+            spread: Default::default(),
             hit: self.hit,
             schedule: self.schedule,
         };
@@ -202,7 +203,7 @@ proptest! {
         let preset = Preset::parse(&Catalog::built_in(), &run.policy).expect("a policy");
         let (isl, osl, schedule) = (run.isl, run.osl, run.schedule);
         let policy = preset.policy.as_ref();
-        let case = Case { placement: &placement, policy, isl, osl, hit: run.hit, schedule };
+        let case = Case { placement: &placement, policy, isl, osl, spread: Default::default(), hit: run.hit, schedule };
         let (largest, over) = case.largest_batch(1 << 16).expect("it lowers");
         let cost = run.cost(&placement);
         if largest > 0 {

@@ -70,6 +70,7 @@ fn found(hosts: &[Host], policies: &[&str], change: impl FnOnce(&mut Query<'_>))
         gpus: 1,
         isl: 64,
         osl: 17,
+        spread: Default::default(),
         hit: Default::default(),
         slo: Slo::default(),
         policies: &policies,

@@ -118,7 +118,7 @@ fn a_sequence_that_ends_leaves_the_shared_prefix_to_others() {
         Group { sequences: 2, isl: 100, osl: 5, hit: 32 },
         Group { sequences: 1, isl: 40, osl: 20, hit: 32 },
     ];
-    let load = Load { groups, schedule: Schedule::Static };
+    let load = Load::new(groups, Schedule::Static);
     let program = program("full", &load, setup(16, true));
     // At the end the two are gone but for their prefix; the third holds 40 + 19 tokens, in four blocks.
     assert_eq!(kv_trace(&program).last(), Some(&Bytes((32 + 64) * KV)));

@@ -185,7 +185,7 @@ fn ragged_batches_release_what_is_done() {
         Group { sequences: 2, isl: 100, osl: 5, hit: 0 },
         Group { sequences: 1, isl: 40, osl: 20, hit: 0 },
     ];
-    let load = Load { groups, schedule: Schedule::Static };
+    let load = Load::new(groups, Schedule::Static);
     let program = program(&Full::default(), &load, 1);
     let trace = kv_trace(&program);
     assert_eq!(trace.len() as u64, program.steps().0);

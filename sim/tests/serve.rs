@@ -239,6 +239,7 @@ fn whole_runs_and_programs_agree() {
             policy: preset.policy.as_ref(),
             isl: 1024,
             osl: 64,
+            spread: Default::default(),
             hit: Hit::default(),
             schedule: Schedule::Static,
         };

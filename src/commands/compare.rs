@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use batchmax_exec::RunOptions;
 use batchmax_exec::fetch;
 use batchmax_exec::weights::check_executable;
-use batchmax_sim::load::{Hit, Schedule};
+use batchmax_sim::load::{Hit, Schedule, Spread};
 use batchmax_sim::metrics::Metrics;
 use batchmax_sim::plan::LARGEST_BATCH;
 use batchmax_sim::policy::Preset;
@@ -43,6 +43,7 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
     prepare(places, args, &memory, global)?;
     let (configurations, chosen) = choose(places, args, &memory)?;
     let first = &configurations[0];
+    let threads = local::threads(&memory)?;
     let (weights, checkpoint) = local::weights(
         places,
         &args.model,
@@ -51,7 +52,7 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
         first.host.placement.setup,
         global,
     )?;
-    let engine = local::engine(first.model(), weights, setting::threads(&memory)?);
+    let engine = local::engine(first.model(), weights, threads);
     let mut rows = Vec::new();
     for (configuration, (name, batch)) in configurations.iter().zip(&chosen) {
         let prompts =
@@ -125,6 +126,7 @@ fn choose(places: &Places, args: &CompareArgs, memory: &MemoryArgs) -> Result<Ch
             preset: Preset::parse(&places.catalog, policy)?,
             isl: setting::tokens(&args.isl, "--isl")?,
             osl: setting::tokens(&args.osl, "--osl")?,
+            spread: Spread::default(),
             hit: Hit::default(),
             batch: None,
             schedule: Schedule::Static,

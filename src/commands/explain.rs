@@ -39,7 +39,8 @@ pub fn run(places: &Places, args: &ConfigArgs, global: &Global) -> Result<Outcom
         setting::tokens(&args.osl, "--osl")?,
         schedule,
     )
-    .with_hit(setting::hit(&args.prefix_hit)?);
+    .with_hit(setting::hit(&args.prefix_hit)?)
+    .with_spread(setting::spread(&args.osl_spread)?);
     let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
     let memory = match &placement {
         Some(placement) => placement.footprint(&program),
@@ -74,7 +75,8 @@ fn document(program: &Program, memory: &Footprint) -> String {
         "model": header.model,
         "policy": header.policy,
         "schedule": header.load.schedule.to_string(),
-        "batch": header.load.sequences(),
+        "batch": header.load.batch(),
+        "requests": header.load.sequences(),
         "prefix_hit": header.load.groups.first().map_or(0, |g| g.hit),
         "passes": passes,
         "memory": json::footprint(memory),

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::load::Checkpoint;
-use batchmax_exec::machine;
+use batchmax_exec::{machine, nodes};
 use batchmax_exec::weights::Weights;
 use batchmax_exec::{Engine, RunOptions, RunResult, fetch};
 
 use batchmax_sim::cost::predict;
+use batchmax_sim::load::Load;
 use batchmax_sim::lower::Setup;
 use batchmax_sim::memory::{Footprint, kv_peaks, kv_spread};
 use batchmax_sim::op::DType;
@@ -21,9 +22,9 @@ use batchmax_sim::timeline::Timeline;
 use batchmax_sim::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::cli::Global;
+use crate::cli::{Global, MemoryArgs};
 use crate::report::remark;
-use crate::setting::{Configuration, Places};
+use crate::setting::{self, Configuration, Places};
 
 /// English prose for prompts that nobody gave: public domain, see its head.
 const PROSE: &str = include_str!("../../profiles/text/prose.txt");
@@ -57,6 +58,17 @@ pub fn bar(global: &Global, total: u64, what: &str) -> ProgressBar {
     }
     bar.set_message(what.to_owned());
     bar
+}
+
+/// Threads of a run. Where the machine has several memory nodes, this thread and those to come stay on one that has cores
+/// enough: to be called before weights are read, so that they lie there.
+pub fn threads(memory: &MemoryArgs) -> Result<usize> {
+    let threads = setting::threads(memory)?;
+    if let Some(cpus) = nodes::node_for(&nodes::nodes(), threads) {
+        // Where the system refuses, the run is slower, not wrong.
+        nodes::stay_on(cpus);
+    }
+    Ok(threads)
 }
 
 /// Where a model's weights are, if they are here.
@@ -132,6 +144,20 @@ pub fn prompts(
     Ok(prompts)
 }
 
+/// Sequences of a program, those that wait included.
+pub fn requests(program: &Program) -> u32 {
+    u32::try_from(program.header.load.sequences()).unwrap_or(u32::MAX)
+}
+
+/// How many requests share the places of a batch, where some wait.
+pub fn in_turn(load: &Load) -> String {
+    if load.sequences() > load.batch() {
+        format!(" ({} requests)", load.sequences())
+    } else {
+        String::new()
+    }
+}
+
 /// The engine of a configuration.
 pub fn engine(model: &Model, weights: Weights, threads: usize) -> Engine {
     Engine::new(model.clone(), weights, threads)
@@ -159,7 +185,7 @@ pub fn check_memory(configuration: &Configuration, program: &Program) -> Result<
     if let Some(over) = configuration.case().over(&needed) {
         bail!(
             "batch {} does not fit: {over}; hint: --batch max takes the largest that fits",
-            program.header.load.sequences()
+            program.header.load.batch()
         );
     }
     Ok(needed)

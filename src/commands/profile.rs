@@ -60,7 +60,7 @@ pub fn measure(
     path: &Path,
     global: &Global,
 ) -> Result<KernelProfile> {
-    let threads = setting::threads(memory)?;
+    let threads = local::threads(memory)?;
     let mut model = setting::model(places, wanted.model)?;
     let policies = wanted
         .policies

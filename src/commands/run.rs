@@ -7,7 +7,7 @@ use batchmax_exec::load::Checkpoint;
 use batchmax_exec::tier::TierPlace;
 use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_exec::{Engine, RunOptions, RunResult, Sampling, load_of};
-use batchmax_sim::load::Load;
+use batchmax_sim::load::{Admission, Load};
 use batchmax_sim::lower::{lower, lower_prefix};
 use batchmax_sim::memory::{kv_peaks, offloaded};
 use batchmax_sim::plan::{LARGEST_BATCH, largest};
@@ -69,6 +69,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     };
     let schedule = setting::schedule(&config.schedule)?;
     let hit = setting::hit(&config.prefix_hit)?;
+    let spread = setting::spread(&config.osl_spread)?;
     let limited = budget.is_some() || config.memory.memory.is_some();
     let batch = match setting::batch(&config.batch)? {
         Some(batch) => batch,
@@ -76,7 +77,8 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         None if !limited || args.prompt.is_some() || args.ids.is_some() => 1,
         None => {
             let why_not = |batch| {
-                let load = Load::uniform(batch, isl, osl, schedule).with_hit(hit);
+                let load =
+                    Load::uniform(batch, isl, osl, schedule).with_hit(hit).with_spread(spread);
                 let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
                 Ok::<_, anyhow::Error>(refuse(args, &model, &program, budget).err())
             };
@@ -86,12 +88,21 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             }
         }
     };
-    let given = given_prompts(args, checkpoint.as_ref(), batch)?;
+    let requests = schedule.requests(batch).unwrap_or(u32::MAX);
+    let given = given_prompts(args, checkpoint.as_ref(), requests)?;
     let load = match &given {
-        Some(prompts) => load_of(prompts, osl, schedule),
+        Some(prompts) => {
+            let mut load = load_of(prompts, osl, schedule);
+            // Prompts of their own lengths join by what each will need.
+            let places =
+                if args.ids.is_some() { setting::batch(&config.batch)? } else { Some(batch) };
+            load.admission = Admission { places, kv: budget };
+            load
+        }
         None => Load::uniform(batch, isl, osl, schedule),
     }
-    .with_hit(hit);
+    .with_hit(hit)
+    .with_spread(spread);
     let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
     let prefix = lower_prefix(&model, preset.policy.as_ref(), &load, setup);
     refuse(args, &model, &program, budget)?;
@@ -99,11 +110,12 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     local::check_prefix(prefix.as_ref(), budget)?;
     let prompts = match given {
         Some(prompts) => prompts,
-        None => local::prompts(checkpoint.as_ref(), &model, batch, isl)?,
+        None => local::prompts(checkpoint.as_ref(), &model, local::requests(&program), isl)?,
     };
+    let threads = local::threads(&config.memory)?;
     let (weights, _): (Weights, _) =
         local::weights(places, &config.model, &args.weights.weights, &model, setup, global)?;
-    let engine = local::engine(&model, weights, setting::threads(&config.memory)?);
+    let engine = local::engine(&model, weights, threads);
     let tokenizer = match (&checkpoint, args.prompt.is_some()) {
         (Some(checkpoint), true) => Some(checkpoint.tokenizer()?),
         _ => None,
@@ -271,7 +283,8 @@ pub fn figures(program: &Program, result: &RunResult) -> Value {
     let decoded = outputs.saturating_sub(result.sequences.len());
     let rate = |tokens: f64, seconds: f64| if seconds > 0.0 { tokens / seconds } else { 0.0 };
     json!({
-        "batch": load.sequences(),
+        "batch": load.batch(),
+        "requests": load.sequences(),
         "policy": program.header.policy,
         "prefill_s": prefill,
         "decode_s": decode,
@@ -305,8 +318,13 @@ fn summary(figures: &Value) -> String {
         )
     };
     format!(
-        "batch {} · {}\n  prefill     {:>9.2} s   {:>8} tokens/s\n  decode      {:>9.2} s   {:>8} tokens/s\n  output                    {:>8} tokens/s\n  kv peak     {:>11}\n  process     {:>11}{tier}",
+        "batch {}{} · {}\n  prefill     {:>9.2} s   {:>8} tokens/s\n  decode      {:>9.2} s   {:>8} tokens/s\n  output                    {:>8} tokens/s\n  kv peak     {:>11}\n  process     {:>11}{tier}",
         figures["batch"],
+        if figures["requests"] == figures["batch"] {
+            String::new()
+        } else {
+            format!(" ({} requests)", figures["requests"])
+        },
         figures["policy"].as_str().unwrap_or(""),
         number("prefill_s"),
         table::rate(number("prefill_tok_s")),

@@ -163,6 +163,7 @@ fn predict(
         policy: preset.policy.as_ref(),
         isl: setting::tokens(&scenario.input_len, "input_len")?,
         osl: setting::tokens(&scenario.output_len, "output_len")?,
+        spread: setting::spread(&args.osl_spread)?,
         hit: setting::hit(&word(&scenario.prefix_hit, &args.prefix_hit))?,
         schedule,
     };

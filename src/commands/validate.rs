@@ -18,7 +18,7 @@ use serde_json::json;
 
 use crate::cli::{Global, ValidateArgs};
 use crate::commands::Outcome;
-use crate::commands::local::{self, Trial};
+use crate::commands::local::{self, Trial, requests};
 use crate::commands::run::figures;
 use crate::report::{answer, json, remark, table};
 use crate::setting::{self, Configuration, LOCAL, Places};
@@ -38,6 +38,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     local::check_memory(&configuration, &program)?;
     let prefix = configuration.case().prefix(batch);
     local::check_prefix(prefix.as_ref(), configuration.host.placement.limits.kv_memory)?;
+    let threads = local::threads(&args.config.memory)?;
     let (weights, checkpoint) = local::weights(
         places,
         &args.config.model,
@@ -47,10 +48,13 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         global,
     )?;
     let synthetic = weights.synthetic;
-    let prompts =
-        local::prompts(checkpoint.as_ref(), configuration.model(), batch, configuration.isl)?;
+    let prompts = local::prompts(
+        checkpoint.as_ref(),
+        configuration.model(),
+        requests(&program),
+        configuration.isl,
+    )?;
     drop(checkpoint);
-    let threads = setting::threads(&args.config.memory)?;
     let engine = local::engine(configuration.model(), weights, threads);
     let options = RunOptions {
         kv_budget: configuration.host.placement.limits.kv_memory,
@@ -165,7 +169,7 @@ impl Drift {
         let shares: Vec<f64> = (0..layers).map(share).collect();
         let policy = configuration.preset.policy.expecting(&shares, configuration.model())?;
         let case = Case { policy: policy.as_ref(), ..configuration.case() };
-        let sequences = u32::try_from(trial.program.header.load.sequences()).ok()?;
+        let sequences = u32::try_from(trial.program.header.load.batch()).ok()?;
         let program = case.program(sequences).ok()?;
         let again = predict(configuration.host.cost.as_ref(), &program);
         let expected_time = std::mem::replace(&mut trial.predicted, again).total();
@@ -289,10 +293,11 @@ fn text(
         table::percent(verdict.error_at_pace)
     );
     format!(
-        "{} · {} · batch {} · {} schedule\n\n{times}\n\n{sizes}\n{unmatched}{drifted}{paced}\n{} total time {} (tolerance {:.0} %), KV bytes {}",
+        "{} · {} · batch {}{} · {} schedule\n\n{times}\n\n{sizes}\n{unmatched}{drifted}{paced}\n{} total time {} (tolerance {:.0} %), KV bytes {}",
         trial.program.header.model,
         trial.program.header.policy,
-        load.sequences(),
+        load.batch(),
+        local::in_turn(load),
         load.schedule,
         if verdict.within { "within tolerance:" } else { "beyond tolerance:" },
         table::percent(verdict.total_error),

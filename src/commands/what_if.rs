@@ -75,6 +75,7 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
     let isls = setting::token_list(&args.isl, "--isl")?;
     let osls = setting::token_list(&args.osl, "--osl")?;
     let hit = setting::hit(&args.prefix_hit)?;
+    let spread = setting::spread(&args.osl_spread)?;
     let batches = setting::batch_list(&args.batch)?;
     let (tps, kvs) =
         (setting::tp_list(args.placement.tp.as_ref())?, setting::kv_types(&args.memory)?);
@@ -99,7 +100,7 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
             for &isl in &isls {
                 for &osl in &osls {
                     let policy = preset.policy.as_ref();
-                    let case = Case { placement, policy, isl, osl, hit, schedule };
+                    let case = Case { placement, policy, isl, osl, spread, hit, schedule };
                     for &batch in &batches {
                         lines.push(Line {
                             model: model.name.clone(),

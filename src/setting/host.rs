@@ -25,16 +25,20 @@ const CPU_BLOCK_TOKENS: u32 = 32;
 /// Share of a CPU's memory that is used where no limit is given.
 const CPU_MEMORY_SHARE: f64 = 0.9;
 
-/// Cores of this machine, or what `--threads` says.
+/// Cores of this machine (of one memory node where it has several), or what `--threads` says.
 pub fn threads(memory: &MemoryArgs) -> Result<usize> {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    #[cfg(feature = "exec")]
+    let usual = batchmax_exec::nodes::usual_threads(&batchmax_exec::nodes::nodes());
+    #[cfg(not(feature = "exec"))]
+    let usual = None;
     match memory.threads {
         Some(0) => bail!("--threads 0: at least one thread must work"),
         Some(n) if n > 4 * cores => {
             bail!("--threads {n}: this machine has {cores} cores; hint: leave --threads out")
         }
         Some(n) => Ok(n),
-        None => Ok(cores),
+        None => Ok(usual.unwrap_or(cores)),
     }
 }
 

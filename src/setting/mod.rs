@@ -6,7 +6,7 @@ mod places;
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
-use batchmax_sim::load::{Hit, Schedule};
+use batchmax_sim::load::{Hit, Schedule, Spread};
 use batchmax_sim::op::DType;
 use batchmax_sim::plan::{Case, Host, LARGEST_BATCH};
 use batchmax_sim::policy::Preset;
@@ -125,6 +125,11 @@ pub fn hit(text: &str) -> Result<Hit> {
     text.parse().map_err(|e| anyhow!("--prefix-hit: {e}"))
 }
 
+/// How far answers lie apart.
+pub fn spread(text: &str) -> Result<Spread> {
+    text.parse().map_err(|e| anyhow!("--osl-spread: {e}"))
+}
+
 /// A schedule.
 pub fn schedule(text: &str) -> Result<Schedule> {
     text.parse().map_err(|e| anyhow!("--schedule: {e}"))
@@ -138,8 +143,10 @@ pub struct Configuration {
     pub preset: Preset,
     /// Prompt tokens.
     pub isl: Tokens,
-    /// Generated tokens.
+    /// Generated tokens, the mean.
     pub osl: Tokens,
+    /// How far answers lie apart.
+    pub spread: Spread,
     /// How much of each prompt is cached.
     pub hit: Hit,
     /// The batch, or the largest that fits.
@@ -159,6 +166,7 @@ impl Configuration {
             host: wanted.host(places)?,
             isl: tokens(&args.isl, "--isl")?,
             osl: tokens(&args.osl, "--osl")?,
+            spread: spread(&args.osl_spread)?,
             hit: hit(&args.prefix_hit)?,
             batch: batch(&args.batch)?,
             schedule,
@@ -178,6 +186,7 @@ impl Configuration {
             policy: self.preset.policy.as_ref(),
             isl: self.isl,
             osl: self.osl,
+            spread: self.spread,
             hit: self.hit,
             schedule: self.schedule,
         }

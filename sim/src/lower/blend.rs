@@ -25,10 +25,8 @@ pub(super) fn chunks(
     }
     lengths.sort_unstable();
     lengths.dedup();
-    let alone = |isl| Load {
-        groups: vec![Group { sequences: 1, isl, osl: 1, hit: 0 }],
-        schedule: Schedule::Static,
-    };
+    let alone =
+        |isl| Load::new(vec![Group { sequences: 1, isl, osl: 1, hit: 0 }], Schedule::Static);
     // Nothing about a plain prompt is refused.
     (lengths.into_iter())
         .filter_map(|isl| lower(model, &Full::default(), &alone(isl), setup).ok())

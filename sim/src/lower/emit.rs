@@ -59,7 +59,7 @@ impl Lowering<'_> {
     }
 
     /// Lanes of the active sequences with their rows and the cache before the op.
-    fn lanes(
+    pub(super) fn lanes(
         &self,
         all: &[Sequences],
         active: &[Active],
@@ -112,13 +112,14 @@ impl Lowering<'_> {
             self.stay.push(left);
             self.merge(&mut spoken, &verbs[..split], s, step.rows);
             self.merge(&mut late, &verbs[split..], s, step.rows);
-            if release && s.generated + 1 == s.osl {
+            if release && a.prompt_read && s.generated + 1 == s.osl {
                 let (kind, length) = (OpKind::Release { heads }, Length::settled(left));
                 let verb = Verb { name: "release", kind, length, keep: s.shared[class] };
                 self.merge(&mut late, &[verb], s, step.rows);
                 let fetched = self.policy.prefetches(self.model).map(|p| p.tokens);
                 let copied = self.policy.refreshes(s.isl, self.model).map(|r| r.tokens);
-                if let Some(keep) = fetched.or(copied) {
+                // Beside an answer of one token there was no partial cache.
+                if let Some(keep) = fetched.or(copied).filter(|_| s.osl > 1) {
                     let kind = OpKind::ReleasePart { heads };
                     let verb = Verb { name: "release_part", kind, length, keep };
                     self.merge(&mut late, &[verb], s, step.rows);
@@ -162,7 +163,7 @@ impl Lowering<'_> {
     ) {
         let Class { heads, window, layers, .. } = self.classes[class];
         if phase == Phase::Decode {
-            let otherwise = self.attend_part(all, active, class, &seen);
+            let otherwise = self.attend_part(all, active, class);
             if let Some(part) = otherwise.or_else(|| self.attend_ahead(all, active, class)) {
                 ops.extend(part);
                 return;

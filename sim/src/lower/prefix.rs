@@ -35,7 +35,7 @@ pub fn lower_prefix(
         }
         first += group.sequences;
     }
-    let load = Load { groups, schedule: Schedule::Staggered { prefill_batch: 1 } };
+    let load = Load::new(groups, Schedule::Staggered { prefill_batch: 1 });
     (!nodes.is_empty())
         .then(|| Program { header: header(model, policy, &load, setup, Vec::new()), nodes })
 }

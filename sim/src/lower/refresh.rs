@@ -16,17 +16,21 @@ pub(super) enum Comparing {
 }
 
 impl Lowering<'_> {
-    /// The steps from here on that are alike in whether they compare, with that noted in `active`. All sequences that
-    /// generate are at the same token.
+    /// The steps from here on in which the same sequences compare, with those noted in `active`.
     pub(super) fn compare(&self, all: &[Sequences], active: &mut [Active]) -> u32 {
-        let now = active.first().map(|a| &all[a.index]);
-        let refreshing = now.and_then(|s| Some((self.policy.refreshes(s.isl, self.model)?, s)));
-        let Some((Refreshing { every, .. }, s)) = refreshing else { return u32::MAX };
-        let (comparing, alike) = match s.generated % every {
-            0 => (Comparing::Now, 1),
-            since => (Comparing::Never, every - since),
-        };
-        active.iter_mut().for_each(|a| a.comparing = comparing);
+        let mut alike = u32::MAX;
+        for a in active {
+            let s = &all[a.index];
+            let Some(Refreshing { every, .. }) = self.policy.refreshes(s.isl, self.model) else {
+                continue;
+            };
+            let (comparing, steps) = match s.generated % every {
+                0 => (Comparing::Now, 1),
+                since => (Comparing::Never, every - since),
+            };
+            a.comparing = comparing;
+            alike = alike.min(steps);
+        }
         alike
     }
 
@@ -92,13 +96,25 @@ impl Lowering<'_> {
         ops
     }
 
-    /// The attention of a decode step with partial caches, over caches that hold `seen`.
+    /// The attention of a decode step with partial caches: first of sequences that compare, then of the others.
     pub(super) fn attend_part(
         &self,
         all: &[Sequences],
         active: &[Active],
         class: usize,
-        seen: &Lanes,
+    ) -> Option<Vec<Op>> {
+        let (never, comparing): (Vec<Active>, Vec<Active>) =
+            active.iter().copied().partition(|a| a.comparing == Comparing::Never);
+        let parts = [comparing, never].map(|part| self.attend_part_alike(all, &part, class));
+        parts.iter().any(Option::is_some).then(|| parts.into_iter().flatten().flatten().collect())
+    }
+
+    /// The same where all compare, or none.
+    fn attend_part_alike(
+        &self,
+        all: &[Sequences],
+        active: &[Active],
+        class: usize,
     ) -> Option<Vec<Op>> {
         let heads = self.classes[class].heads;
         let whole = |s: &Sequences, a: &Active| {
@@ -123,7 +139,8 @@ impl Lowering<'_> {
         let always = refreshing.below.is_none() && share == 1000;
         let stale = if always { Branch::All } else { Branch::Stale { share } };
         let attend = OpKind::Attend { heads, window: None };
-        ops.push(Op { branch: stale, ..self.op("attend", attend, seen.clone()) });
+        let seen = self.lanes(all, active, |s, a| whole(s, a));
+        ops.push(Op { branch: stale, ..self.op("attend", attend, seen) });
         ops.extend(self.fill(refreshing, class, &lanes, stale, false));
         if !always {
             let branch = Branch::Fresh { share: 1000u32.saturating_sub(share) };

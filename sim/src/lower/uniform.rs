@@ -36,7 +36,10 @@ struct Groups {
 impl Groups {
     fn of(batch: u32, schedule: Schedule) -> Self {
         match schedule {
-            Schedule::Static => Self { each: batch, times: 1, rest: 0 },
+            // A continuous schedule is no run of equal sequences: `plan::Lowered` lowers it for each batch.
+            Schedule::Static | Schedule::Continuous { .. } => {
+                Self { each: batch, times: 1, rest: 0 }
+            }
             Schedule::Staggered { prefill_batch } => {
                 let each = prefill_batch.clamp(1, batch);
                 Self { each, times: batch / each, rest: batch % each }
@@ -61,15 +64,8 @@ impl Uniform {
         load: &Load,
         setup: Setup,
     ) -> Result<Self, LowerError> {
-        let one = Load {
-            groups: load
-                .groups
-                .iter()
-                .take(1)
-                .map(|g| crate::load::Group { sequences: 1, ..*g })
-                .collect(),
-            schedule: load.schedule,
-        };
+        let one = load.groups.iter().take(1).map(|g| crate::load::Group { sequences: 1, ..*g });
+        let one = Load::new(one.collect(), load.schedule);
         let program = lower(model, policy, &one, setup)?;
         let reads = program.nodes.iter().take_while(|n| phase(n) == Phase::Prefill).count();
         Ok(Self {

@@ -86,6 +86,11 @@ impl Lanes {
         self.as_slice().iter().map(|l| u64::from(l.sequences) * u64::from(l.rows)).sum()
     }
 
+    /// The indices of the sequences.
+    pub fn indices(&self) -> impl Iterator<Item = u32> {
+        self.as_slice().iter().flat_map(|l| l.first..l.first + l.sequences)
+    }
+
     /// Sequences of all lanes.
     #[must_use]
     pub fn sequences(&self) -> u64 {

@@ -6,6 +6,7 @@
 mod crossing;
 mod front;
 mod largest;
+mod lowered;
 mod search;
 
 use serde::Serialize;
@@ -15,10 +16,11 @@ pub use front::{Marks, marks};
 pub use search::{Candidate, Host, Objective, Query, plan};
 
 pub use largest::largest;
+pub use lowered::Lowered;
 
 use crate::cost::{CostModel, predict};
-use crate::load::{Hit, Load, Schedule};
-use crate::lower::{LowerError, Uniform, lower, lower_prefix};
+use crate::load::{Hit, Load, Schedule, Spread};
+use crate::lower::{LowerError, lower, lower_prefix};
 use crate::memory::Footprint;
 use crate::metrics::Metrics;
 use crate::op::Phase;
@@ -71,8 +73,10 @@ pub struct Case<'a> {
     pub policy: &'a dyn Policy,
     /// Prompt tokens.
     pub isl: Tokens,
-    /// Generated tokens.
+    /// Generated tokens, the mean.
     pub osl: Tokens,
+    /// How far answers lie apart.
+    pub spread: Spread,
     /// How much of each prompt is cached.
     pub hit: Hit,
     /// Who runs when.
@@ -139,7 +143,7 @@ impl std::fmt::Display for Over {
 /// No batch above this is searched: an index must count the sequences, and nobody serves more from one device.
 pub const LARGEST_BATCH: u32 = 1 << 16;
 
-impl Case<'_> {
+impl<'a> Case<'a> {
     /// The program at a batch.
     pub fn program(&self, batch: u32) -> Result<Program, LowerError> {
         lower(&self.placement.model, self.policy, &self.load(batch), self.placement.setup)
@@ -151,8 +155,9 @@ impl Case<'_> {
         lower_prefix(&self.placement.model, self.policy, &self.load(batch), self.placement.setup)
     }
 
-    fn load(&self, batch: u32) -> Load {
-        Load::uniform(batch, self.isl, self.osl, self.schedule).with_hit(self.hit)
+    pub(crate) fn load(&self, batch: u32) -> Load {
+        let load = Load::uniform(batch, self.isl, self.osl, self.schedule);
+        load.with_hit(self.hit).with_spread(self.spread)
     }
 
     /// Whether a footprint stays within the limits.
@@ -185,15 +190,15 @@ impl Case<'_> {
         (batch > self.most_sequences()).then_some(over)
     }
 
-    /// Its program, lowered once for all batches.
+    /// Its programs, for all batches.
     ///
     /// # Errors
     /// Where there is none.
-    pub fn lowered(&self) -> Result<Uniform, LowerError> {
-        Uniform::new(&self.placement.model, self.policy, &self.load(1), self.placement.setup)
+    pub fn lowered(&self) -> Result<Lowered<'a>, LowerError> {
+        Lowered::new(*self)
     }
 
-    fn footprint(&self, programs: &mut Uniform, batch: u32) -> Result<Footprint, LowerError> {
+    fn footprint(&self, programs: &mut Lowered<'_>, batch: u32) -> Result<Footprint, LowerError> {
         Ok(self.placement.footprint(programs.at(batch)?))
     }
 
@@ -205,7 +210,7 @@ impl Case<'_> {
         self.largest_of(&mut self.lowered()?, most)
     }
 
-    fn largest_of(&self, programs: &mut Uniform, most: u32) -> Result<(u32, Over), LowerError> {
+    fn largest_of(&self, programs: &mut Lowered<'_>, most: u32) -> Result<(u32, Over), LowerError> {
         let guess = self.guess(programs, most)?;
         let why_not = |batch| -> Result<Option<Over>, LowerError> {
             let over = self.over(&self.footprint(programs, batch)?);
@@ -217,7 +222,7 @@ impl Case<'_> {
 
     /// Where to look for the largest batch: footprints of one and of two sequences, extended. Only a place to begin at, what
     /// is found there is replayed; `None` where last groups that are smaller than the others make the footprint uneven.
-    fn guess(&self, programs: &mut Uniform, most: u32) -> Result<Option<u32>, LowerError> {
+    fn guess(&self, programs: &mut Lowered<'_>, most: u32) -> Result<Option<u32>, LowerError> {
         if matches!(self.schedule, Schedule::Staggered { prefill_batch: 2.. }) || most < 2 {
             return Ok(None);
         }
@@ -253,7 +258,7 @@ impl Case<'_> {
     /// Where a batch is larger than an index can count.
     pub fn best_of(
         &self,
-        programs: &mut Uniform,
+        programs: &mut Lowered<'_>,
         cost: &dyn CostModel,
         slo: Slo,
         batch: Option<u32>,
@@ -298,7 +303,7 @@ impl Case<'_> {
     pub fn answer_of(&self, program: &Program, cost: &dyn CostModel) -> (Answer, Timeline) {
         let timeline = predict(cost, program);
         let footprint = self.placement.footprint(program);
-        let batch = program.header.load.sequences() as u32;
+        let batch = program.header.load.batch() as u32;
         let answer = Answer {
             batch,
             policy: program.header.policy.clone(),

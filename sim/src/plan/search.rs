@@ -2,10 +2,10 @@
 
 use serde::Serialize;
 
-use super::{Answer, Bound, Case, Slo};
+use super::{Answer, Bound, Case, Lowered, Slo};
 use crate::cost::CostModel;
-use crate::load::{Hit, Schedule};
-use crate::lower::{LowerError, Uniform};
+use crate::load::{Hit, Schedule, Spread};
+use crate::lower::LowerError;
 use crate::op::Phase;
 use crate::parallel::in_order;
 use crate::place::Placement;
@@ -55,8 +55,10 @@ pub struct Query<'a> {
     pub gpus: u32,
     /// Prompt tokens.
     pub isl: Tokens,
-    /// Generated tokens.
+    /// Generated tokens, the mean.
     pub osl: Tokens,
+    /// How far answers lie apart.
+    pub spread: Spread,
     /// How much of each prompt is cached.
     pub hit: Hit,
     /// Latencies.
@@ -156,12 +158,12 @@ pub fn plan(query: &Query<'_>) -> Result<Vec<Candidate>, LowerError> {
 /// What was lowered for hosts with the same part of the model in the same types: programs don't depend on the device.
 #[derive(Default)]
 struct Programs<'a> {
-    kinds: Vec<(&'a Placement, Vec<Uniform>)>,
+    kinds: Vec<(&'a Placement, Vec<Lowered<'a>>)>,
 }
 
 impl<'a> Programs<'a> {
     /// One for each policy and schedule, in their order.
-    fn of(&mut self, query: &Query<'a>, index: usize) -> Result<&mut [Uniform], LowerError> {
+    fn of(&mut self, query: &Query<'a>, index: usize) -> Result<&mut [Lowered<'a>], LowerError> {
         let placement = &query.hosts[index].placement;
         let same =
             |(p, _): &(&Placement, _)| p.model == placement.model && p.setup == placement.setup;
@@ -179,12 +181,12 @@ impl<'a> Programs<'a> {
 
 /// What is tried on a host: policies x schedules.
 fn cases<'a>(query: &Query<'a>, index: usize) -> impl Iterator<Item = (&'a Preset, Case<'a>)> {
-    let (isl, osl, hit) = (query.isl, query.osl, query.hit);
+    let (isl, osl, spread, hit) = (query.isl, query.osl, query.spread, query.hit);
     let (placement, schedules) = (&query.hosts[index].placement, query.schedules);
     query.policies.iter().flat_map(move |preset| {
         schedules.iter().map(move |&schedule| {
             let policy = preset.policy.as_ref();
-            (preset, Case { placement, policy, isl, osl, hit, schedule })
+            (preset, Case { placement, policy, isl, osl, spread, hit, schedule })
         })
     })
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_sim::engine::Engine;
-use batchmax_sim::load::{Hit, Schedule};
+use batchmax_sim::load::{Hit, Schedule, Spread};
 use batchmax_sim::op::DType;
 use batchmax_sim::parallel::in_order;
 use batchmax_sim::place::runs_policy;
@@ -45,6 +45,7 @@ pub struct Question<'a> {
     pub schedules: Vec<Schedule>,
     pub isl: Tokens,
     pub osl: Tokens,
+    pub spread: Spread,
     pub hit: Hit,
     pub slo: Slo,
     pub batch: Option<u32>,
@@ -91,6 +92,7 @@ impl<'a> Question<'a> {
             schedules,
             isl: setting::tokens(&args.isl, "--isl")?,
             osl: setting::tokens(&args.osl, "--osl")?,
+            spread: setting::spread(&args.osl_spread)?,
             hit: setting::hit(&args.prefix_hit)?,
             slo: Slo { ttft: limit(&args.ttft, "--ttft")?, tpot: limit(&args.tpot, "--tpot")? },
             batch: setting::batch(&args.batch)?,
@@ -301,6 +303,7 @@ impl<'a> Question<'a> {
             gpus: self.count,
             isl: self.isl,
             osl: self.osl,
+            spread: self.spread,
             hit: self.hit,
             slo: self.slo,
             policies: &self.policies,

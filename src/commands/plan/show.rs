@@ -348,6 +348,9 @@ fn next_step(question: &Question<'_>, plan: &Plan, best: &Candidate, batch: u32)
     if args.prefix_hit != "0" {
         flags += &format!(" --prefix-hit {}", args.prefix_hit);
     }
+    if args.osl_spread != "0" {
+        flags += &format!(" --osl-spread {}", args.osl_spread);
+    }
     let memory = &args.memory;
     for (flag, value) in [
         ("memory", memory.memory.clone()),

@@ -47,6 +47,7 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
         context,
         setup.kv.dtype,
     ))?;
+    let threads = local::threads(&args.memory)?;
     let (weights, checkpoint) =
         local::weights(places, &args.model, &args.weights.weights, &model, setup, global)?;
     if weights.synthetic {
@@ -61,7 +62,7 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
     } else {
         (source.samples(context as usize, count as usize, 0, true)?, Vec::new())
     };
-    let engine = local::engine(&model, weights, setting::threads(&args.memory)?);
+    let engine = local::engine(&model, weights, threads);
     let bar = local::bar(global, 0, "preparing");
     let bench = Bench { engine: &engine, setup, bar: &bar };
     let found = match kind.as_str() {

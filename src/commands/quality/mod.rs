@@ -77,6 +77,7 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
     let mut variants = variants(places, args)?;
     let full = Preset::parse(&places.catalog, UNCOMPRESSED)?;
     refuse_early(&mut variants, &contexts, &model, setup.kv.dtype, &mut left_out)?;
+    let threads = local::threads(&args.memory)?;
     let (weights, checkpoint) =
         local::weights(places, &args.model, &args.weights.weights, &model, setup, global)?;
     if weights.synthetic && args.summary.is_some() {
@@ -96,7 +97,7 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
         results = results.resumed(path)?;
     }
     let source = Source::new(tokenizer.as_ref(), model.vocab)?;
-    let engine = local::engine(&model, weights, setting::threads(&args.memory)?);
+    let engine = local::engine(&model, weights, threads);
     let mut asked = Vec::new();
     for &context in &contexts {
         // A chunk that holds the whole prompt is no regime of its own.
