@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::load::Checkpoint;
 use batchmax_exec::machine;
-use batchmax_exec::weights::Weights;
+use batchmax_exec::weights::{Keeping, Weights};
 use batchmax_exec::{Engine, RunOptions, RunResult, fetch};
 
 use batchmax_sim::cost::predict;
@@ -68,15 +68,8 @@ pub fn checkpoint_path(places: &Places, name: &str) -> Option<PathBuf> {
     fetch::locate(&places.data_dir, name)
 }
 
-/// The weights that `--weights` asks for, with the checkpoint they came from.
-pub fn weights(
-    places: &Places,
-    name: &str,
-    wanted: &str,
-    model: &Model,
-    setup: Setup,
-    global: &Global,
-) -> Result<(Weights, Option<Checkpoint>)> {
+/// The checkpoint that `--weights` asks for, if it is here.
+pub fn checkpoint(places: &Places, name: &str, wanted: &str) -> Result<Option<Checkpoint>> {
     let path = match wanted {
         "synthetic" => None,
         "real" | "auto" => checkpoint_path(places, name),
@@ -84,52 +77,84 @@ pub fn weights(
     };
     match path {
         Some(path) if path.extension().is_none_or(|e| e != "toml") => {
-            let checkpoint = Checkpoint::open(&path)?;
-            let weights = Weights::load(&checkpoint, setup.weights, setup.head)?;
-            Ok((weights, Some(checkpoint)))
+            Ok(Some(Checkpoint::open(&path)?))
         }
         _ if wanted == "real" => bail!(
             "no weights of {name} are here; hint: batchmax fetch {name}, batchmax fetch FILE, or --weights synthetic"
         ),
-        _ => {
-            if wanted == "auto" {
-                remark(
-                    global.quiet,
-                    &format!(
-                        "no weights of {name} are here: synthetic ones of its shape (speed and memory are real, text is not)"
-                    ),
-                );
-            }
-            Ok((Weights::synthetic_with_head(model, setup.weights, setup.head)?, None))
-        }
+        _ => Ok(None),
     }
 }
 
-/// `batch` prompts of `isl` tokens: prose from another place for every sequence, or made-up tokens without a tokeniser.
-pub fn prompts(
+/// The weights of a checkpoint, packed now or before; without one those that `--weights` asks for instead.
+pub fn weights(
+    places: &Places,
+    name: &str,
+    wanted: &str,
     checkpoint: Option<&Checkpoint>,
     model: &Model,
-    batch: u32,
-    isl: u32,
-) -> Result<Vec<Vec<u32>>> {
-    let made_up = || -> Vec<u32> {
-        (0..4096u64).map(|i| ((i * 2_654_435_761) % u64::from(model.vocab)) as u32).collect()
-    };
-    let ids = match checkpoint.map(Checkpoint::tokenizer) {
-        Some(Ok(tokenizer)) => {
-            let text: String =
-                PROSE.lines().filter(|l| !l.starts_with('#')).collect::<Vec<_>>().join("\n");
-            tokenizer.encode(&text, false)?
+    setup: Setup,
+    global: &Global,
+) -> Result<Weights> {
+    let Some(checkpoint) = checkpoint else {
+        if wanted == "auto" {
+            remark(
+                global.quiet,
+                &format!(
+                    "no weights of {name} are here: synthetic ones of its shape (speed and memory are real, text is not)"
+                ),
+            );
         }
-        _ => made_up(),
+        return Ok(Weights::synthetic_with_head(model, setup.weights, setup.head)?);
     };
-    let mut prompts = Vec::with_capacity(batch as usize);
-    for sequence in 0..batch as usize {
-        // A prime stride starts every sequence at another word.
-        let from = (sequence * 211) % ids.len();
-        prompts.push(ids.iter().cycle().skip(from).take(isl as usize).copied().collect());
+    let directory = places.data_dir.join("packed");
+    let (weights, keeping) = Weights::load_kept(checkpoint, setup.weights, setup.head, &directory)?;
+    match keeping {
+        Keeping::Found => {}
+        Keeping::Written { path, bytes, instead } => {
+            let why = instead.map(|why| format!(" anew ({why})")).unwrap_or_default();
+            let path = path.display();
+            let text = format!("weights packed{why} and kept for the next start: {path}, {bytes}");
+            remark(global.quiet, &text);
+        }
+        Keeping::NotKept(why) => {
+            remark(global.quiet, &format!("the packed weights are not kept: {why}"));
+        }
     }
-    Ok(prompts)
+    Ok(weights)
+}
+
+/// Tokens that prompts nobody gave are cut from.
+pub struct Prose {
+    ids: Vec<u32>,
+}
+
+impl Prose {
+    /// English prose, or made-up tokens without a tokeniser.
+    pub fn new(checkpoint: Option<&Checkpoint>, model: &Model) -> Result<Self> {
+        let made_up = || -> Vec<u32> {
+            (0..4096u64).map(|i| ((i * 2_654_435_761) % u64::from(model.vocab)) as u32).collect()
+        };
+        let ids = match checkpoint.map(Checkpoint::tokenizer) {
+            Some(Ok(tokenizer)) => {
+                let text: String =
+                    PROSE.lines().filter(|l| !l.starts_with('#')).collect::<Vec<_>>().join("\n");
+                tokenizer.encode(&text, false)?
+            }
+            _ => made_up(),
+        };
+        Ok(Self { ids })
+    }
+
+    /// `batch` prompts of `isl` tokens, each from another place.
+    pub fn prompts(&self, batch: u32, isl: u32) -> Vec<Vec<u32>> {
+        let prompt = |sequence: usize| {
+            // A prime stride starts every sequence at another word.
+            let from = (sequence * 211) % self.ids.len();
+            self.ids.iter().cycle().skip(from).take(isl as usize).copied().collect()
+        };
+        (0..batch as usize).map(prompt).collect()
+    }
 }
 
 /// The engine of a configuration.

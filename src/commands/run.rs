@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
-use batchmax_exec::load::Checkpoint;
+use batchmax_exec::load::Tokenizer;
 use batchmax_exec::tier::TierPlace;
-use batchmax_exec::weights::{Weights, check_executable};
+use batchmax_exec::weights::check_executable;
 use batchmax_exec::{Engine, RunOptions, RunResult, Sampling, load_of};
 use batchmax_sim::load::Load;
 use batchmax_sim::lower::{lower, lower_prefix};
@@ -16,7 +16,8 @@ use batchmax_sim::units::Bytes;
 use serde_json::{Value, json};
 
 use crate::cli::{Global, RunArgs};
-use crate::commands::{Outcome, local};
+use crate::commands::Outcome;
+use crate::commands::local::{self, Prose};
 use crate::paths::write_whole;
 use crate::report::{answer, json, remark, table};
 use crate::setting::{self, LOCAL, Places};
@@ -61,12 +62,8 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         None => TierPlace::Memory,
     };
     // Everything that can be refused is refused before weights are read.
-    let checkpoint = match args.weights.weights.as_str() {
-        "synthetic" => None,
-        _ => local::checkpoint_path(places, &config.model)
-            .map(|p| Checkpoint::open(&p))
-            .transpose()?,
-    };
+    let wanted = args.weights.weights.as_str();
+    let checkpoint = local::checkpoint(places, &config.model, wanted)?;
     let schedule = setting::schedule(&config.schedule)?;
     let hit = setting::hit(&config.prefix_hit)?;
     let limited = budget.is_some() || config.memory.memory.is_some();
@@ -86,7 +83,11 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             }
         }
     };
-    let given = given_prompts(args, checkpoint.as_ref(), batch)?;
+    let tokenizer = match (&checkpoint, args.prompt.is_some()) {
+        (Some(checkpoint), true) => Some(checkpoint.tokenizer()?),
+        _ => None,
+    };
+    let given = given_prompts(args, tokenizer.as_ref(), batch)?;
     let load = match &given {
         Some(prompts) => load_of(prompts, osl, schedule),
         None => Load::uniform(batch, isl, osl, schedule),
@@ -99,15 +100,12 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     local::check_prefix(prefix.as_ref(), budget)?;
     let prompts = match given {
         Some(prompts) => prompts,
-        None => local::prompts(checkpoint.as_ref(), &model, batch, isl)?,
+        None => Prose::new(checkpoint.as_ref(), &model)?.prompts(batch, isl),
     };
-    let (weights, _): (Weights, _) =
-        local::weights(places, &config.model, &args.weights.weights, &model, setup, global)?;
+    let weights =
+        local::weights(places, &config.model, wanted, checkpoint.as_ref(), &model, setup, global)?;
+    drop(checkpoint);
     let engine = local::engine(&model, weights, setting::threads(&config.memory)?);
-    let tokenizer = match (&checkpoint, args.prompt.is_some()) {
-        (Some(checkpoint), true) => Some(checkpoint.tokenizer()?),
-        _ => None,
-    };
     let options = RunOptions {
         kv_budget: budget,
         sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed },
@@ -214,19 +212,18 @@ fn go(
 /// The prompts that were typed, as ids; `None`: prompts of --isl tokens are to be made up.
 fn given_prompts(
     args: &RunArgs,
-    checkpoint: Option<&Checkpoint>,
+    tokenizer: Option<&Tokenizer>,
     batch: u32,
 ) -> Result<Option<Vec<Vec<u32>>>> {
     if let Some(path) = &args.ids {
         return Ok(Some(read_ids(path)?));
     }
     let Some(text) = &args.prompt else { return Ok(None) };
-    let checkpoint = checkpoint.ok_or_else(|| {
+    let tokenizer = tokenizer.ok_or_else(|| {
         anyhow!(
             "--prompt needs the model's tokeniser; hint: batchmax fetch, or token ids with --ids"
         )
     })?;
-    let tokenizer = checkpoint.tokenizer()?;
     let text = if args.chat {
         tokenizer.chat(text).ok_or_else(|| {
             anyhow!("--chat: this model's chat template is not known; hint: leave --chat out")
