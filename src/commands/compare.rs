@@ -45,7 +45,7 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
     let first = &configurations[0];
     let wanted = args.weights.weights.as_str();
     let checkpoint = local::checkpoint(places, &args.model, wanted)?;
-    let prose = Prose::new(checkpoint.as_ref(), first.model())?;
+    let prose = Prose::new(places, checkpoint.as_ref(), first.model())?;
     let weights = local::weights(
         places,
         &args.model,

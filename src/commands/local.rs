@@ -1,5 +1,6 @@
 //! What the commands that run on this machine share: weights, prompts, progress, Ctrl-C.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,8 +21,10 @@ use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
 use batchmax_sim::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
 
 use crate::cli::Global;
+use crate::paths::write_whole;
 use crate::report::remark;
 use crate::setting::{Configuration, Places};
 
@@ -77,7 +80,9 @@ pub fn checkpoint(places: &Places, name: &str, wanted: &str) -> Result<Option<Ch
     };
     match path {
         Some(path) if path.extension().is_none_or(|e| e != "toml") => {
-            Ok(Some(Checkpoint::open(&path)?))
+            let checkpoint = Checkpoint::open(&path)?;
+            places.know_stored(&path, checkpoint.model().stored);
+            Ok(Some(checkpoint))
         }
         _ if wanted == "real" => bail!(
             "no weights of {name} are here; hint: batchmax fetch {name}, batchmax fetch FILE, or --weights synthetic"
@@ -125,25 +130,45 @@ pub fn weights(
 }
 
 /// Tokens that prompts nobody gave are cut from.
+#[derive(Deserialize, Serialize)]
 pub struct Prose {
+    /// What they follow from.
+    of: String,
     ids: Vec<u32>,
 }
 
 impl Prose {
-    /// English prose, or made-up tokens without a tokeniser.
-    pub fn new(checkpoint: Option<&Checkpoint>, model: &Model) -> Result<Self> {
-        let made_up = || -> Vec<u32> {
-            (0..4096u64).map(|i| ((i * 2_654_435_761) % u64::from(model.vocab)) as u32).collect()
-        };
-        let ids = match checkpoint.map(Checkpoint::tokenizer) {
-            Some(Ok(tokenizer)) => {
-                let text: String =
-                    PROSE.lines().filter(|l| !l.starts_with('#')).collect::<Vec<_>>().join("\n");
-                tokenizer.encode(&text, false)?
-            }
-            _ => made_up(),
-        };
-        Ok(Self { ids })
+    /// Raised where the same tokeniser gives other tokens of the same text than before.
+    const VERSION: u32 = 1;
+
+    /// English prose, or made-up tokens without a tokeniser. To build a tokeniser takes longer than all else at the start
+    /// of a run, so the tokens are kept beside the packed weights.
+    pub fn new(places: &Places, checkpoint: Option<&Checkpoint>, model: &Model) -> Result<Self> {
+        let Some(checkpoint) = checkpoint else { return Ok(Self::made_up(model)) };
+        let text: String =
+            PROSE.lines().filter(|l| !l.starts_with('#')).collect::<Vec<_>>().join("\n");
+        let mut hash = DefaultHasher::new();
+        text.hash(&mut hash);
+        let of = format!("{} {:016x}\n{}", Self::VERSION, hash.finish(), checkpoint.identity()?);
+        let name = format!("{}.tokens.json", checkpoint.file_name());
+        let path = places.data_dir.join("packed").join(name);
+        let kept = std::fs::read(&path).ok().and_then(|raw| serde_json::from_slice(&raw).ok());
+        let known = |id: &u32| *id < model.vocab;
+        if let Some(kept) = kept.filter(|kept: &Self| {
+            kept.of == of && !kept.ids.is_empty() && kept.ids.iter().all(known)
+        }) {
+            return Ok(kept);
+        }
+        let Ok(tokenizer) = checkpoint.tokenizer() else { return Ok(Self::made_up(model)) };
+        let prose = Self { of, ids: tokenizer.encode(&text, false)? };
+        // Where it can't be kept it is made again.
+        write_whole(&path, serde_json::to_vec(&prose)?).ok();
+        Ok(prose)
+    }
+
+    fn made_up(model: &Model) -> Self {
+        let id = |i: u64| ((i * 2_654_435_761) % u64::from(model.vocab)) as u32;
+        Self { of: String::new(), ids: (0..4096).map(id).collect() }
     }
 
     /// `batch` prompts of `isl` tokens, each from another place.

@@ -36,6 +36,9 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     }
     setting::refuse_devices(&config.placement)?;
     let model = setting::model(places, &config.model)?;
+    // No more than its head is read before all is refused that can be.
+    let wanted = args.weights.weights.as_str();
+    let checkpoint = local::checkpoint(places, &config.model, wanted)?;
     let setup = setting::local_setup(places, &model, &config.memory)?;
     check_executable(&model, setup.weights)?;
     check_sampling(args)?;
@@ -61,9 +64,6 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         Some(path) => TierPlace::Directory(path.clone()),
         None => TierPlace::Memory,
     };
-    // Everything that can be refused is refused before weights are read.
-    let wanted = args.weights.weights.as_str();
-    let checkpoint = local::checkpoint(places, &config.model, wanted)?;
     let schedule = setting::schedule(&config.schedule)?;
     let hit = setting::hit(&config.prefix_hit)?;
     let limited = budget.is_some() || config.memory.memory.is_some();
@@ -100,7 +100,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     local::check_prefix(prefix.as_ref(), budget)?;
     let prompts = match given {
         Some(prompts) => prompts,
-        None => Prose::new(checkpoint.as_ref(), &model)?.prompts(batch, isl),
+        None => Prose::new(places, checkpoint.as_ref(), &model)?.prompts(batch, isl),
     };
     let weights =
         local::weights(places, &config.model, wanted, checkpoint.as_ref(), &model, setup, global)?;

@@ -50,7 +50,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         global,
     )?;
     let synthetic = weights.synthetic;
-    let prose = Prose::new(checkpoint.as_ref(), configuration.model())?;
+    let prose = Prose::new(places, checkpoint.as_ref(), configuration.model())?;
     let prompts = prose.prompts(batch, configuration.isl);
     drop(checkpoint);
     let threads = setting::threads(&args.config.memory)?;

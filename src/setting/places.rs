@@ -51,6 +51,12 @@ impl Places {
         stored
     }
 
+    /// Spares [`Self::stored`] the reading of a header that has been read.
+    #[cfg(feature = "exec")]
+    pub fn know_stored(&self, path: &Path, stored: Option<DType>) {
+        self.stored.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned(), stored);
+    }
+
     /// The fitted profile of this machine with `threads` threads.
     pub fn kernel_profile_path(&self, device: &str, threads: usize, weights: DType) -> PathBuf {
         let name = format!("batchmax-{threads}t-{weights}.toml");

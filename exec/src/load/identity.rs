@@ -1,6 +1,8 @@
 //! What a checkpoint's files are, as far as that can be told without reading them.
 
 use std::fmt::Write;
+use std::fs::File;
+use std::io::ErrorKind;
 use std::time::UNIX_EPOCH;
 
 use sha2::{Digest, Sha256};
@@ -13,7 +15,7 @@ const SAMPLES: u64 = 16;
 const SAMPLE_BYTES: u64 = 4096;
 
 impl Checkpoint {
-    /// A line for each file that the weights come from: its place, size and time of change, and a hash of samples from its
+    /// A line for each file that weights and tokens come from: its place, size and time of change, and a hash of samples from its
     /// beginning to its end. Another line means other bytes; the same line means the same bytes, unless somebody
     /// changed some between the samples and set the time back.
     ///
@@ -24,13 +26,27 @@ impl Checkpoint {
         for shard in &self.shards {
             text += &of_file(shard)?;
         }
-        if self.header.is_none() {
-            let path = self.path.join("config.json");
-            let file = std::fs::File::open(&path)
-                .map_err(|problem| LoadError::Io { path: path.clone(), problem })?;
-            text += &of_file(&Shard::new(path, file))?;
+        let beside: &[&str] =
+            if self.header.is_none() { &["config.json", "tokenizer.json"] } else { &[] };
+        for path in beside.iter().map(|name| self.path.join(name)) {
+            match File::open(&path) {
+                Ok(file) => text += &of_file(&Shard::new(path, file))?,
+                // Weights need no tokenizer.
+                Err(problem) if problem.kind() == ErrorKind::NotFound => {}
+                Err(problem) => return Err(LoadError::Io { path, problem }),
+            }
         }
         Ok(text)
+    }
+
+    /// A name for files that are made of this checkpoint: its own, and a hash of its place.
+    #[must_use]
+    pub fn file_name(&self) -> String {
+        let stem = self.path.file_stem().unwrap_or_default().to_string_lossy();
+        // Models of one name from several directories.
+        let whole = std::fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
+        let place = Sha256::digest(whole.as_os_str().as_encoded_bytes());
+        format!("{stem}-{}", hex(&place[..6]))
     }
 }
 

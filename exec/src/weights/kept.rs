@@ -20,12 +20,11 @@ use batchmax_kernels::gemm::{Packed, WeightFormat};
 use batchmax_kernels::mapped::{MARGIN, Mapped};
 use batchmax_sim::op::DType;
 use batchmax_sim::units::Bytes;
-use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::{Reading, Source, Weights, assemble, stacked};
 use crate::error::ExecError;
-use crate::load::{Checkpoint, LoadError, Role, hex};
+use crate::load::{Checkpoint, LoadError, Role};
 use crate::machine;
 
 const MAGIC: [u8; 8] = *b"bmaxpack";
@@ -101,12 +100,7 @@ impl Names {
         head: DType,
         directory: &Path,
     ) -> Result<Self, LoadError> {
-        let source = checkpoint.path();
-        let stem = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let whole = fs::canonicalize(source).unwrap_or_else(|_| source.to_owned());
-        // Models of one name from several directories.
-        let place = Sha256::digest(whole.as_os_str().as_encoded_bytes());
-        let name = format!("{stem}-{}-{dtype}-{head}.packed", hex(&place[..6]));
+        let name = format!("{}-{dtype}-{head}.packed", checkpoint.file_name());
         let order = if cfg!(target_endian = "little") { "little" } else { "big" };
         let text = format!(
             "panels {}, {order}-endian\nweights {dtype}, head {head}\n{}",
