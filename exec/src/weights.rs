@@ -1,4 +1,6 @@
-//! A model's weights, packed for the kernels: read from a checkpoint or made up.
+//! A model's weights, packed for the kernels: read from a checkpoint, kept packed from an earlier run, or made up.
+
+mod kept;
 
 use batchmax_kernels::gemm::{CodeRow, Packed, WeightFormat};
 use batchmax_kernels::rope::{RopeLayout, RopeTable};
@@ -8,6 +10,7 @@ use batchmax_sim::units::Bytes;
 
 use crate::error::ExecError;
 use crate::load::{Checkpoint, Role};
+pub use kept::Keeping;
 
 /// One decoder layer.
 pub struct LayerWeights {
@@ -81,39 +84,9 @@ pub fn check_executable(model: &Model, weights: DType) -> Result<(), ExecError> 
 }
 
 impl Weights {
-    /// Reads and packs a checkpoint. The largest tensors come first, so that the staging copy of a tensor never adds to
-    /// the final peak.
-    /// `dtype` is that of the layers, `head` that of the embedding and the head.
+    /// Reads and packs a checkpoint. `dtype` is the type of the layers, `head` that of the embedding and the head.
     pub fn load(checkpoint: &Checkpoint, dtype: DType, head: DType) -> Result<Self, ExecError> {
-        let model = checkpoint.model();
-        check_executable(model, dtype)?;
-        check_executable(model, head)?;
-        let format = format_of(dtype).unwrap_or(WeightFormat::F32);
-        let head_format = format_of(head).unwrap_or(WeightFormat::F32);
-        let embedding = matrix(checkpoint, head_format, &[Role::Embedding], None)?;
-        let head = if checkpoint.shape(Role::Head, None)?.is_some() {
-            Some(matrix(checkpoint, head_format, &[Role::Head], None)?)
-        } else {
-            None
-        };
-        let mut layers = Vec::with_capacity(model.layers as usize);
-        for layer in 0..model.layers {
-            layers.push(load_layer(checkpoint, format, layer)?);
-        }
-        let layout = if checkpoint.rope_is_interleaved() {
-            RopeLayout::Interleaved
-        } else {
-            RopeLayout::Half
-        };
-        Ok(Self {
-            embedding,
-            head,
-            final_norm: vector(checkpoint, Role::FinalNorm, None)?,
-            layers,
-            rope: rope_table(model, checkpoint.rope_factors().as_deref()),
-            rope_layout: layout,
-            synthetic: false,
-        })
+        assemble(checkpoint, dtype, head, &mut Reading(checkpoint))
     }
 
     /// Small pseudo-random weights of the model's shape: they take the time and the memory of real ones.
@@ -185,80 +158,131 @@ impl Weights {
     }
 }
 
-fn load_layer(
+/// Where packed tensors come from. They are asked for in the order of [`assemble`].
+trait Source {
+    /// Matrices of the same width below each other, packed.
+    fn matrix(
+        &mut self,
+        format: WeightFormat,
+        roles: &[Role],
+        layer: Option<u32>,
+    ) -> Result<Packed, ExecError>;
+
+    /// Vectors behind each other.
+    fn vector(&mut self, roles: &[Role], layer: Option<u32>) -> Result<Vec<f32>, ExecError>;
+}
+
+/// All weights of a checkpoint's model. The largest tensors come first, so that the staging copy of a tensor never adds to
+/// the final peak.
+fn assemble(
     checkpoint: &Checkpoint,
-    format: WeightFormat,
-    layer: u32,
-) -> Result<LayerWeights, ExecError> {
-    let at = Some(layer);
-    let optional = |role: Role| -> Result<Option<Vec<f32>>, ExecError> {
-        match checkpoint.shape(role, at)? {
-            Some(_) => Ok(Some(vector(checkpoint, role, at)?)),
-            None => Ok(None),
-        }
-    };
-    let qkv_bias = match optional(Role::QueryBias)? {
-        Some(mut bias) => {
-            bias.extend(vector(checkpoint, Role::KeyBias, at)?);
-            bias.extend(vector(checkpoint, Role::ValueBias, at)?);
-            Some(bias)
-        }
+    dtype: DType,
+    head: DType,
+    source: &mut dyn Source,
+) -> Result<Weights, ExecError> {
+    let model = checkpoint.model();
+    check_executable(model, dtype)?;
+    check_executable(model, head)?;
+    let format = format_of(dtype).unwrap_or(WeightFormat::F32);
+    let head_format = format_of(head).unwrap_or(WeightFormat::F32);
+    let embedding = source.matrix(head_format, &[Role::Embedding], None)?;
+    let head = match checkpoint.shape(Role::Head, None)? {
+        Some(_) => Some(source.matrix(head_format, &[Role::Head], None)?),
         None => None,
     };
-    let qk_norm = match (optional(Role::QueryNorm)?, optional(Role::KeyNorm)?) {
-        (Some(q), Some(k)) => Some((q, k)),
-        _ => None,
-    };
-    Ok(LayerWeights {
-        attention_norm: vector(checkpoint, Role::AttentionNorm, at)?,
-        qkv: matrix(checkpoint, format, &[Role::Query, Role::Key, Role::Value], at)?,
-        qkv_bias,
-        qk_norm,
-        output: matrix(checkpoint, format, &[Role::Output], at)?,
-        post_attention_norm: optional(Role::PostAttentionNorm)?,
-        ffn_norm: vector(checkpoint, Role::FfnNorm, at)?,
-        gate_up: matrix(checkpoint, format, &[Role::Gate, Role::Up], at)?,
-        down: matrix(checkpoint, format, &[Role::Down], at)?,
-        post_ffn_norm: optional(Role::PostFfnNorm)?,
+    let mut layers = Vec::with_capacity(model.layers as usize);
+    for layer in 0..model.layers {
+        layers.push(assemble_layer(checkpoint, format, layer, source)?);
+    }
+    let interleaved = checkpoint.rope_is_interleaved();
+    Ok(Weights {
+        embedding,
+        head,
+        final_norm: source.vector(&[Role::FinalNorm], None)?,
+        layers,
+        rope: rope_table(model, checkpoint.rope_factors().as_deref()),
+        rope_layout: if interleaved { RopeLayout::Interleaved } else { RopeLayout::Half },
+        synthetic: false,
     })
 }
 
-fn vector(checkpoint: &Checkpoint, role: Role, layer: Option<u32>) -> Result<Vec<f32>, ExecError> {
-    let mut values = Vec::new();
-    checkpoint.read_rows(role, layer, &mut |_, row| values.extend_from_slice(row))?;
-    Ok(values)
-}
-
-/// Matrices of the same width below each other, packed.
-fn matrix(
+fn assemble_layer(
     checkpoint: &Checkpoint,
     format: WeightFormat,
+    layer: u32,
+    source: &mut dyn Source,
+) -> Result<LayerWeights, ExecError> {
+    let at = Some(layer);
+    let optional = |source: &mut dyn Source, roles: &[Role]| match checkpoint.shape(roles[0], at)? {
+        Some(_) => source.vector(roles, at).map(Some),
+        None => Ok(None),
+    };
+    let query_norm = optional(source, &[Role::QueryNorm])?;
+    let key_norm = optional(source, &[Role::KeyNorm])?;
+    Ok(LayerWeights {
+        attention_norm: source.vector(&[Role::AttentionNorm], at)?,
+        qkv: source.matrix(format, &[Role::Query, Role::Key, Role::Value], at)?,
+        qkv_bias: optional(source, &[Role::QueryBias, Role::KeyBias, Role::ValueBias])?,
+        qk_norm: query_norm.zip(key_norm),
+        output: source.matrix(format, &[Role::Output], at)?,
+        post_attention_norm: optional(source, &[Role::PostAttentionNorm])?,
+        ffn_norm: source.vector(&[Role::FfnNorm], at)?,
+        gate_up: source.matrix(format, &[Role::Gate, Role::Up], at)?,
+        down: source.matrix(format, &[Role::Down], at)?,
+        post_ffn_norm: optional(source, &[Role::PostFfnNorm])?,
+    })
+}
+
+/// (rows, columns) of matrices below each other.
+fn stacked(
+    checkpoint: &Checkpoint,
     roles: &[Role],
     layer: Option<u32>,
-) -> Result<Packed, ExecError> {
+) -> Result<(usize, usize), ExecError> {
     let (mut n, mut k) = (0, 0);
-    if let Some(bits) = format.code_bits() {
-        for role in roles {
-            let (rows, width) = checkpoint.shape(*role, layer)?.unwrap_or_default();
-            n += rows;
-            k = width;
-        }
-        let mut packed = Packed::zeroed(n, k, format);
-        let mut first = 0;
-        for role in roles {
-            let mut put = |i: usize, row: &CodeRow| packed.put_codes(first + i, row);
-            first += checkpoint.read_codes(*role, layer, bits, &mut put)?.0;
-        }
-        return Ok(packed);
-    }
-    let mut staged = Vec::new();
     for role in roles {
-        let (rows, width) =
-            checkpoint.read_rows(*role, layer, &mut |_, row| staged.extend_from_slice(row))?;
+        let (rows, width) = checkpoint.shape(*role, layer)?.unwrap_or_default();
         n += rows;
         k = width;
     }
-    Ok(Packed::pack(n, k, format, |i, out| out.copy_from_slice(&staged[i * k..(i + 1) * k])))
+    Ok((n, k))
+}
+
+/// Reads and packs.
+struct Reading<'a>(&'a Checkpoint);
+
+impl Source for Reading<'_> {
+    fn matrix(
+        &mut self,
+        format: WeightFormat,
+        roles: &[Role],
+        layer: Option<u32>,
+    ) -> Result<Packed, ExecError> {
+        let checkpoint = self.0;
+        let (n, k) = stacked(checkpoint, roles, layer)?;
+        if let Some(bits) = format.code_bits() {
+            let mut packed = Packed::zeroed(n, k, format);
+            let mut first = 0;
+            for role in roles {
+                let mut put = |i: usize, row: &CodeRow| packed.put_codes(first + i, row);
+                first += checkpoint.read_codes(*role, layer, bits, &mut put)?.0;
+            }
+            return Ok(packed);
+        }
+        let mut staged = Vec::new();
+        for role in roles {
+            checkpoint.read_rows(*role, layer, &mut |_, row| staged.extend_from_slice(row))?;
+        }
+        Ok(Packed::pack(n, k, format, |i, out| out.copy_from_slice(&staged[i * k..(i + 1) * k])))
+    }
+
+    fn vector(&mut self, roles: &[Role], layer: Option<u32>) -> Result<Vec<f32>, ExecError> {
+        let mut values = Vec::new();
+        for role in roles {
+            self.0.read_rows(*role, layer, &mut |_, row| values.extend_from_slice(row))?;
+        }
+        Ok(values)
+    }
 }
 
 /// Rotary frequencies, with the model's scaling. `factors` divide the frequencies one by one (GGUF `rope_freqs`).

@@ -1,7 +1,10 @@
 //! Writes new keys and values into the caches.
 
+use std::cell::Cell;
+
 use crate::buffer::{Scratch, lines, split_lines};
 use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, PoolFull, with_format};
+use crate::lists::recycle;
 use crate::simd::{Isa, LANES, Simd, Source, isa, multiversion};
 use crate::threads::{Disjoint, Threads};
 
@@ -48,11 +51,11 @@ pub fn append(
         .map(|i| i.heads.iter().map(|h| h.missing_bytes(pool, i.rows)).sum::<u64>())
         .sum();
     pool.check_room(missing)?;
-    let mut work = Vec::new();
+    let mut list: Vec<Work<'_>> = recycle(WORK.take());
     for item in items.iter_mut() {
         for (index, head) in item.heads.iter_mut().enumerate() {
             head.reserve(pool, item.rows)?;
-            work.push(Work {
+            list.push(Work {
                 head,
                 index,
                 first_row: item.first_row,
@@ -61,13 +64,13 @@ pub fn append(
             });
         }
     }
-    let rows: usize = work.iter().map(|w| w.rows).sum();
+    let rows: usize = list.iter().map(|w| w.rows).sum();
     let isa = isa();
     let share =
-        work.len().div_ceil(if rows * head_dim < 1 << 14 { 1 } else { threads.count() * 4 }).max(1);
-    let tasks = work.len().div_ceil(share);
-    let len = work.len();
-    let work = Disjoint::new(&mut work);
+        list.len().div_ceil(if rows * head_dim < 1 << 14 { 1 } else { threads.count() * 4 }).max(1);
+    let tasks = list.len().div_ceil(share);
+    let len = list.len();
+    let work = Disjoint::new(&mut list);
     let pool = &*pool;
     threads.run(tasks, |task| {
         // SAFETY: each task has heads of its own.
@@ -82,7 +85,13 @@ pub fn append(
             write(isa, pool, work, &from);
         }
     });
+    WORK.set(recycle(list));
     Ok(())
+}
+
+thread_local! {
+    /// The memory of a call's list, for the next call.
+    static WORK: Cell<Vec<Work<'static>>> = const { Cell::new(Vec::new()) };
 }
 
 struct Work<'a> {

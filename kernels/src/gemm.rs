@@ -5,6 +5,8 @@
 //! change it. So neither the number of rows nor the split between threads changes a bit of a result.
 
 mod codes;
+#[cfg(test)]
+mod mapped_tests;
 mod packed;
 #[cfg(test)]
 mod tests;

@@ -15,6 +15,8 @@ pub mod embed;
 pub mod evict;
 pub mod gemm;
 pub mod kv;
+pub mod lists;
+pub mod mapped;
 pub mod norm;
 pub mod pack;
 pub mod prune;

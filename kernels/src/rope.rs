@@ -72,6 +72,13 @@ impl RopeTable {
         self.row(distance)
     }
 
+    /// Works out the angles of the first `positions` positions now, as far as there are any, and not where they are first
+    /// needed.
+    pub fn prepare(&self, positions: u32) {
+        let last = self.max_position.min(positions as usize);
+        (0..last).step_by(PAGE).for_each(|position| _ = self.row(position as u32));
+    }
+
     /// What keys and queries are multiplied by beside the rotation (`attention_factor`).
     #[must_use]
     pub fn factor(&self) -> f32 {

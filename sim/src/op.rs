@@ -481,10 +481,24 @@ impl Op {
     /// The lanes `step` steps later in the same pass: caches have grown by the rows of each step.
     #[must_use]
     pub fn lanes_at(&self, step: u32, shift: u32) -> Lanes {
-        let grows = self.touches_cache();
-        let move_on = |lane: &Lane| {
-            let length = lane.length(if grows { step } else { 0 });
-            let Length { settled, tokens: kv } = length;
+        self.moved_lanes(step, shift).collect()
+    }
+
+    /// The same in place of what `lanes` held; the memory of a list is kept.
+    pub fn move_lanes(&self, step: u32, shift: u32, lanes: &mut Lanes) {
+        match lanes {
+            Lanes::One(_) => *lanes = self.lanes_at(step, shift),
+            Lanes::Many(list) => {
+                list.clear();
+                list.extend(self.moved_lanes(step, shift));
+            }
+        }
+    }
+
+    fn moved_lanes(&self, step: u32, shift: u32) -> impl Iterator<Item = Lane> {
+        let grown = if self.touches_cache() { step } else { 0 };
+        self.lanes.as_slice().iter().map(move |lane| {
+            let Length { settled, tokens: kv } = lane.length(grown);
             let keep = match self.kind {
                 OpKind::Select { by, .. } | OpKind::AttendChosen { by, .. } => {
                     by.chosen(lane.keep, kv - lane.kv)
@@ -492,11 +506,7 @@ impl Op {
                 _ => lane.keep,
             };
             Lane { first: lane.first + shift, kv, settled, keep, ..*lane }
-        };
-        match &self.lanes {
-            Lanes::One(lane) => Lanes::One(move_on(lane)),
-            Lanes::Many(lanes) => Lanes::Many(lanes.iter().map(move_on).collect()),
-        }
+        })
     }
 }
 

@@ -15,7 +15,7 @@ use batchmax_sim::units::Bytes;
 use serde_json::json;
 
 use crate::cli::{CompareArgs, Global, MemoryArgs};
-use crate::commands::local::{self, Trial};
+use crate::commands::local::{self, Prose, Trial};
 use crate::commands::{Outcome, profile};
 use crate::report::{answer, json, remark, table};
 use crate::setting::{self, Configuration, LOCAL, Places, Wanted};
@@ -43,20 +43,24 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
     prepare(places, args, &memory, global)?;
     let (configurations, chosen) = choose(places, args, &memory)?;
     let first = &configurations[0];
+    let wanted = args.weights.weights.as_str();
+    let checkpoint = local::checkpoint(places, &args.model, wanted)?;
+    let prose = Prose::new(places, checkpoint.as_ref(), first.model())?;
     let threads = local::threads(&memory)?;
-    let (weights, checkpoint) = local::weights(
+    let weights = local::weights(
         places,
         &args.model,
-        &args.weights.weights,
+        wanted,
+        checkpoint.as_ref(),
         first.model(),
         first.host.placement.setup,
         global,
     )?;
+    drop(checkpoint);
     let engine = local::engine(first.model(), weights, threads);
     let mut rows = Vec::new();
     for (configuration, (name, batch)) in configurations.iter().zip(&chosen) {
-        let prompts =
-            local::prompts(checkpoint.as_ref(), configuration.model(), *batch, configuration.isl)?;
+        let prompts = prose.prompts(*batch, configuration.isl);
         let program = configuration.case().program(*batch)?;
         let options = RunOptions {
             kv_budget: configuration.host.placement.limits.kv_memory,

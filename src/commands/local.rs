@@ -1,5 +1,6 @@
 //! What the commands that run on this machine share: weights, prompts, progress, Ctrl-C.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::load::Checkpoint;
-use batchmax_exec::{machine, nodes};
-use batchmax_exec::weights::Weights;
+use batchmax_exec::weights::{Keeping, Weights};
 use batchmax_exec::{Engine, RunOptions, RunResult, fetch};
+use batchmax_exec::{machine, nodes};
 
 use batchmax_sim::cost::predict;
 use batchmax_sim::load::Load;
@@ -21,8 +22,10 @@ use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
 use batchmax_sim::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
 
 use crate::cli::{Global, MemoryArgs};
+use crate::paths::write_whole;
 use crate::report::remark;
 use crate::setting::{self, Configuration, Places};
 
@@ -80,15 +83,8 @@ pub fn checkpoint_path(places: &Places, name: &str) -> Option<PathBuf> {
     fetch::locate(&places.data_dir, name)
 }
 
-/// The weights that `--weights` asks for, with the checkpoint they came from.
-pub fn weights(
-    places: &Places,
-    name: &str,
-    wanted: &str,
-    model: &Model,
-    setup: Setup,
-    global: &Global,
-) -> Result<(Weights, Option<Checkpoint>)> {
+/// The checkpoint that `--weights` asks for, if it is here.
+pub fn checkpoint(places: &Places, name: &str, wanted: &str) -> Result<Option<Checkpoint>> {
     let path = match wanted {
         "synthetic" => None,
         "real" | "auto" => checkpoint_path(places, name),
@@ -97,51 +93,105 @@ pub fn weights(
     match path {
         Some(path) if path.extension().is_none_or(|e| e != "toml") => {
             let checkpoint = Checkpoint::open(&path)?;
-            let weights = Weights::load(&checkpoint, setup.weights, setup.head)?;
-            Ok((weights, Some(checkpoint)))
+            places.know_stored(&path, checkpoint.model().stored);
+            Ok(Some(checkpoint))
         }
         _ if wanted == "real" => bail!(
             "no weights of {name} are here; hint: batchmax fetch {name}, batchmax fetch FILE, or --weights synthetic"
         ),
-        _ => {
-            if wanted == "auto" {
-                remark(
-                    global.quiet,
-                    &format!(
-                        "no weights of {name} are here: synthetic ones of its shape (speed and memory are real, text is not)"
-                    ),
-                );
-            }
-            Ok((Weights::synthetic_with_head(model, setup.weights, setup.head)?, None))
-        }
+        _ => Ok(None),
     }
 }
 
-/// `batch` prompts of `isl` tokens: prose from another place for every sequence, or made-up tokens without a tokeniser.
-pub fn prompts(
+/// The weights of a checkpoint, packed now or before; without one those that `--weights` asks for instead.
+pub fn weights(
+    places: &Places,
+    name: &str,
+    wanted: &str,
     checkpoint: Option<&Checkpoint>,
     model: &Model,
-    batch: u32,
-    isl: u32,
-) -> Result<Vec<Vec<u32>>> {
-    let made_up = || -> Vec<u32> {
-        (0..4096u64).map(|i| ((i * 2_654_435_761) % u64::from(model.vocab)) as u32).collect()
-    };
-    let ids = match checkpoint.map(Checkpoint::tokenizer) {
-        Some(Ok(tokenizer)) => {
-            let text: String =
-                PROSE.lines().filter(|l| !l.starts_with('#')).collect::<Vec<_>>().join("\n");
-            tokenizer.encode(&text, false)?
+    setup: Setup,
+    global: &Global,
+) -> Result<Weights> {
+    let Some(checkpoint) = checkpoint else {
+        if wanted == "auto" {
+            remark(
+                global.quiet,
+                &format!(
+                    "no weights of {name} are here: synthetic ones of its shape (speed and memory are real, text is not)"
+                ),
+            );
         }
-        _ => made_up(),
+        return Ok(Weights::synthetic_with_head(model, setup.weights, setup.head)?);
     };
-    let mut prompts = Vec::with_capacity(batch as usize);
-    for sequence in 0..batch as usize {
-        // A prime stride starts every sequence at another word.
-        let from = (sequence * 211) % ids.len();
-        prompts.push(ids.iter().cycle().skip(from).take(isl as usize).copied().collect());
+    let directory = places.data_dir.join("packed");
+    let (weights, keeping) = Weights::load_kept(checkpoint, setup.weights, setup.head, &directory)?;
+    match keeping {
+        Keeping::Found => {}
+        Keeping::Written { path, bytes, instead } => {
+            let why = instead.map(|why| format!(" anew ({why})")).unwrap_or_default();
+            let path = path.display();
+            let text = format!("weights packed{why} and kept for the next start: {path}, {bytes}");
+            remark(global.quiet, &text);
+        }
+        Keeping::NotKept(why) => {
+            remark(global.quiet, &format!("the packed weights are not kept: {why}"));
+        }
     }
-    Ok(prompts)
+    Ok(weights)
+}
+
+/// Tokens that prompts nobody gave are cut from.
+#[derive(Deserialize, Serialize)]
+pub struct Prose {
+    /// What they follow from.
+    of: String,
+    ids: Vec<u32>,
+}
+
+impl Prose {
+    /// Raised where the same tokeniser gives other tokens of the same text than before.
+    const VERSION: u32 = 1;
+
+    /// English prose, or made-up tokens without a tokeniser. To build a tokeniser takes longer than all else at the start
+    /// of a run, so the tokens are kept beside the packed weights.
+    pub fn new(places: &Places, checkpoint: Option<&Checkpoint>, model: &Model) -> Result<Self> {
+        let Some(checkpoint) = checkpoint else { return Ok(Self::made_up(model)) };
+        let text: String =
+            PROSE.lines().filter(|l| !l.starts_with('#')).collect::<Vec<_>>().join("\n");
+        let mut hash = DefaultHasher::new();
+        text.hash(&mut hash);
+        let of = format!("{} {:016x}\n{}", Self::VERSION, hash.finish(), checkpoint.identity()?);
+        let name = format!("{}.tokens.json", checkpoint.file_name());
+        let path = places.data_dir.join("packed").join(name);
+        let kept = std::fs::read(&path).ok().and_then(|raw| serde_json::from_slice(&raw).ok());
+        let known = |id: &u32| *id < model.vocab;
+        if let Some(kept) = kept.filter(|kept: &Self| {
+            kept.of == of && !kept.ids.is_empty() && kept.ids.iter().all(known)
+        }) {
+            return Ok(kept);
+        }
+        let Ok(tokenizer) = checkpoint.tokenizer() else { return Ok(Self::made_up(model)) };
+        let prose = Self { of, ids: tokenizer.encode(&text, false)? };
+        // Where it can't be kept it is made again.
+        write_whole(&path, serde_json::to_vec(&prose)?).ok();
+        Ok(prose)
+    }
+
+    fn made_up(model: &Model) -> Self {
+        let id = |i: u64| ((i * 2_654_435_761) % u64::from(model.vocab)) as u32;
+        Self { of: String::new(), ids: (0..4096).map(id).collect() }
+    }
+
+    /// `batch` prompts of `isl` tokens, each from another place.
+    pub fn prompts(&self, batch: u32, isl: u32) -> Vec<Vec<u32>> {
+        let prompt = |sequence: usize| {
+            // A prime stride starts every sequence at another word.
+            let from = (sequence * 211) % self.ids.len();
+            self.ids.iter().cycle().skip(from).take(isl as usize).copied().collect()
+        };
+        (0..batch as usize).map(prompt).collect()
+    }
 }
 
 /// Sequences of a program, those that wait included.

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
-use batchmax_exec::load::Checkpoint;
+use batchmax_exec::load::Tokenizer;
 use batchmax_exec::tier::TierPlace;
-use batchmax_exec::weights::{Weights, check_executable};
+use batchmax_exec::weights::check_executable;
 use batchmax_exec::{Engine, RunOptions, RunResult, Sampling, load_of};
 use batchmax_sim::load::{Admission, Load};
 use batchmax_sim::lower::{lower, lower_prefix};
@@ -16,7 +16,8 @@ use batchmax_sim::units::Bytes;
 use serde_json::{Value, json};
 
 use crate::cli::{Global, RunArgs};
-use crate::commands::{Outcome, local};
+use crate::commands::Outcome;
+use crate::commands::local::{self, Prose};
 use crate::paths::write_whole;
 use crate::report::{answer, json, remark, table};
 use crate::setting::{self, LOCAL, Places};
@@ -35,6 +36,9 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     }
     setting::refuse_devices(&config.placement)?;
     let model = setting::model(places, &config.model)?;
+    // No more than its head is read before all is refused that can be.
+    let wanted = args.weights.weights.as_str();
+    let checkpoint = local::checkpoint(places, &config.model, wanted)?;
     let setup = setting::local_setup(places, &model, &config.memory)?;
     check_executable(&model, setup.weights)?;
     check_sampling(args)?;
@@ -60,13 +64,6 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         Some(path) => TierPlace::Directory(path.clone()),
         None => TierPlace::Memory,
     };
-    // Everything that can be refused is refused before weights are read.
-    let checkpoint = match args.weights.weights.as_str() {
-        "synthetic" => None,
-        _ => local::checkpoint_path(places, &config.model)
-            .map(|p| Checkpoint::open(&p))
-            .transpose()?,
-    };
     let schedule = setting::schedule(&config.schedule)?;
     let hit = setting::hit(&config.prefix_hit)?;
     let spread = setting::spread(&config.osl_spread)?;
@@ -88,8 +85,12 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             }
         }
     };
+    let tokenizer = match (&checkpoint, args.prompt.is_some()) {
+        (Some(checkpoint), true) => Some(checkpoint.tokenizer()?),
+        _ => None,
+    };
     let requests = schedule.requests(batch).unwrap_or(u32::MAX);
-    let given = given_prompts(args, checkpoint.as_ref(), requests)?;
+    let given = given_prompts(args, tokenizer.as_ref(), requests)?;
     let load = match &given {
         Some(prompts) => {
             let mut load = load_of(prompts, osl, schedule);
@@ -110,16 +111,15 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     local::check_prefix(prefix.as_ref(), budget)?;
     let prompts = match given {
         Some(prompts) => prompts,
-        None => local::prompts(checkpoint.as_ref(), &model, local::requests(&program), isl)?,
+        None => {
+            Prose::new(places, checkpoint.as_ref(), &model)?.prompts(local::requests(&program), isl)
+        }
     };
     let threads = local::threads(&config.memory)?;
-    let (weights, _): (Weights, _) =
-        local::weights(places, &config.model, &args.weights.weights, &model, setup, global)?;
+    let weights =
+        local::weights(places, &config.model, wanted, checkpoint.as_ref(), &model, setup, global)?;
+    drop(checkpoint);
     let engine = local::engine(&model, weights, threads);
-    let tokenizer = match (&checkpoint, args.prompt.is_some()) {
-        (Some(checkpoint), true) => Some(checkpoint.tokenizer()?),
-        _ => None,
-    };
     let options = RunOptions {
         kv_budget: budget,
         sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed },
@@ -226,19 +226,18 @@ fn go(
 /// The prompts that were typed, as ids; `None`: prompts of --isl tokens are to be made up.
 fn given_prompts(
     args: &RunArgs,
-    checkpoint: Option<&Checkpoint>,
+    tokenizer: Option<&Tokenizer>,
     batch: u32,
 ) -> Result<Option<Vec<Vec<u32>>>> {
     if let Some(path) = &args.ids {
         return Ok(Some(read_ids(path)?));
     }
     let Some(text) = &args.prompt else { return Ok(None) };
-    let checkpoint = checkpoint.ok_or_else(|| {
+    let tokenizer = tokenizer.ok_or_else(|| {
         anyhow!(
             "--prompt needs the model's tokeniser; hint: batchmax fetch, or token ids with --ids"
         )
     })?;
-    let tokenizer = checkpoint.tokenizer()?;
     let text = if args.chat {
         tokenizer.chat(text).ok_or_else(|| {
             anyhow!("--chat: this model's chat template is not known; hint: leave --chat out")

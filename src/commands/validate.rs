@@ -18,7 +18,7 @@ use serde_json::json;
 
 use crate::cli::{Global, ValidateArgs};
 use crate::commands::Outcome;
-use crate::commands::local::{self, Trial, requests};
+use crate::commands::local::{self, Prose, Trial};
 use crate::commands::run::figures;
 use crate::report::{answer, json, remark, table};
 use crate::setting::{self, Configuration, LOCAL, Places};
@@ -38,22 +38,21 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     local::check_memory(&configuration, &program)?;
     let prefix = configuration.case().prefix(batch);
     local::check_prefix(prefix.as_ref(), configuration.host.placement.limits.kv_memory)?;
+    let wanted = args.weights.weights.as_str();
+    let checkpoint = local::checkpoint(places, &args.config.model, wanted)?;
     let threads = local::threads(&args.config.memory)?;
-    let (weights, checkpoint) = local::weights(
+    let weights = local::weights(
         places,
         &args.config.model,
-        &args.weights.weights,
+        wanted,
+        checkpoint.as_ref(),
         configuration.model(),
         configuration.host.placement.setup,
         global,
     )?;
     let synthetic = weights.synthetic;
-    let prompts = local::prompts(
-        checkpoint.as_ref(),
-        configuration.model(),
-        requests(&program),
-        configuration.isl,
-    )?;
+    let prose = Prose::new(places, checkpoint.as_ref(), configuration.model())?;
+    let prompts = prose.prompts(requests(&program), configuration.isl);
     drop(checkpoint);
     let engine = local::engine(configuration.model(), weights, threads);
     let options = RunOptions {

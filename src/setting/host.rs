@@ -44,11 +44,8 @@ pub fn threads(memory: &MemoryArgs) -> Result<usize> {
 
 /// Types and layout on this machine's CPU: weights as they are stored here, unless told otherwise.
 pub fn local_setup(places: &Places, model: &Model, memory: &MemoryArgs) -> Result<Setup> {
-    // What was fetched under its name says how it is stored. Only a CPU asks: a header takes 20 ms to read.
-    let fetched = || {
-        let path = super::located(places, &model.name)?;
-        places.catalog.model(&path.display().to_string()).ok()?.stored
-    };
+    // What was fetched under its name says how it is stored. Only a CPU asks.
+    let fetched = || places.stored(&super::located(places, &model.name)?);
     let usual = if memory.weight_dtype.is_some() { None } else { model.stored.or_else(fetched) };
     cpu_setup(memory, usual.unwrap_or(DType::F32))
 }

@@ -1,7 +1,8 @@
 //! Where descriptions and this machine's results are.
 
-use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, anyhow, bail};
 use batchmax_sim::cost::calibrated::KernelProfile;
@@ -20,6 +21,8 @@ pub struct Places {
     /// Models and profiles of this machine.
     pub data_dir: PathBuf,
     library: OnceLock<Library>,
+    /// How models' files hold their weights, as far as that was asked.
+    stored: Mutex<BTreeMap<PathBuf, Option<DType>>>,
 }
 
 impl Places {
@@ -33,7 +36,25 @@ impl Places {
             }
             catalog = catalog.with_user_dir(dir.clone());
         }
-        Ok(Self { catalog, data_dir, library: OnceLock::new() })
+        Ok(Self { catalog, data_dir, library: OnceLock::new(), stored: Mutex::default() })
+    }
+
+    /// How a model's file holds its weights; a header takes 20 ms to read, so that is done once.
+    pub(super) fn stored(&self, path: &Path) -> Option<DType> {
+        let mut known = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stored) = known.get(path) {
+            return *stored;
+        }
+        let model = self.catalog.model(&path.display().to_string());
+        let stored = model.ok().and_then(|model| model.stored);
+        known.insert(path.to_owned(), stored);
+        stored
+    }
+
+    /// Spares [`Self::stored`] the reading of a header that has been read.
+    #[cfg(feature = "exec")]
+    pub fn know_stored(&self, path: &Path, stored: Option<DType>) {
+        self.stored.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned(), stored);
     }
 
     /// The fitted profile of this machine with `threads` threads.

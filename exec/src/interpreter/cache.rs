@@ -4,11 +4,13 @@ use batchmax_kernels as k;
 use batchmax_kernels::append::AppendItem;
 use batchmax_kernels::attend::{AttendItem, AttendShape};
 use batchmax_kernels::evict::{EvictItem, WithinItem};
+use batchmax_kernels::lists::recycle;
 use batchmax_kernels::rank::{RankItem, Scorer, TallyItem};
 use batchmax_sim::op::{Choice, Heads, Lane, Lanes, Phase, Pooling, Protect, Score};
 use batchmax_sim::units::Layer;
 
-use super::{Interpreter, layer_index};
+use super::lists::rows_in;
+use super::{Interpreter, Slots, layer_index};
 use crate::error::ExecError;
 
 impl Interpreter<'_> {
@@ -44,21 +46,19 @@ impl Interpreter<'_> {
         let dim = heads.dim as usize;
         let key_offset = heads.query as usize * dim;
         let value_offset = key_offset + heads.kv as usize * dim;
-        let step_rows = self.rows_of(lanes);
-        let end = step_rows.last().map_or(0, |(first, count)| first + count);
-        let positions = &self.slots.positions;
-        let (pool, picked) = self.kv.select(layer_index(layer), lanes);
-        let mut items: Vec<AppendItem<'_>> = picked
-            .into_iter()
-            .zip(step_rows)
-            .map(|((_, lane, heads), (first_row, _))| {
+        let Slots { step_rows, positions, qkv, lists, .. } = &mut self.slots;
+        let end = rows_in(step_rows, lanes).last().map_or(0, |(first, count)| first + count);
+        let (pool, picked) = self.kv.picks(layer_index(layer), lanes);
+        let mut items: Vec<AppendItem<'_>> = recycle(std::mem::take(&mut lists.appends));
+        items.extend(picked.zip(rows_in(step_rows, lanes)).map(
+            |((_, lane, heads), (first_row, _))| {
                 // Rows that speculate come last and are not kept.
                 let rows = lane.rows as usize;
                 let positions = &positions[first_row..first_row + rows];
                 AppendItem { heads, first_row, rows, positions }
-            })
-            .collect();
-        let qkv = &self.slots.qkv[..end * width];
+            },
+        ));
+        let qkv = &qkv[..end * width];
         k::append::append(
             self.threads,
             pool,
@@ -69,6 +69,7 @@ impl Interpreter<'_> {
             value_offset,
             dim,
         )?;
+        lists.appends = recycle(items);
         Ok(())
     }
 
@@ -84,15 +85,15 @@ impl Interpreter<'_> {
         let rows = lanes.rows() as usize;
         let width = self.model.qkv_width() as usize;
         let out_width = shape.heads * shape.head_dim;
-        let step_rows = self.rows_of(lanes.as_slice());
+        let lanes = lanes.as_slice();
+        let Slots { step_rows, qkv, attention, log_sum_exp, lists, .. } = &mut self.slots;
         // Some of the step's sequences may attend elsewhere.
-        let rows = step_rows.last().map_or(rows, |(first, count)| first + count);
-        let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
-        let items: Vec<AttendItem<'_>> = picked
-            .into_iter()
-            .zip(step_rows)
-            .map(|((.., heads), (first_row, rows))| AttendItem { heads, first_row, rows, at: None })
-            .collect();
+        let rows = rows_in(step_rows, lanes).last().map_or(rows, |(first, count)| first + count);
+        let (pool, picked) = self.kv.picks(layer_index(layer), lanes);
+        let mut items: Vec<AttendItem<'_>> = recycle(std::mem::take(&mut lists.attends));
+        items.extend(picked.zip(rows_in(step_rows, lanes)).map(
+            |((.., heads), (first_row, rows))| AttendItem { heads, first_row, rows, at: None },
+        ));
         let run = match phase {
             Phase::Prefill => k::attend::attend_prefill,
             Phase::Decode => k::attend::attend_decode,
@@ -102,30 +103,30 @@ impl Interpreter<'_> {
             pool,
             &items,
             &shape,
-            &self.slots.qkv[..rows * width],
+            &qkv[..rows * width],
             width,
-            &mut self.slots.attention[..rows * out_width],
-            Some(&mut self.slots.log_sum_exp[..rows * shape.heads]),
+            &mut attention[..rows * out_width],
+            Some(&mut log_sum_exp[..rows * shape.heads]),
         );
+        lists.attends = recycle(items);
     }
 
     pub(super) fn tally(&mut self, heads: Heads, lanes: &Lanes, layer: Option<Layer>) {
         let shape = self.attend_shape(heads, None);
         let rows = lanes.rows() as usize;
         let width = self.model.qkv_width() as usize;
-        let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
+        let Slots { qkv, log_sum_exp, lists, .. } = &mut self.slots;
+        let (pool, picked) = self.kv.picks(layer_index(layer), lanes.as_slice());
         let mut first_row = 0;
-        let mut items: Vec<TallyItem<'_>> = picked
-            .into_iter()
-            .map(|(_, lane, heads)| {
-                let item = TallyItem { heads, first_row, rows: lane.rows as usize };
-                first_row += lane.rows as usize;
-                item
-            })
-            .collect();
-        let qkv = &self.slots.qkv[..rows * width];
-        let lse = &self.slots.log_sum_exp[..rows * shape.heads];
+        let mut items: Vec<TallyItem<'_>> = recycle(std::mem::take(&mut lists.tallies));
+        items.extend(picked.map(|(_, lane, heads)| {
+            let item = TallyItem { heads, first_row, rows: lane.rows as usize };
+            first_row += lane.rows as usize;
+            item
+        }));
+        let (qkv, lse) = (&qkv[..rows * width], &log_sum_exp[..rows * shape.heads]);
         k::rank::tally(self.threads, pool, &mut items, &shape, qkv, width, lse);
+        lists.tallies = recycle(items);
     }
 
     pub(super) fn rank(&mut self, heads: Heads, by: Score, lanes: &Lanes, layer: Option<Layer>) {

@@ -44,8 +44,8 @@ impl Interpreter<'_> {
         lanes: &Lanes,
         layer: Option<Layer>,
     ) -> Result<(), ExecError> {
-        let (pool, picked) = self.kv.select(layer_index(layer), lanes.as_slice());
-        let caches = picked.into_iter().flat_map(|(_, _, heads)| heads);
+        let (pool, picked) = self.kv.picks(layer_index(layer), lanes.as_slice());
+        let caches = picked.flat_map(|(_, _, heads)| heads);
         pack(self.threads, pool, caches, &heads.form)
     }
 

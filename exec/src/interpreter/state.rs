@@ -19,8 +19,8 @@ impl Interpreter<'_> {
         layer: Option<Layer>,
     ) -> Result<(), ExecError> {
         let Some(state) = heads.form.state else { return Ok(()) };
-        let (pool, picked) = self.kv.select(layer_index(layer), lanes);
-        for head in picked.into_iter().flat_map(|(_, _, heads)| heads) {
+        let (pool, picked) = self.kv.picks(layer_index(layer), lanes);
+        for head in picked.flat_map(|(_, _, heads)| heads) {
             head.open_state(pool, state.rank as usize)?;
         }
         Ok(())

@@ -7,6 +7,7 @@
 
 mod chat;
 mod codes;
+mod identity;
 mod names;
 mod open;
 mod pre_tokenizer;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 use batchmax_kernels::gemm::CodeRow;
 use batchmax_sim::profile::{GgufHeader, Model, ProfileError};
 
+pub(crate) use identity::hex;
 use names::Part;
 use stored::{Shard, Stored};
 pub use tokenizer::Tokenizer;
@@ -204,6 +206,12 @@ impl Checkpoint {
             }
         }
         Ok(checkpoint)
+    }
+
+    /// The file or directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The model's description, from the header or configuration.

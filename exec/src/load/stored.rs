@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 use batchmax_sim::profile::GgmlType;
 
@@ -37,6 +38,13 @@ impl Shard {
     /// Takes an open file.
     pub(super) fn new(path: PathBuf, file: File) -> Self {
         Self { path, file: Mutex::new(file) }
+    }
+
+    /// Bytes, and when they were last changed.
+    pub(super) fn size_and_time(&self) -> std::io::Result<(u64, SystemTime)> {
+        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let about = file.metadata()?;
+        Ok((about.len(), about.modified()?))
     }
 
     /// Fills the buffer from a position.

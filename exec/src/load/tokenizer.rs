@@ -153,20 +153,23 @@ fn build(header: &GgufHeader) -> Result<Tokenizer, String> {
     }
     let pre = PreTokenizer::of(header.text("tokenizer.ggml.pre").unwrap_or("default"))?;
     let tokens = texts("tokenizer.ggml.tokens")?;
-    let mut vocab = Vocab::default();
+    let mut vocab = Vocab::with_capacity(tokens.len());
     for (id, token) in (0u32..).zip(&tokens) {
         if let Some(before) = vocab.insert((*token).to_owned(), id) {
             return Err(format!("tokens {before} and {id} are the same text"));
         }
     }
-    let mut merges = Vec::new();
-    for merge in texts("tokenizer.ggml.merges")? {
+    let pairs = texts("tokenizer.ggml.merges")?;
+    let (mut merges, mut merged) = (Vec::with_capacity(pairs.len()), String::new());
+    for merge in pairs {
         // A token may begin with a space only in vocabularies that are not byte-level.
         let Some((left, right)) = merge.split_once(' ') else {
             return Err(format!("merge \"{}\" is not a pair", one_line(merge)));
         };
         // The tokenizers crate would index past its buffer.
-        if !vocab.contains_key(&format!("{left}{right}")) {
+        merged.clear();
+        merged.extend([left, right]);
+        if !vocab.contains_key(&merged) {
             return Err(format!("merge \"{}\" yields no token", one_line(merge)));
         }
         merges.push((left.to_owned(), right.to_owned()));

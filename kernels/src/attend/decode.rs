@@ -3,6 +3,7 @@
 //! A long cache is cut into parts of 512 tokens, whatever the batch and the threads; each part has its own softmax, and the
 //! parts are joined in order.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use super::fused;
@@ -71,9 +72,24 @@ struct Head {
     parts: usize,
 }
 
+/// What a call lists: its heads, its tasks (head and part), results of parts.
+#[derive(Default)]
+struct Lists {
+    heads: Vec<Head>,
+    tasks: Vec<(usize, usize)>,
+    partial: Vec<f32>,
+}
+
+thread_local! {
+    /// The memory of a call's lists, for the next call.
+    static LISTS: Cell<Lists> = Cell::default();
+}
+
 pub(super) fn decode_with(isa: Isa, threads: &Threads, job: &Job<'_>) {
-    let mut heads = Vec::with_capacity(job.items.len() * job.shape.kv_heads);
-    let mut tasks = Vec::with_capacity(heads.capacity());
+    let Lists { mut heads, mut tasks, mut partial } = LISTS.take();
+    heads.clear();
+    tasks.clear();
+    partial.clear();
     for (item, caches) in job.items.iter().map(|i| i.heads).enumerate() {
         for (head, cache) in caches.iter().enumerate() {
             // An empty cache has one empty part.
@@ -84,7 +100,7 @@ pub(super) fn decode_with(isa: Isa, threads: &Threads, job: &Job<'_>) {
     }
     let size = part_size(job.shape);
     let joins = heads.iter().any(|h| h.parts > 1);
-    let mut partial = vec![0.0f32; if joins { tasks.len() * size } else { 0 }];
+    partial.resize(if joins { tasks.len() * size } else { 0 }, 0.0);
     let results = Disjoint::new(&mut partial);
     threads.run(tasks.len(), |i| {
         let (head, part) = tasks[i];
@@ -109,6 +125,7 @@ pub(super) fn decode_with(isa: Isa, threads: &Threads, job: &Job<'_>) {
             }
         });
     }
+    LISTS.set(Lists { heads, tasks, partial });
 }
 
 /// Floats of a part's result: sums, then maximum, then denominator, of each query head.

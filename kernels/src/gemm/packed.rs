@@ -1,8 +1,11 @@
 //! Weights in panels of 32 output columns.
 
+use std::sync::Arc;
+
 use half::f16;
 
 use crate::buffer::AlignedBytes;
+use crate::mapped::{MARGIN, Mapped};
 use crate::simd::{Isa, LANES, Simd, bf16_bits, isa, multiversion};
 use crate::tile::PANEL;
 
@@ -95,10 +98,55 @@ pub struct Packed {
     n: usize,
     k: usize,
     format: WeightFormat,
-    data: AlignedBytes,
+    data: Data,
+}
+
+/// Where panels are.
+enum Data {
+    /// In memory of their own.
+    Own(AlignedBytes),
+    /// In a file, from this byte on.
+    Mapped(Arc<Mapped>, usize),
 }
 
 impl Packed {
+    /// Stands for how panels lie in memory and how numbers become codes. Files hold panels: whoever changes what
+    /// [`Self::pack`], [`Self::put_codes`] or [`CodeRow::quantise`] write raises it.
+    pub const LAYOUT: u32 = 1;
+
+    /// Panels that lie in a file from byte `start` on, as [`Self::panels`] gave them. `None` where they would end less than
+    /// [`MARGIN`] bytes before the end of the file, or don't begin at a multiple of that.
+    #[must_use]
+    pub fn mapped(
+        n: usize,
+        k: usize,
+        format: WeightFormat,
+        file: &Arc<Mapped>,
+        start: usize,
+    ) -> Option<Self> {
+        let end = start.checked_add(Self::bytes_for(n, k, format))?.checked_add(MARGIN)?;
+        let fits = start.is_multiple_of(MARGIN) && end <= file.bytes().len();
+        fits.then(|| Self { n, k, format, data: Data::Mapped(Arc::clone(file), start) })
+    }
+
+    /// The panels, to be kept in a file.
+    #[must_use]
+    pub fn panels(&self) -> &[u8] {
+        // SAFETY: so many bytes were zeroed when they were allocated, or are in the file; who shares the matrix only reads.
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.bytes()) }
+    }
+
+    /// Where to write.
+    ///
+    /// # Panics
+    /// If the panels are those of a file.
+    fn own(&self) -> *mut u8 {
+        match &self.data {
+            Data::Own(data) => data.as_ptr(),
+            Data::Mapped(..) => panic!("a matrix in a file is not written to"),
+        }
+    }
+
     /// Packs the matrix whose row `i` of length `k` `rows(i, out)` writes. It is called once per row, in order. Codes are the
     /// nearest ones.
     pub fn pack(
@@ -115,6 +163,7 @@ impl Packed {
             });
         }
         let packed = Self::zeroed(n, k, format);
+        let own = packed.own();
         let mut staged = vec![0.0f32; PANEL * k];
         for panel in 0..n.div_ceil(PANEL) {
             let first = panel * PANEL;
@@ -129,17 +178,8 @@ impl Packed {
                     // SAFETY: inside the panel; nobody else has the fresh buffer.
                     unsafe {
                         match format {
-                            WeightFormat::F32 => {
-                                packed.data.as_ptr().cast::<f32>().add(start + i).write(x);
-                            }
-                            _ => {
-                                packed
-                                    .data
-                                    .as_ptr()
-                                    .cast::<u16>()
-                                    .add(start + i)
-                                    .write(bf16_bits(x));
-                            }
+                            WeightFormat::F32 => own.cast::<f32>().add(start + i).write(x),
+                            _ => own.cast::<u16>().add(start + i).write(bf16_bits(x)),
                         }
                     }
                 }
@@ -176,12 +216,13 @@ impl Packed {
         let blocks = self.k.div_ceil(BLOCK);
         assert!(i < self.n, "row {i} of {}", self.n);
         assert!(row.codes.len() == blocks * BLOCK, "the row is not k long");
+        let own = self.own();
         for (block, codes) in row.codes.as_chunks::<BLOCK>().0.iter().enumerate() {
             let place = self.place(i, block, bits);
-            // SAFETY: the addresses are this row's in its block, and the matrix is this caller's alone.
+            // SAFETY: the offsets are this row's in its block, and the matrix is this caller's alone.
             unsafe {
                 for (j, four) in codes.as_chunks::<4>().0.iter().enumerate() {
-                    let at = place.codes.add(j * bits / 8 * 64).cast::<[u8; 4]>();
+                    let at = own.add(place.codes + j * bits / 8 * 64).cast::<[u8; 4]>();
                     if bits == 8 {
                         at.write(*four);
                     } else {
@@ -190,8 +231,8 @@ impl Packed {
                         at.write((others | these).to_ne_bytes());
                     }
                 }
-                place.scale.write(row.scales[block]);
-                place.minimum.write(row.minima[block]);
+                own.add(place.scale).cast::<u16>().write(row.scales[block]);
+                own.add(place.minimum).cast::<u16>().write(row.minima[block]);
             }
         }
     }
@@ -202,13 +243,12 @@ impl Packed {
         let (vector, lane) = (inside / LANES, inside % LANES);
         let vector_bytes = LANES * BLOCK * bits / 8;
         let start = (panel * self.k.div_ceil(BLOCK) + block) * block_bytes(bits);
-        assert!(start + block_bytes(bits) <= self.data.len(), "no such block");
-        let base = self.data.as_ptr().wrapping_add(start);
-        let scales = base.wrapping_add(2 * vector_bytes).cast::<u16>();
+        assert!(start + block_bytes(bits) <= self.bytes(), "no such block");
+        let scales = start + 2 * vector_bytes;
         Place {
-            codes: base.wrapping_add(vector * vector_bytes + lane * 4),
-            scale: scales.wrapping_add(inside),
-            minimum: scales.wrapping_add(PANEL + inside),
+            codes: start + vector * vector_bytes + lane * 4,
+            scale: scales + inside * 2,
+            minimum: scales + (PANEL + inside) * 2,
         }
     }
 
@@ -216,16 +256,14 @@ impl Packed {
     fn coded(&self, column: usize, at: usize, bits: usize) -> f32 {
         let place = self.place(column, at / BLOCK, bits);
         let (four, byte) = (at % BLOCK / 4, at % 4);
-        // SAFETY: inside the block.
-        unsafe {
-            let code = if bits == 8 {
-                *place.codes.add(four * 64 + byte)
-            } else {
-                *place.codes.add(four / 2 * 64 + byte) >> (4 * (four % 2)) & 15
-            };
-            let half = |p: *const u16| f16::from_bits(*p).to_f32();
-            f32::from(code) * half(place.scale) + half(place.minimum)
-        }
+        let panels = self.panels();
+        let code = if bits == 8 {
+            panels[place.codes + four * 64 + byte]
+        } else {
+            panels[place.codes + four / 2 * 64 + byte] >> (4 * (four % 2)) & 15
+        };
+        let half = |at: usize| f16::from_ne_bytes([panels[at], panels[at + 1]]).to_f32();
+        f32::from(code) * half(place.scale) + half(place.minimum)
     }
 
     /// Made-up weights, uniform in `-scale..=scale`: the same for the same shape and seed on every machine.
@@ -258,7 +296,7 @@ impl Packed {
         let count = PANEL.min(self.n - panel * PANEL);
         // SAFETY: the panel lies inside the buffer and one thread makes it up.
         unsafe {
-            let p = self.data.as_ptr().add(panel * self.format.panel_bytes(self.k));
+            let p = self.own().add(panel * self.format.panel_bytes(self.k));
             match self.format {
                 WeightFormat::F32 => fill_f32(isa, p.cast(), self.k, count, key, scale),
                 WeightFormat::Bf16 => fill_bf16(isa, p.cast(), self.k, count, key, scale),
@@ -271,7 +309,8 @@ impl Packed {
     /// Zeros.
     #[must_use]
     pub fn zeroed(n: usize, k: usize, format: WeightFormat) -> Self {
-        Self { n, k, format, data: AlignedBytes::zeroed(Self::bytes_for(n, k, format)) }
+        let data = Data::Own(AlignedBytes::zeroed(Self::bytes_for(n, k, format)));
+        Self { n, k, format, data }
     }
 
     /// Output columns.
@@ -295,7 +334,7 @@ impl Packed {
     /// Bytes of the panels.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.data.len()
+        Self::bytes_for(self.n, self.k, self.format)
     }
 
     /// Bytes that a matrix of this shape takes, without making it.
@@ -323,25 +362,26 @@ impl Packed {
             // SAFETY: inside the panels.
             *out = unsafe {
                 match self.format {
-                    WeightFormat::F32 => *self.data.as_ptr().cast::<f32>().add(index),
-                    _ => f32::from_bits(
-                        u32::from(*self.data.as_ptr().cast::<u16>().add(index)) << 16,
-                    ),
+                    WeightFormat::F32 => *self.as_ptr().cast::<f32>().add(index),
+                    _ => f32::from_bits(u32::from(*self.as_ptr().cast::<u16>().add(index)) << 16),
                 }
             };
         }
     }
 
     pub(super) fn as_ptr(&self) -> *const u8 {
-        self.data.as_ptr()
+        match &self.data {
+            Data::Own(data) => data.as_ptr(),
+            Data::Mapped(file, start) => file.bytes()[*start..].as_ptr(),
+        }
     }
 }
 
-/// Addresses of a column's part of a block of codes: groups of four codes lie 64 bytes apart.
+/// First bytes of a column's part of a block of codes: groups of four codes lie 64 bytes apart.
 struct Place {
-    codes: *mut u8,
-    scale: *mut u16,
-    minimum: *mut u16,
+    codes: usize,
+    scale: usize,
+    minimum: usize,
 }
 
 /// Codes between `-scale` and `scale`; columns from `count` on stand for zeros.

@@ -121,6 +121,15 @@ impl HeadCache {
         self.positions.len()
     }
 
+    /// Makes room for the lists of so many tokens; their halves are still the pool's.
+    pub fn expect_tokens(&mut self, tokens: usize) {
+        let more = |len: usize, wanted: usize| wanted.saturating_sub(len);
+        self.positions.reserve_exact(more(self.positions.len(), tokens));
+        for halves in [&mut self.keys, &mut self.values] {
+            halves.whole.reserve_exact(more(halves.whole.len(), blocks(tokens)));
+        }
+    }
+
     /// The channels that pruned keys have, ascending, if channels were pruned.
     #[must_use]
     pub fn kept_channels(&self) -> Option<&[u16]> {

@@ -47,9 +47,11 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
         context,
         setup.kv.dtype,
     ))?;
+    let wanted = args.weights.weights.as_str();
+    let checkpoint = local::checkpoint(places, &args.model, wanted)?;
     let threads = local::threads(&args.memory)?;
-    let (weights, checkpoint) =
-        local::weights(places, &args.model, &args.weights.weights, &model, setup, global)?;
+    let weights =
+        local::weights(places, &args.model, wanted, checkpoint.as_ref(), &model, setup, global)?;
     if weights.synthetic {
         remark(global.quiet, "made-up weights: what is found says nothing about the model");
     }

@@ -77,9 +77,11 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
     let mut variants = variants(places, args)?;
     let full = Preset::parse(&places.catalog, UNCOMPRESSED)?;
     refuse_early(&mut variants, &contexts, &model, setup.kv.dtype, &mut left_out)?;
+    let wanted = args.weights.weights.as_str();
+    let checkpoint = local::checkpoint(places, &args.model, wanted)?;
     let threads = local::threads(&args.memory)?;
-    let (weights, checkpoint) =
-        local::weights(places, &args.model, &args.weights.weights, &model, setup, global)?;
+    let weights =
+        local::weights(places, &args.model, wanted, checkpoint.as_ref(), &model, setup, global)?;
     if weights.synthetic && args.summary.is_some() {
         bail!("--summary: made-up weights say nothing about {}; hint: batchmax fetch", model.name);
     }
