@@ -52,7 +52,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     )?;
     let synthetic = weights.synthetic;
     let prose = Prose::new(places, checkpoint.as_ref(), configuration.model())?;
-    let prompts = prose.prompts(requests(&program), configuration.isl);
+    let prompts = prose.prompts(local::requests(&program), configuration.isl);
     drop(checkpoint);
     let engine = local::engine(configuration.model(), weights, threads);
     let options = RunOptions {
