@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::form::{Form, Length};
 use crate::kv::KvLayout;
-use crate::op::{Choice, Heads, Lane, Op, OpKind, Phase, Score, part_room};
+use crate::op::{Choice, DType, Heads, Lane, Op, OpKind, Phase, Score, part_room};
 use crate::profile::Model;
 use crate::program::{Block, Header, Node, Pass, Program};
 use crate::units::{Bytes, Tokens};
@@ -161,7 +161,7 @@ impl Buffers {
 
 /// Bytes of the weights: linear layers in `dtype`, embedding and head in `head`.
 #[must_use]
-pub fn weight_bytes(model: &Model, dtype: crate::op::DType, head: crate::op::DType) -> Bytes {
+pub fn weight_bytes(model: &Model, dtype: DType, head: DType) -> Bytes {
     let linear = u64::from(model.layers) * model.layer_linear_parameters();
     dtype.bytes(linear) + head.bytes(model.parameters() - linear)
 }
@@ -194,10 +194,22 @@ pub(crate) fn footprint_with(
         kv_spread: kv_spread(program),
         kv_shortfall: kv_shortfall(program),
         away: offloaded(program),
-        activations: buffers.bytes(model, program.header.activations.bits() / 8),
+        activations: buffers.bytes(model, program.header.activations.bits() / 8)
+            + coded_rows(model, buffers.rows, program.header.weights),
         bookkeeping,
         runtime,
     }
+}
+
+/// Bytes of the rows of one product as codes, where weights are multiplied in integers: a byte a number, and a scale and a
+/// sum of 4 bytes for each block of 32.
+fn coded_rows(model: &Model, rows: u64, weights: DType) -> Bytes {
+    if !matches!(weights, DType::Q4 | DType::Q8) {
+        return Bytes(0);
+    }
+    let attention = u64::from(model.heads) * u64::from(model.head_dim);
+    let widest = attention.max(model.hidden.into()).max(model.ffn.into());
+    Bytes(rows.saturating_mul(widest.next_multiple_of(32) + widest.div_ceil(32) * 8))
 }
 
 /// Bytes of the networks through which dropped tokens are added to a state and queries read it, all layers.
@@ -213,7 +225,7 @@ fn map_bytes(program: &Program) -> Bytes {
         };
         most = most.max(pass.layers.iter().map(layer).sum());
     });
-    crate::op::DType::F32.bytes(most)
+    DType::F32.bytes(most)
 }
 
 /// Bytes by which caches may exceed their replay because their lengths depend on the text. The replay gives heads that

@@ -450,3 +450,18 @@ proptest! {
         prop_assert_eq!(full.nodes, roomy.nodes);
     }
 }
+
+#[test]
+fn rows_become_codes_where_weights_are() {
+    let load = Load::uniform(1, 100, 2, Schedule::Static);
+    let footprint_of = |weights| {
+        let setup = Setup { weights, ..setup(1) };
+        let program = lower(&smollm(), &Full::default(), &load, setup).expect("lowers");
+        batchmax_sim::memory::footprint(&smollm(), &program, Bytes(0)).activations
+    };
+    // 100 rows of the widest input, 1536 numbers: a byte each, and 8 more for each of 48 blocks.
+    let more = footprint_of(DType::Q4).0 - footprint_of(DType::F32).0;
+    assert_eq!(more, 100 * (1536 + 48 * 8));
+    assert_eq!(footprint_of(DType::Q8), footprint_of(DType::Q4));
+    assert_eq!(footprint_of(DType::Bf16), footprint_of(DType::F32));
+}
