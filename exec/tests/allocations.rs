@@ -11,7 +11,8 @@ use batchmax_exec::{RunOptions, load_of};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::lower::lower;
 use batchmax_sim::op::DType;
-use batchmax_sim::policy::{BatchMax, Budget, Full, Policy};
+use batchmax_sim::policy::{Full, Policy, Preset};
+use batchmax_sim::profile::Catalog;
 use common::{made_up, setup, small};
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
@@ -51,8 +52,13 @@ fn quiet_steps_allocate_nothing() {
         println!("full, {lengths:?}: {counts:?}");
         assert!(counts.iter().all(|n| *n == 0), "{lengths:?}: {counts:?}");
     }
-    let counts = in_decode_steps(&BatchMax::new(Budget::Tokens(64)), [200; 4], 100, 40);
+    // It cuts every 32 steps, as its preset does: those steps ask for some memory, the others for none.
+    let catalog = Catalog::built_in();
+    let preset = Preset::parse(&catalog, "batch-max:budget=64,chunk=64").expect("a preset");
+    let counts = in_decode_steps(preset.policy.as_ref(), [200; 4], 140, 40);
     println!("batch-max: {counts:?}");
-    let quiet = counts.iter().filter(|n| **n == 0).count();
-    assert!(2 * quiet > counts.len(), "{counts:?}");
+    let acting: Vec<usize> = counts.iter().copied().filter(|n| *n > 0).collect();
+    assert_eq!((counts.len(), acting.len()), (99, 3), "{counts:?}");
+    // Of 3 layers, 4 sequences and 2 KV heads: for each head what stays, for each sequence how much, and ten lists.
+    assert!(acting.iter().all(|n| *n <= 3 * (4 * 2 + 4 + 10)), "{counts:?}");
 }

@@ -4,6 +4,7 @@ mod mixed;
 mod turn;
 mod within;
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use crate::kv::{BLOCK_TOKENS, BlockPool, HeadCache, PoolFull};
@@ -149,11 +150,16 @@ fn rank_key(score: f32, index: usize, position: u32, seen: u32, protect: Protect
     u64::from(ordered) << 32 | earlier
 }
 
-fn rank_keys(scores: &[f32], positions: &[u32], seen: u32, protect: Protect) -> Vec<u64> {
-    let of = |(i, (score, position)): (usize, (&f32, &u32))| {
+fn rank_keys(
+    scores: &[f32],
+    positions: &[u32],
+    seen: u32,
+    protect: Protect,
+) -> impl Iterator<Item = u64> {
+    let of = move |(i, (score, position)): (usize, (&f32, &u32))| {
         rank_key(*score, i, *position, seen, protect)
     };
-    scores.iter().zip(positions).enumerate().map(of).collect()
+    scores.iter().zip(positions).enumerate().map(of)
 }
 
 /// How many tokens each head of a layer keeps if they share `heads.len() * mean`: every head its `guaranteed` best, then
@@ -169,7 +175,7 @@ pub fn share(
     let mut rest: Vec<(u64, usize)> = Vec::new();
     let mut keep = Vec::with_capacity(heads.len());
     for (head, (scores, positions)) in heads.iter().enumerate() {
-        let mut keys = rank_keys(scores, positions, seen, protect);
+        let mut keys: Vec<u64> = rank_keys(scores, positions, seen, protect).collect();
         keys.sort_unstable_by(|a, b| b.cmp(a));
         let sure = guaranteed.min(mean).min(keys.len());
         keep.push(sure);
@@ -202,13 +208,21 @@ pub fn best(
         return Vec::new();
     }
     let keep = keep.min(positions.len());
-    let keys = rank_keys(scores, positions, seen, protect);
-    let mut order = keys.clone();
+    let [mut keys, mut order] = KEYS.take();
+    keys.clear();
+    keys.extend(rank_keys(scores, positions, seen, protect));
+    order.clone_from(&keys);
     let (_, least, _) = order.select_nth_unstable_by(keep - 1, |a, b| b.cmp(a));
     let least = *least;
     let mut kept = Vec::with_capacity(keep);
-    kept.extend((0..).zip(keys).filter(|(_, key)| *key >= least).map(|(i, _): (u32, _)| i));
+    kept.extend((0..).zip(&keys).filter(|(_, key)| **key >= least).map(|(i, _): (u32, _)| i));
+    KEYS.set([keys, order]);
     kept
+}
+
+thread_local! {
+    /// The memory of the keys of [`best`], for its next call on this thread.
+    static KEYS: Cell<[Vec<u64>; 2]> = const { Cell::new([Vec::new(), Vec::new()]) };
 }
 
 /// Moves the tokens that stay to the front, keys and values with them.

@@ -146,6 +146,9 @@ impl Interpreter<'_> {
             .collect();
         let (qkv, width) = (&self.slots.qkv, self.model.qkv_width() as usize);
         let mut scores = take_scores(&mut self.slots.scores[index], lanes, heads.kv);
+        for list in scores.iter_mut().filter(|list| list.capacity() == 0) {
+            *list = self.slots.lists.scores.pop().unwrap_or_default();
+        }
         if let Score::ExpectedAttention { sinks, future } = by {
             let rotation = k::rank::Rotation {
                 positions: &self.slots.positions,
@@ -232,6 +235,10 @@ impl Interpreter<'_> {
         // Only a choice of rows needs them again.
         if self.forwards.contains(&index) {
             put_scores(&mut self.slots.scores[index], lanes, kv_heads, scores);
+        } else {
+            // The next layer's ranking takes their memory over.
+            let spare = &mut self.slots.lists.scores;
+            spare.extend(scores.into_iter().filter(|list| list.capacity() > 0));
         }
         Ok(())
     }

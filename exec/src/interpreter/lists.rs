@@ -13,6 +13,8 @@ pub(super) struct Lists {
     pub(super) appends: Vec<AppendItem<'static>>,
     pub(super) attends: Vec<AttendItem<'static>>,
     pub(super) tallies: Vec<TallyItem<'static>>,
+    /// Scores whose eviction is over: at most those of a layer.
+    pub(super) scores: Vec<Vec<f32>>,
 }
 
 /// First row and number of rows, in the step, of each sequence of `lanes`, which may be some of the step's.

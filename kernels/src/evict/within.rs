@@ -89,7 +89,8 @@ fn lengths_left(
     let cache = &item.heads[head];
     let tokens = cache.tokens();
     let dim = shape.head_dim;
-    let keys = rank_keys(&item.scores[head], &cache.positions, item.seen, protect);
+    let keys: Vec<u64> =
+        rank_keys(&item.scores[head], &cache.positions, item.seen, protect).collect();
     let mut order: Vec<usize> =
         (0..tokens).filter(|t| cache.positions[*t] >= protect.sinks).collect();
     order.sort_unstable_by_key(|t| keys[*t]);
