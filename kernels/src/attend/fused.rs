@@ -19,6 +19,29 @@ pub(super) struct Rows {
     pub(super) left_stride: usize,
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
+    /// Bytes that will be read soon, asked for bit by bit: all at once they are more than can be under way.
+    pub(super) soon: (*const u8, usize),
+}
+
+/// A pass's part of what will be read soon, asked for in equal steps.
+struct Soon {
+    at: *const u8,
+    step: usize,
+}
+
+impl Soon {
+    /// The part of pass `index` of `passes` with so many steps each.
+    #[inline(always)]
+    fn new(soon: (*const u8, usize), index: usize, passes: usize, steps: usize) -> Self {
+        let part = soon.1.div_ceil(passes);
+        Self { at: soon.0.wrapping_add(index * part), step: part.div_ceil(steps.max(1)) }
+    }
+
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S) {
+        s.prefetch(self.at);
+        self.at = self.at.wrapping_add(self.step);
+    }
 }
 
 /// Whether an instruction set has these kernels: plain Rust gains nothing by them.
@@ -141,9 +164,11 @@ impl Lanes<'_> {
             let keys = self.keys.add(first * step);
             let (scales, zeros) = (self.levels.scales(), self.levels.zeros());
             let mut sums = [[s.splat(0.0); N]; R];
+            let mut soon = Soon::new(rows.soon, first / N, 2 / N, self.channels);
             match self.codec.key_axis {
                 KeyAxis::Channel => {
                     for channel in 0..self.channels {
+                        soon.ask(s);
                         let (scale, zero) =
                             (s.splat(*scales.add(channel)), s.splat(*zeros.add(channel)));
                         let table = s.table::<BITS>(scale, zero);
@@ -170,6 +195,7 @@ impl Lanes<'_> {
                             zero[v] = s.load(zeros.add(at + v * LANES));
                         }
                         for channel in from..(from + group).min(self.channels) {
+                            soon.ask(s);
                             let from = keys.add(channel * 2 * step);
                             let mut columns = scale;
                             for v in 0..N {
@@ -240,7 +266,7 @@ unsafe fn values_of<S: Simd, const BITS: usize, const R: usize>(
     unsafe {
         let levels = Levels::load(s, values.add(BLOCK_TOKENS * row_bytes), BLOCK_TOKENS * groups);
         let columns =
-            Columns { codec, values, levels: &levels, row_bytes, groups, tokens, anew, rows };
+            Columns { codec, values, levels: &levels, row_bytes, groups, dim, tokens, anew, rows };
         for first in (0..dim).step_by(const { width::<S>(R, 4) } * LANES) {
             match const { width::<S>(R, 4) } {
                 4 => columns.add::<S, BITS, R, 4>(s, first),
@@ -257,6 +283,7 @@ struct Columns<'a> {
     levels: &'a Levels,
     row_bytes: usize,
     groups: usize,
+    dim: usize,
     tokens: Range<usize>,
     anew: bool,
     rows: Rows,
@@ -292,7 +319,10 @@ impl Columns<'_> {
                     }
                 }
             }
+            let width = N * LANES;
+            let mut soon = Soon::new(rows.soon, first / width, self.dim / width, self.tokens.len());
             for (i, token) in self.tokens.clone().enumerate() {
+                soon.ask(s);
                 let codes = self.values.add(token * self.row_bytes + first * BITS / 8);
                 let scales = self.levels.scales().add(token * self.groups);
                 let zeros = self.levels.zeros().add(token * self.groups);
