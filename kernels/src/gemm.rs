@@ -24,6 +24,8 @@ pub use packed::{CodeRow, Packed, WeightFormat};
 const BLOCK_BYTES: usize = 512 << 10;
 /// Bytes ahead of the loads that products of few rows ask for.
 const AHEAD: isize = 4096;
+/// Tiles of rows that bring a share of the next panel each: where there are more, memory is fast enough by itself.
+const MOST_SHARES: usize = 8;
 /// Rows that share a block of a panel. More would read panels less often, but leave less to share between threads.
 const ROW_BLOCK: usize = 192;
 /// Multiplications that a task should have at least, some 10 microseconds.
@@ -228,6 +230,7 @@ unsafe fn strip<S: Simd, B: Source>(s: S, job: &Job<'_>, panels: Range<usize>, r
                 },
                 begins: index == 0,
                 ends: index + 1 == blocks,
+                share: (tile, tiles),
             };
             // SAFETY: the caller's contract.
             unsafe { multiply::<S, B>(s, job, &panels, &step) };
@@ -244,6 +247,8 @@ struct Step {
     sums: *mut f32,
     begins: bool,
     ends: bool,
+    /// Which tile of how many it is.
+    share: (usize, usize),
 }
 
 /// # Safety
@@ -271,13 +276,26 @@ unsafe fn multiply<S: Simd, B: Source>(s: S, job: &Job<'_>, panels: &Range<usize
             } else {
                 (step.sums.add(at), width)
             };
+            let b = job.w.as_ptr().add((panel * panel_len + step.from * PANEL + inside) * B::BYTES);
+            // Tiles that read what the first one brought from memory bring what comes next, each a part.
+            let (index, tiles) = step.share;
+            let (next, next_step) = if tiles > 1 && tiles <= MOST_SHARES {
+                let parts = tiles * (width / (vectors * LANES));
+                let part = index * (width / (vectors * LANES)) + at / (vectors * LANES);
+                let bytes = step.len * width * B::BYTES;
+                let next =
+                    b.wrapping_sub(inside * B::BYTES).wrapping_add(bytes + bytes * part / parts);
+                (next, (width * B::BYTES).div_ceil(parts))
+            } else {
+                (std::ptr::null(), 0)
+            };
             let tile = Tile {
                 rows: step.rows,
                 vectors,
                 k: step.len,
                 a: job.x.as_ptr().add(step.first * job.k + step.from),
                 a_stride: job.k,
-                b: job.w.as_ptr().add((panel * panel_len + step.from * PANEL + inside) * B::BYTES),
+                b,
                 b_stride: PANEL,
                 b_pair: panel_len,
                 init: if step.begins { std::ptr::null() } else { step.sums.add(at) },
@@ -291,7 +309,9 @@ unsafe fn multiply<S: Simd, B: Source>(s: S, job: &Job<'_>, panels: &Range<usize
                     Some(bias) if step.ends => bias.as_ptr().add(column + at),
                     _ => std::ptr::null(),
                 },
-                ahead: AHEAD,
+                ahead: if next.is_null() { AHEAD } else { 0 },
+                next,
+                next_step,
             };
             s.tile::<B>(&tile);
         }

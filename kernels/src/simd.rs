@@ -91,6 +91,8 @@ pub(crate) trait Simd: Copy {
     const ISA: Isa;
     /// Vectors that a register tile may keep as accumulators.
     const ACCUMULATORS: usize;
+    /// Vectors that the registers hold.
+    const REGISTERS: usize;
     /// Rows of a register tile.
     const TILE_ROWS: usize;
 

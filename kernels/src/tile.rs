@@ -46,6 +46,11 @@ pub(crate) struct Tile {
     /// Bytes from a number of the right factor to what will be read next: tiles of few rows wait for memory, so they ask
     /// for that early.
     pub(crate) ahead: isize,
+    /// First byte of what comes after this and other tiles that pass by the same right factor, of which this one asks for its
+    /// share; null for none.
+    pub(crate) next: *const u8,
+    /// Bytes of the share per term.
+    pub(crate) next_step: usize,
 }
 
 /// Rows from which on a tile has enough to do not to wait for memory.
@@ -79,8 +84,15 @@ impl Tile {
             accumulate: false,
             bias: std::ptr::null(),
             ahead: 0,
+            next: std::ptr::null(),
+            next_step: 0,
         }
     }
+}
+
+/// Whether a tile's accumulators leave no room for a whole row of the right factor beside them.
+const fn tight<S: Simd>(rows: usize, vectors: usize) -> bool {
+    (rows + 1) * vectors + 1 > S::REGISTERS
 }
 
 /// Runs `tile`.
@@ -172,23 +184,54 @@ unsafe fn fixed<S: Simd, B: Source, const R: usize, const N: usize>(s: S, tile: 
         }
         let mut b = tile.b;
         let b_step = tile.b_stride * B::BYTES;
-        for k in 0..tile.k {
-            let mut columns = [s.splat(0.0); N];
-            for v in 0..N {
-                let pair = (v / 2).wrapping_mul(tile.b_pair);
-                let at = b.wrapping_add(pair.wrapping_add((v % 2) * LANES).wrapping_mul(B::BYTES));
-                if const { R <= PATIENT } && (v * LANES * B::BYTES).is_multiple_of(64) {
-                    s.prefetch(at.wrapping_offset(tile.ahead));
-                }
-                columns[v] = B::load(s, at);
+        let place = |b: *const u8, v: usize| {
+            let pair = (v / 2).wrapping_mul(tile.b_pair);
+            b.wrapping_add(pair.wrapping_add((v % 2) * LANES).wrapping_mul(B::BYTES))
+        };
+        if const { tight::<S>(R, N) } {
+            // Vector by vector, and the numbers of the left factor once for each: were they kept, or all vectors loaded first,
+            // a sum would be written and read again with every term. The pointers hide that the numbers are the same.
+            let mut a = [tile.a; N];
+            for v in 1..N {
+                a[v] = std::hint::black_box(tile.a);
             }
-            for r in 0..R {
-                let a = s.splat(*tile.a.add(r * tile.a_stride + k));
+            for k in 0..tile.k {
                 for v in 0..N {
-                    acc[r][v] = s.mul_add(a, columns[v], acc[r][v]);
+                    let at = place(b, v);
+                    if const { R <= PATIENT } && (v * LANES * B::BYTES).is_multiple_of(64) {
+                        s.prefetch(at.wrapping_offset(tile.ahead));
+                    }
+                    let column = B::load(s, at);
+                    for r in 0..R {
+                        let a = s.splat(*a[v].add(r * tile.a_stride + k));
+                        acc[r][v] = s.mul_add(a, column, acc[r][v]);
+                    }
                 }
+                b = b.wrapping_add(b_step);
             }
-            b = b.wrapping_add(b_step);
+        } else {
+            let mut next = tile.next;
+            for k in 0..tile.k {
+                let mut columns = [s.splat(0.0); N];
+                for v in 0..N {
+                    let at = place(b, v);
+                    if const { R <= PATIENT } && (v * LANES * B::BYTES).is_multiple_of(64) {
+                        s.prefetch(at.wrapping_offset(tile.ahead));
+                    }
+                    columns[v] = B::load(s, at);
+                }
+                if !tile.next.is_null() {
+                    s.prefetch(next);
+                    next = next.wrapping_add(tile.next_step);
+                }
+                for r in 0..R {
+                    let a = s.splat(*tile.a.add(r * tile.a_stride + k));
+                    for v in 0..N {
+                        acc[r][v] = s.mul_add(a, columns[v], acc[r][v]);
+                    }
+                }
+                b = b.wrapping_add(b_step);
+            }
         }
         if tile.columns < N * LANES || tile.accumulate || !tile.bias.is_null() {
             // By way of memory, so that the code for all the combinations is not there in every variant.

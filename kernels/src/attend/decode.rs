@@ -219,15 +219,9 @@ fn tile_floats(dim: usize) -> usize {
     lines(BLOCK_TOKENS * dim.next_multiple_of(LANES) + LANES)
 }
 
-/// Asks for a half that will be read soon.
-#[inline(always)]
-fn ask<S: Simd>(s: S, pool: &BlockPool, half: Option<&Half>) {
-    if let Some(half) = half {
-        let base = pool.ptr(*half);
-        for at in (0..pool.bytes_of(*half) as usize).step_by(64) {
-            s.prefetch(base.wrapping_add(at));
-        }
-    }
+/// The bytes of a half that will be read soon; none of the one at work if there is no other.
+fn soon(pool: &BlockPool, half: Option<&Half>, at_work: *const u8) -> (*const u8, usize) {
+    half.map_or((at_work, 0), |half| (pool.ptr(*half).cast_const(), pool.bytes_of(*half) as usize))
 }
 
 /// The kept channels of the queries, if channels were pruned.
@@ -320,13 +314,20 @@ impl View<'_> {
                     && fused::takes_keys::<S>(rows)
                 {
                     let half = self.pool.ptr(keys.packed[block]);
-                    ask(s, self.pool, keys.packed.get(block + LOOK_AHEAD));
+                    // The values come when the keys are done.
+                    let (blocks, next) = (self.blocks(), block + LOOK_AHEAD);
+                    let next = if next < blocks.end {
+                        keys.packed.get(next)
+                    } else {
+                        self.cache.values.packed.get(blocks.start + next - blocks.end)
+                    };
                     let rows = fused::Rows {
                         rows,
                         left: queries.as_ptr(),
                         left_stride: width,
                         out: at,
                         out_stride: PART,
+                        soon: soon(self.pool, next, half),
                     };
                     fused::keys(S::ISA, codec, half, channels, rows);
                     block += 1;
@@ -471,13 +472,14 @@ impl View<'_> {
                     && packed
                     && fused::takes_values::<S>(rows, dim)
                 {
-                    ask(s, self.pool, self.cache.values.packed.get(block + LOOK_AHEAD));
+                    let next = self.cache.values.packed.get(block + LOOK_AHEAD);
                     let rows = fused::Rows {
                         rows,
                         left: product.a,
                         left_stride: product.a_stride,
                         out: product.out,
                         out_stride: padded,
+                        soon: soon(self.pool, next, values),
                     };
                     let lanes = lane..tokens.end - base;
                     fused::values(S::ISA, codec, values, dim, lanes, init.is_null(), rows);

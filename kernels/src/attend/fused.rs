@@ -19,6 +19,29 @@ pub(super) struct Rows {
     pub(super) left_stride: usize,
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
+    /// Bytes that will be read soon, asked for bit by bit: all at once they are more than can be under way.
+    pub(super) soon: (*const u8, usize),
+}
+
+/// A pass's part of what will be read soon, asked for in equal steps.
+struct Soon {
+    at: *const u8,
+    step: usize,
+}
+
+impl Soon {
+    /// The part of pass `index` of `passes` with so many steps each.
+    #[inline(always)]
+    fn new(soon: (*const u8, usize), index: usize, passes: usize, steps: usize) -> Self {
+        let part = soon.1.div_ceil(passes);
+        Self { at: soon.0.wrapping_add(index * part), step: part.div_ceil(steps.max(1)) }
+    }
+
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S) {
+        s.prefetch(self.at);
+        self.at = self.at.wrapping_add(self.step);
+    }
 }
 
 /// Whether an instruction set has these kernels: plain Rust gains nothing by them.
@@ -29,18 +52,23 @@ const fn exists<S: Simd>() -> bool {
 /// Whether the registers have room for so many rows of products with keys.
 #[inline(always)]
 pub(super) const fn takes_keys<S: Simd>(rows: usize) -> bool {
-    exists::<S>() && rows <= MOST_ROWS && rows * 2 <= S::ACCUMULATORS
+    exists::<S>() && rows <= MOST_ROWS && rows <= S::ACCUMULATORS
 }
 
 /// The same of values of so many channels.
 #[inline(always)]
 pub(super) const fn takes_values<S: Simd>(rows: usize, dim: usize) -> bool {
-    takes_keys::<S>(rows) && dim.is_multiple_of(LANES * width::<S>(rows))
+    takes_keys::<S>(rows) && dim.is_multiple_of(LANES * width::<S>(rows, 4))
 }
 
-/// Vectors of values at a time.
-const fn width<S: Simd>(rows: usize) -> usize {
-    if rows * 4 <= S::ACCUMULATORS { 4 } else { 2 }
+/// Vectors of keys or values at a time, at most so many: beside their sums the registers have to hold the vectors
+/// themselves, scales, zeros and what codes are made of.
+const fn width<S: Simd>(rows: usize, most: usize) -> usize {
+    let mut width = most;
+    while width > 1 && (rows + 1) * width + 2 > S::REGISTERS {
+        width /= 2;
+    }
+    width
 }
 
 macro_rules! dispatch {
@@ -93,54 +121,102 @@ unsafe fn keys_of<S: Simd, const BITS: usize, const R: usize>(
     channels: usize,
     rows: Rows,
 ) {
-    let step = LANES * BITS / 8;
-    let zero = s.splat(0.0);
-    let mut sums = [[zero; 2]; R];
-    // SAFETY: codes, scales and zeros lie as `Codec` says, rows by the contract.
+    // SAFETY: the same contract.
     unsafe {
         let levels =
             Levels::load(s, keys.add(codec.key_code_bytes(channels)), codec.key_groups(channels));
-        let (scales, zeros) = (levels.scales(), levels.zeros());
-        match codec.key_axis {
-            KeyAxis::Channel => {
-                for channel in 0..channels {
-                    let (scale, zero) =
-                        (s.splat(*scales.add(channel)), s.splat(*zeros.add(channel)));
-                    let table = s.table::<BITS>(scale, zero);
-                    let from = keys.add(channel * 2 * step);
-                    let low = s.look_up::<BITS>(from, table);
-                    let high = s.look_up::<BITS>(from.add(step), table);
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let left = s.splat(*rows.left.add(r * rows.left_stride + channel));
-                        sums[0] = s.mul_add(left, low, sums[0]);
-                        sums[1] = s.mul_add(left, high, sums[1]);
+        let lanes = Lanes { codec, keys, levels: &levels, channels, rows };
+        if const { width::<S>(R, 2) == 2 } {
+            lanes.add::<S, BITS, R, 2>(s, 0);
+        } else {
+            lanes.add::<S, BITS, R, 1>(s, 0);
+            lanes.add::<S, BITS, R, 1>(s, 1);
+        }
+    }
+}
+
+struct Lanes<'a> {
+    codec: Codec,
+    keys: *const u8,
+    levels: &'a Levels,
+    channels: usize,
+    rows: Rows,
+}
+
+impl Lanes<'_> {
+    /// The products of `N` vectors of tokens from vector `first` on.
+    ///
+    /// # Safety
+    /// As [`keys`]; the vectors exist.
+    #[inline(always)]
+    #[expect(
+        clippy::needless_range_loop,
+        reason = "plain indices become registers, iterators over vectors may not"
+    )]
+    unsafe fn add<S: Simd, const BITS: usize, const R: usize, const N: usize>(
+        &self,
+        s: S,
+        first: usize,
+    ) {
+        let (rows, step) = (self.rows, LANES * BITS / 8);
+        // SAFETY: codes, scales and zeros lie as `Codec` says, rows by the contract.
+        unsafe {
+            let keys = self.keys.add(first * step);
+            let (scales, zeros) = (self.levels.scales(), self.levels.zeros());
+            let mut sums = [[s.splat(0.0); N]; R];
+            let mut soon = Soon::new(rows.soon, first / N, 2 / N, self.channels);
+            match self.codec.key_axis {
+                KeyAxis::Channel => {
+                    for channel in 0..self.channels {
+                        soon.ask(s);
+                        let (scale, zero) =
+                            (s.splat(*scales.add(channel)), s.splat(*zeros.add(channel)));
+                        let table = s.table::<BITS>(scale, zero);
+                        let from = keys.add(channel * 2 * step);
+                        let mut columns = [scale; N];
+                        for v in 0..N {
+                            columns[v] = s.look_up::<BITS>(from.add(v * step), table);
+                        }
+                        for r in 0..R {
+                            let left = s.splat(*rows.left.add(r * rows.left_stride + channel));
+                            for v in 0..N {
+                                sums[r][v] = s.mul_add(left, columns[v], sums[r][v]);
+                            }
+                        }
                     }
                 }
-            }
-            KeyAxis::Token => {
-                let group = codec.group as usize;
-                for (index, first) in (0..channels).step_by(group).enumerate() {
-                    let (scale, zero) =
-                        (scales.add(index * BLOCK_TOKENS), zeros.add(index * BLOCK_TOKENS));
-                    let scale = [s.load(scale), s.load(scale.add(LANES))];
-                    let zero = [s.load(zero), s.load(zero.add(LANES))];
-                    for channel in first..(first + group).min(channels) {
-                        let from = keys.add(channel * 2 * step);
-                        let low = s.mul_add(s.codes::<BITS>(from), scale[0], zero[0]);
-                        let high = s.mul_add(s.codes::<BITS>(from.add(step)), scale[1], zero[1]);
-                        for (r, sums) in sums.iter_mut().enumerate() {
-                            let left = s.splat(*rows.left.add(r * rows.left_stride + channel));
-                            sums[0] = s.mul_add(left, low, sums[0]);
-                            sums[1] = s.mul_add(left, high, sums[1]);
+                KeyAxis::Token => {
+                    let group = self.codec.group as usize;
+                    for (index, from) in (0..self.channels).step_by(group).enumerate() {
+                        let at = index * BLOCK_TOKENS + first * LANES;
+                        let (mut scale, mut zero) = ([sums[0][0]; N], [sums[0][0]; N]);
+                        for v in 0..N {
+                            scale[v] = s.load(scales.add(at + v * LANES));
+                            zero[v] = s.load(zeros.add(at + v * LANES));
+                        }
+                        for channel in from..(from + group).min(self.channels) {
+                            soon.ask(s);
+                            let from = keys.add(channel * 2 * step);
+                            let mut columns = scale;
+                            for v in 0..N {
+                                let codes = s.codes::<BITS>(from.add(v * step));
+                                columns[v] = s.mul_add(codes, scale[v], zero[v]);
+                            }
+                            for r in 0..R {
+                                let left = s.splat(*rows.left.add(r * rows.left_stride + channel));
+                                for v in 0..N {
+                                    sums[r][v] = s.mul_add(left, columns[v], sums[r][v]);
+                                }
+                            }
                         }
                     }
                 }
             }
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            let out = rows.out.add(r * rows.out_stride);
-            s.store(out, sums[0]);
-            s.store(out.add(LANES), sums[1]);
+            for r in 0..R {
+                for v in 0..N {
+                    s.store(rows.out.add(r * rows.out_stride + (first + v) * LANES), sums[r][v]);
+                }
+            }
         }
     }
 }
@@ -190,14 +266,12 @@ unsafe fn values_of<S: Simd, const BITS: usize, const R: usize>(
     unsafe {
         let levels = Levels::load(s, values.add(BLOCK_TOKENS * row_bytes), BLOCK_TOKENS * groups);
         let columns =
-            Columns { codec, values, levels: &levels, row_bytes, groups, tokens, anew, rows };
-        if const { width::<S>(R) == 4 } {
-            for first in (0..dim).step_by(4 * LANES) {
-                columns.add::<S, BITS, R, 4>(s, first);
-            }
-        } else {
-            for first in (0..dim).step_by(2 * LANES) {
-                columns.add::<S, BITS, R, 2>(s, first);
+            Columns { codec, values, levels: &levels, row_bytes, groups, dim, tokens, anew, rows };
+        for first in (0..dim).step_by(const { width::<S>(R, 4) } * LANES) {
+            match const { width::<S>(R, 4) } {
+                4 => columns.add::<S, BITS, R, 4>(s, first),
+                2 => columns.add::<S, BITS, R, 2>(s, first),
+                _ => columns.add::<S, BITS, R, 1>(s, first),
             }
         }
     }
@@ -209,6 +283,7 @@ struct Columns<'a> {
     levels: &'a Levels,
     row_bytes: usize,
     groups: usize,
+    dim: usize,
     tokens: Range<usize>,
     anew: bool,
     rows: Rows,
@@ -244,7 +319,10 @@ impl Columns<'_> {
                     }
                 }
             }
+            let width = N * LANES;
+            let mut soon = Soon::new(rows.soon, first / width, self.dim / width, self.tokens.len());
             for (i, token) in self.tokens.clone().enumerate() {
+                soon.ask(s);
                 let codes = self.values.add(token * self.row_bytes + first * BITS / 8);
                 let scales = self.levels.scales().add(token * self.groups);
                 let zeros = self.levels.zeros().add(token * self.groups);

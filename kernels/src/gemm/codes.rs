@@ -20,6 +20,8 @@ use crate::tile::PANEL;
 const AHEAD: usize = 4096;
 /// Rows from which on a tile has enough to do not to wait for memory.
 const PATIENT: usize = 4;
+/// Tiles that bring a share of the next panel each: where there are more, memory is fast enough by itself.
+const MOST_SHARES: usize = 32;
 /// Rounds to whole numbers where it is added and taken away again.
 const WHOLE: f32 = 12_582_912.0;
 
@@ -119,6 +121,11 @@ unsafe fn quantise_body<S: Simd>(s: S, x: &[f32], k: usize, codes: &mut [i8], sc
     }
 }
 
+/// Where tiles of such codes stand in [`Dot::ROWS`].
+const fn narrow(bits: usize) -> usize {
+    (bits == 4) as usize
+}
+
 /// What all tasks share.
 pub(super) struct Job<'a> {
     pub(super) x: Quantised<'a>,
@@ -183,19 +190,22 @@ unsafe fn part<D: Dot, const BITS: usize>(
         let vectors = [4, 2]
             .into_iter()
             .find(|v| {
-                rows.len() <= D::ROWS[v / 2] && at + (v * D::LANES).div_ceil(PANEL) <= panels.end
+                rows.len() <= D::ROWS[narrow(BITS)][v / 2]
+                    && at + (v * D::LANES).div_ceil(PANEL) <= panels.end
             })
-            .unwrap_or(D::MANY);
-        let most = D::ROWS[vectors / 2];
+            .unwrap_or(D::MANY[narrow(BITS)]);
+        let most = D::ROWS[narrow(BITS)][vectors / 2];
         let tiles = rows.len().div_ceil(most);
         let width = vectors * D::LANES;
+        let shares = tiles * width.max(PANEL) / width;
         for column in (0..width.max(PANEL)).step_by(width) {
             for tile in 0..tiles {
+                let share = (column / width * tiles + tile, shares);
                 // Tiles of nearly equal height, rather than a short one at the end.
                 let first = rows.start + rows.len() * tile / tiles;
                 let last = rows.start + rows.len() * (tile + 1) / tiles;
                 // SAFETY: the caller's contract.
-                unsafe { multiply::<D, BITS>(d, job, at, column, vectors, first..last) };
+                unsafe { multiply::<D, BITS>(d, job, at, column, vectors, first..last, share) };
             }
         }
         at += width.div_ceil(PANEL);
@@ -214,19 +224,32 @@ unsafe fn multiply<D: Dot, const BITS: usize>(
     inside: usize,
     vectors: usize,
     rows: Range<usize>,
+    share: (usize, usize),
 ) {
     let column = panel * PANEL + inside;
     if column >= job.w.n() {
         return;
     }
     let blocks = job.x.blocks;
+    let w = job.w.as_ptr().wrapping_add(panel * blocks * block_bytes(BITS));
+    // Several tiles of rows bring the next panel, each a part. A single one asks for what it is about to read itself.
+    let passes = PANEL.div_ceil(vectors * D::LANES);
+    let (next, next_step) = if share.1 > passes && share.1 <= MOST_SHARES {
+        let bytes = blocks * block_bytes(BITS);
+        let next = w.wrapping_add(bytes + bytes * share.0 / share.1);
+        (next, (block_bytes(BITS) / BITS).div_ceil(share.1))
+    } else {
+        (std::ptr::null(), 0)
+    };
     // SAFETY: the addresses lie inside the packed weights, the rows and the output.
     let tile = unsafe {
         Tile {
             blocks,
             x: job.x.codes.as_ptr().add(rows.start * blocks * BLOCK),
             scales: job.x.scales.as_ptr().add(rows.start * blocks * 2),
-            w: job.w.as_ptr().add(panel * blocks * block_bytes(BITS)),
+            w,
+            next,
+            next_step,
             first: inside,
             out: job.out.as_ptr().add(rows.start * job.w.n() + column),
             out_stride: job.w.n(),
@@ -239,7 +262,7 @@ unsafe fn multiply<D: Dot, const BITS: usize>(
         ($(($rows:literal, $vectors:literal))+) => {
             match (rows.len(), vectors) {
                 // SAFETY: the same contract, and the shape is the matched one.
-                $(($rows, $vectors) if const { $rows <= D::ROWS[$vectors / 2] } => unsafe {
+                $(($rows, $vectors) if const { $rows <= D::ROWS[narrow(BITS)][$vectors / 2] } => unsafe {
                     fixed::<D, BITS, $rows, $vectors>(d, &tile);
                 },)+
                 (rows, vectors) => unreachable!("no tile of {rows} x {vectors}"),
@@ -258,6 +281,9 @@ struct Tile {
     x: *const i8,
     scales: *const f32,
     w: *const u8,
+    /// The part of the next panel that this tile asks for, and bytes of it per group; null for none.
+    next: *const u8,
+    next_step: usize,
     /// First column of the panel.
     first: usize,
     out: *mut f32,
@@ -275,7 +301,7 @@ struct Tile {
     reason = "plain indices become registers, iterators over vectors may not"
 )]
 unsafe fn fixed<D: Dot, const BITS: usize, const R: usize, const V: usize>(d: D, tile: &Tile) {
-    if const { R > D::ROWS[V / 2] } {
+    if const { R > D::ROWS[narrow(BITS)][V / 2] } {
         unreachable!("{R} x {V} sums don't fit the registers");
     }
     let bytes = const { block_bytes(BITS) };
@@ -284,6 +310,7 @@ unsafe fn fixed<D: Dot, const BITS: usize, const R: usize, const V: usize>(d: D,
     // SAFETY: all addresses lie in the shape of the contract.
     unsafe {
         let mut acc = [[d.splat(0.0); V]; R];
+        let mut next = tile.next;
         for block in 0..tile.blocks {
             // Column in its panel, and that panel's block.
             let place = |v: usize| {
@@ -298,10 +325,18 @@ unsafe fn fixed<D: Dot, const BITS: usize, const R: usize, const V: usize>(d: D,
                 for v in 0..V {
                     let (column, panel) = place(v);
                     let p = panel.add(column / LANES * half + group * 64 + column % LANES * 4);
-                    if const { R <= PATIENT } {
+                    // A line is two vectors of eight columns.
+                    if const { R <= PATIENT }
+                        && tile.next.is_null()
+                        && (column % LANES == 0 || v == 0)
+                    {
                         d.prefetch(p.wrapping_add(AHEAD));
                     }
                     codes[v] = d.load(p);
+                }
+                if !tile.next.is_null() {
+                    d.prefetch(next);
+                    next = next.wrapping_add(tile.next_step);
                 }
                 if BITS == 4 {
                     // No closures here: they would not be compiled for the instruction set.

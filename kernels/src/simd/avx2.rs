@@ -54,6 +54,7 @@ impl Simd for Avx2 {
     type V = Pair;
     const ISA: Isa = Isa::Avx2;
     const ACCUMULATORS: usize = 6;
+    const REGISTERS: usize = 8;
     const TILE_ROWS: usize = 6;
 
     lanewise! {

@@ -62,6 +62,7 @@ impl Simd for Avx512 {
     type V = __m512;
     const ISA: Isa = Isa::Avx512;
     const ACCUMULATORS: usize = 24;
+    const REGISTERS: usize = 32;
     const TILE_ROWS: usize = 12;
 
     lanewise! {

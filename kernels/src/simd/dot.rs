@@ -1,7 +1,7 @@
 //! Sums of products of unsigned codes and signed bytes in integers: exact, so that all instruction sets agree.
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 use half::f16;
 
@@ -13,10 +13,10 @@ use super::Portable;
 pub(crate) trait Dot: Copy {
     /// Columns of a vector: 8 or 16.
     const LANES: usize;
-    /// Rows of a register tile of 1, 2 and 4 vectors; 0 where there is none.
-    const ROWS: [usize; 3];
-    /// Vectors of the tiles of many rows.
-    const MANY: usize;
+    /// Rows of a register tile of 1, 2 and 4 vectors of wide and of narrow codes; 0 where there is none.
+    const ROWS: [[usize; 3]; 2];
+    /// Vectors of the tiles of many rows, of wide and of narrow codes.
+    const MANY: [usize; 2];
     /// A group.
     type Group: Copy;
     /// The sums of a block so far.
@@ -103,8 +103,8 @@ macro_rules! safe {
 #[cfg(target_arch = "x86_64")]
 impl Dot for Vnni {
     const LANES: usize = 16;
-    const ROWS: [usize; 3] = [12, 6, 3];
-    const MANY: usize = 2;
+    const ROWS: [[usize; 3]; 2] = [[12, 6, 3]; 2];
+    const MANY: [usize; 2] = [2; 2];
     type Group = __m512i;
     type Sums = __m512i;
     type Quad = __m512i;
@@ -171,12 +171,25 @@ impl Dot for Vnni {
     }
 }
 
+/// The sum as it stands. The compiler may not add in another order: it would make trees of a block's sums, which need more
+/// registers than there are.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn in_order(mut sum: __m256i) -> __m256i {
+    // SAFETY: there are no instructions.
+    unsafe {
+        asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
+
 /// Sums in 16 bits: eight groups of two products of at most 15 x 127 fit. Codes of whole bytes are two such codes each.
 #[cfg(target_arch = "x86_64")]
 impl Dot for Avx2 {
     const LANES: usize = 8;
-    const ROWS: [usize; 3] = [4, 2, 1];
-    const MANY: usize = 1;
+    const ROWS: [[usize; 3]; 2] = [[4, 2, 1], [4, 4, 1]];
+    const MANY: [usize; 2] = [1, 2];
     type Group = __m256i;
     type Sums = (__m256i, __m256i);
     type Quad = __m256i;
@@ -216,11 +229,14 @@ impl Dot for Avx2 {
         // SAFETY: `self` proves the feature.
         unsafe {
             if NARROW {
-                return (_mm256_add_epi16(sums.0, _mm256_maddubs_epi16(codes, quad)), sums.1);
+                return (
+                    in_order(_mm256_add_epi16(sums.0, _mm256_maddubs_epi16(codes, quad))),
+                    sums.1,
+                );
             }
             let low = _mm256_maddubs_epi16(self.low(codes), quad);
             let high = _mm256_maddubs_epi16(self.high(codes), quad);
-            (_mm256_add_epi16(sums.0, low), _mm256_add_epi16(sums.1, high))
+            (in_order(_mm256_add_epi16(sums.0, low)), in_order(_mm256_add_epi16(sums.1, high)))
         }
     }
 
@@ -267,8 +283,8 @@ type Eight = [f32; 8];
 
 impl Dot for Portable {
     const LANES: usize = 8;
-    const ROWS: [usize; 3] = [4, 0, 0];
-    const MANY: usize = 1;
+    const ROWS: [[usize; 3]; 2] = [[4, 0, 0]; 2];
+    const MANY: [usize; 2] = [1; 2];
     type Group = [u8; 32];
     type Sums = [i32; 8];
     type Quad = [i8; 4];

@@ -41,6 +41,7 @@ impl Simd for Portable {
     type V = Lanes;
     const ISA: Isa = Isa::Portable;
     const ACCUMULATORS: usize = 4;
+    const REGISTERS: usize = usize::MAX;
     const TILE_ROWS: usize = 4;
 
     lanewise! {
