@@ -314,6 +314,9 @@ pub struct ProfileArgs {
     /// Where the measurements go [default: the data directory]
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// Passes over all kernels, of which medians count: a moment in which others slow the machine then bends none of them
+    #[arg(long, value_name = "N", default_value = "3", value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub rounds: u32,
     /// Forget an interrupted profile instead of resuming it
     #[arg(long)]
     pub restart: bool,

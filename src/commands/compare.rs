@@ -101,7 +101,8 @@ fn prepare(
         remark(global.quiet, "this machine has no profile yet: timing its kernels, once");
         let path = places.measurements_path(LOCAL, threads, weights);
         // What is compared here evicts by rankings: no kernels beyond those that every profile has.
-        let wanted = profile::Wanted { model: &args.model, policies: &[], restart: false };
+        let wanted =
+            profile::Wanted { model: &args.model, policies: &[], rounds: 1, restart: false };
         profile::measure(places, &wanted, memory, &path, global)?;
     }
     Ok(())

@@ -9,7 +9,7 @@ use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_sim::cost::calibrated::KernelProfile;
 use batchmax_sim::op::{DType, Family};
 use batchmax_sim::policy::Preset;
-use batchmax_sim::probe::{GridLimits, grid};
+use batchmax_sim::probe::{GridLimits, Probe, grid};
 use batchmax_sim::profile::{Gpu, Peaks};
 use batchmax_sim::units::Bytes;
 use serde_json::json;
@@ -32,7 +32,8 @@ pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outco
         args.out.clone().unwrap_or_else(|| places.measurements_path(LOCAL, threads, weights));
     let names =
         if args.policy.is_empty() { places.catalog.policy_names() } else { args.policy.clone() };
-    let wanted = Wanted { model: &args.model, policies: &names, restart: args.restart };
+    let (rounds, restart) = (args.rounds, args.restart);
+    let wanted = Wanted { model: &args.model, policies: &names, rounds, restart };
     let profile = measure(places, &wanted, &args.memory, &path, global)?;
     if global.json {
         answer(&json::document("profile", json!({ "profile": profile })));
@@ -48,6 +49,8 @@ pub struct Wanted<'a> {
     pub model: &'a str,
     /// Policies whose own kernels are timed.
     pub policies: &'a [String],
+    /// Passes over all kernels.
+    pub rounds: u32,
     /// Forget an interrupted profile.
     pub restart: bool,
 }
@@ -79,7 +82,8 @@ pub fn measure(
             machine::memory()
         );
     }
-    let probes = grid(&model, setup, GridLimits::default(), &policies);
+    let grid = || grid(&model, setup, GridLimits::default(), &policies);
+    let probes: Vec<Probe> = (0..wanted.rounds).flat_map(|_| grid()).collect();
     let provenance = local::provenance(&model.name, threads, setup.weights);
     let partial = path.with_extension("partial.json");
     let resumed = if wanted.restart { None } else { read_partial(&partial) };
