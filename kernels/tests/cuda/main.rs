@@ -7,9 +7,11 @@ use batchmax_kernels::{append, attend, evict, kv, threads};
 
 mod cases;
 mod decode;
+mod elementwise;
 mod gpu;
 mod mirror;
 mod packing;
 mod shim;
 #[path = "../../src/testing.rs"]
 mod testing;
+mod writing;

@@ -160,7 +160,11 @@ fn build(compiler: &str) -> PathBuf {
     if !library.exists() {
         let part = library.with_extension(format!("{}.part", std::process::id()));
         let mut command = Command::new(compiler);
-        command.args(["-shared", "-o"]).arg(&part).args(units.iter().map(|(_, o)| o));
+        // Kernels are called by their own names even where the C library has a function of that name.
+        command
+            .args(["-shared", "-Wl,-Bsymbolic", "-o"])
+            .arg(&part)
+            .args(units.iter().map(|(_, o)| o));
         let run = command.output().expect("the linker runs");
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
         std::fs::rename(&part, &library).expect("renamed");
