@@ -5,22 +5,23 @@
 
 // Eight codes, the first in the lowest bits, as floats.
 DEVICE void codes8(uint32_t bits, const uint8_t* p, float* out) {
+    uint32_t low, high = 0;
     if (bits == 8) {
         const uint2 v = ld(reinterpret_cast<const uint2*>(p));
-#pragma unroll
-        for (int i = 0; i < 4; i++) out[i] = float(v.x >> 8 * i & 255), out[4 + i] = float(v.y >> 8 * i & 255);
+        low = v.x, high = v.y;
     } else if (bits == 4) {
-        const uint32_t v = ld(reinterpret_cast<const uint32_t*>(p));
-#pragma unroll
-        for (int i = 0; i < 8; i++) out[i] = float(v >> 4 * i & 15);
+        low = ld(reinterpret_cast<const uint32_t*>(p));
     } else if (bits == 2) {
-        const uint32_t v = ld(reinterpret_cast<const uint16_t*>(p));
-#pragma unroll
-        for (int i = 0; i < 8; i++) out[i] = float(v >> 2 * i & 3);
+        low = ld(reinterpret_cast<const uint16_t*>(p));
     } else {
-        const uint32_t v = ld(p);
+        low = ld(p);
+    }
+    const uint32_t mask = (1u << bits) - 1;
 #pragma unroll
-        for (int i = 0; i < 8; i++) out[i] = float(v >> i & 1);
+    for (uint32_t i = 0; i < 8; i++) {
+        const uint32_t word = i >= 4 && bits == 8 ? high : low;
+        // The lowest bits of 2^23 + code: conversions are slow.
+        out[i] = __fadd_rn(__uint_as_float((word >> (bits * i & 31) & mask) | 0x4b000000), -8388608.0f);
     }
 }
 

@@ -179,7 +179,7 @@ DEVICE void attend(const Kv& kv, const Item* items, const Rows& qkv, uint32_t he
         for (int j = 0; j < 8; j++) acc[g][j] = 0.0f;
     }
     if (slot < slots) {
-#pragma unroll 4
+#pragma unroll(PLAIN ? 4 : 2)
         for (uint32_t t = low + slot; t < high; t += slots) {
             const uint32_t r = t % 32;
             float v[8];
@@ -274,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(32)
 KERNEL(attend_join)
 
 #define ATTEND(name, F, G, PLAIN)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                               \
         name(Kv kv, const Item* items, Rows qkv, uint32_t heads, float scale, float softcap, uint32_t window,              \
              uint32_t part, const uint32_t* without, const uint32_t* without_from, Rows out, float* lse, float* partial) { \
         attend<F, G, PLAIN>(kv, items, qkv, heads, scale, softcap, window, part, without, without_from, out, lse, partial); \

@@ -43,6 +43,7 @@ namespace {
 
 constexpr size_t STACK = 128 << 10;
 constexpr size_t GUARD = 256;
+constexpr size_t MOST_SHARED = 228 << 10;
 constexpr unsigned MOST_THREADS = 1024;
 constexpr unsigned char POISON = 0xff;  // as floats of any width: not a number
 
@@ -175,7 +176,7 @@ bool intact(const unsigned char* guard, size_t bytes) {
 
 void run_block(std::vector<unsigned>& threads) {
     const Launch& launch = *world.launch;
-    std::memset(world.shared.data(), POISON, world.shared.size());
+    std::memset(world.shared.data(), POISON, 2 * GUARD + launch.shared_bytes);
     std::fill(world.arrived.begin(), world.arrived.end(), 0);
     world.in_block = 0;
     for (unsigned i = 0; i < launch.block; i++) start(i);
@@ -202,7 +203,7 @@ void run_block(std::vector<unsigned>& threads) {
         break;
     }
     const size_t end = GUARD + launch.shared_bytes;
-    if (!intact(world.shared.data(), GUARD) || !intact(world.shared.data() + end, world.shared.size() - end)) {
+    if (!intact(world.shared.data(), GUARD) || !intact(world.shared.data() + end, GUARD)) {
         report("block %u,%u,%u wrote outside of its %u bytes of shared memory", blockIdx.x, blockIdx.y, blockIdx.z,
                launch.shared_bytes);
     }
@@ -230,7 +231,9 @@ void run(Launch* launch, Body body, void** arguments) {
         if (memory == MAP_FAILED) return report("no memory for the stacks of fibers");
         world.stacks = static_cast<unsigned char*>(memory);
     }
-    world.shared.resize(2 * GUARD + launch->shared_bytes);
+    if (launch->shared_bytes > MOST_SHARED) return report("%u bytes of shared memory", launch->shared_bytes);
+    // Room for strides far beyond the guard, too.
+    world.shared.resize(4 * MOST_SHARED);
     world.shown.resize(launch->block * 64 * 2);
     world.fibers.resize(launch->block);
     world.arrived.resize(launch->block / 32);

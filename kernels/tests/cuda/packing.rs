@@ -26,10 +26,9 @@ pub fn run(gpu: &mut Gpu, mirror: &Mirror, counts: impl Fn(usize) -> (usize, usi
     let all = || heads.iter().zip(&targets);
     let keys = all().map(|(h, to)| units(h.key_packed, to.0, group)).max().unwrap_or(0).max(1);
     let values = all().map(|(h, to)| units(h.value_packed, to.1, 32)).max().unwrap_or(0).max(1);
-    let threads =
-        |unit: usize| (unit * (mirror.dim / 8)).div_ceil(8).clamp(128, 512).next_multiple_of(32);
+    let pitch = mirror.dim;
+    let shared = 4 * 32 * (pitch + pitch / 4);
     let (which, to) = (gpu.input(&which), gpu.input(&to));
-    let shared = 32 * mirror.dim / 8 * 8;
     let arguments = |gpu: &Gpu| vec![mirror.kv(gpu), Arg::At(which), Arg::At(to)];
     let with = |gpu: &Gpu, side| {
         let mut all = arguments(gpu);
@@ -38,16 +37,16 @@ pub fn run(gpu: &mut Gpu, mirror: &Mirror, counts: impl Fn(usize) -> (usize, usi
     };
     let mut moved = match codec.key_axis {
         KeyAxis::Channel => {
-            let (all, threads) = (arguments(gpu), threads(group));
-            gpu.launch("pack_channels", [keys, heads.len(), 1], threads, threads * 64, &all)
+            let (all, shared) = (arguments(gpu), 4 * (group * pitch + 16 * 256));
+            gpu.launch("pack_channels", [keys, heads.len(), 1], 256, shared, &all)
         }
         KeyAxis::Token => {
             let all = with(gpu, 0);
-            gpu.launch("pack_tokens", [keys, heads.len(), 1], threads(32), shared, &all)
+            gpu.launch("pack_tokens", [keys, heads.len(), 1], 256, shared, &all)
         }
     };
     let all = with(gpu, 1);
-    let more = gpu.launch("pack_tokens", [values, heads.len(), 1], threads(32), shared, &all);
+    let more = gpu.launch("pack_tokens", [values, heads.len(), 1], 256, shared, &all);
     moved.loaded += more.loaded;
     moved.stored += more.stored;
     for (head, to) in heads.iter_mut().zip(targets) {
