@@ -14,7 +14,7 @@
 #include "cache.cuh"
 
 // Keys in groups of a channel's tokens. Shared memory: (group x pitch + 16 threads) floats.
-extern "C" __global__ void __launch_bounds__(256) pack_channels(Kv kv, const uint32_t* which, const uint32_t* to) {
+extern "C" __global__ void __launch_bounds__(256, 2) pack_channels(Kv kv, const uint32_t* which, const uint32_t* to) {
     SHARED(float, memory);
     const bool first_thread = threadIdx.x == 0;
     const Head head = ld_struct(kv.heads + ld_same(which + blockIdx.y, first_thread));
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(256) pack_channels(Kv kv, const uin
 KERNEL(pack_channels)
 
 // Values (side 1), or keys (side 0), in groups of a token's channels. Shared memory: 32 x (pitch + 2 pitch / 8) floats.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     pack_tokens(Kv kv, const uint32_t* which, const uint32_t* to, uint32_t side) {
     SHARED(float, memory);
     const bool first_thread = threadIdx.x == 0, is_key = side == 0;

@@ -11,6 +11,8 @@ mod elementwise;
 mod gpu;
 mod mirror;
 mod packing;
+mod prefill;
+mod ranking;
 mod shim;
 #[path = "../../src/testing.rs"]
 mod testing;

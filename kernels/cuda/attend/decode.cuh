@@ -15,6 +15,8 @@
 // row, so eviction moves a token in one piece and products need no other order for tensor cores; keys transposed in pieces
 // of 16 bytes would spare the two shuffles and cost half of the bandwidth when single tokens move. Groups of more than 8
 // queries take two tiles, which read the cache twice (the second time from L2).
+#pragma once
+
 #include "../cache.cuh"
 
 constexpr uint32_t WARPS = 4, THREADS = 32 * WARPS;
@@ -237,42 +239,6 @@ DEVICE void attend(const Kv& kv, const Item* items, const Rows& qkv, uint32_t he
     }
 }
 
-// The parts of each head, put together in order. Grid (heads, items), 32 threads: a lane has eight channels.
-extern "C" __global__ void __launch_bounds__(32)
-    attend_join(Kv kv, const Item* items, uint32_t heads, uint32_t part, uint32_t most_parts, const float* partial, Rows out,
-                float* lse) {
-    const Item item = ld_struct(items + blockIdx.y);
-    const uint32_t query = blockIdx.x, dim = kv.dim, at = 8 * threadIdx.x;
-    const Head head = ld_struct(head_of(kv, item, query / (heads / kv.kv_heads)));
-    const uint32_t parts = divided(head.tokens, part);
-    if (parts < 2) return;
-    const float* from = partial + (blockIdx.y * size_t(heads) + query) * most_parts * (dim + 8);
-    float most = -INFINITE;
-    for (uint32_t p = 0; p < parts; p++) most = fmaxf(most, ld_same(from + p * (dim + 8) + dim, threadIdx.x == 0));
-    float sums[8] = {}, total = 0.0f;
-    for (uint32_t p = 0; p < parts; p++) {
-        const float* one = from + p * (dim + 8);
-        const float peak = ld_same(one + dim, threadIdx.x == 0), whole = ld_same(one + dim + 1, threadIdx.x == 0);
-        if (!(whole > 0.0f)) continue;
-        const float weight = expf(peak - most);
-        total = fmaf(whole, weight, total);
-        if (at >= dim) continue;
-        float v[8];
-        load8<F32>(one + at, v);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sums[j] = fmaf(v[j], weight, sums[j]);
-    }
-    const size_t row = item.first_row;
-    if (at < dim) {
-        const float factor = total > 0.0f ? 1.0f / total : 0.0f;
-#pragma unroll
-        for (int j = 0; j < 8; j++) sums[j] = sums[j] * factor + 0.0f;
-        store8(out.type, out.data, row * out.width + query * dim + at, sums);
-    }
-    if (at == 0 && lse != nullptr) st(lse + row * heads + query, total > 0.0f ? most + logf(total) : -INFINITE);
-}
-KERNEL(attend_join)
-
 #define ATTEND(name, F, G, PLAIN)                                                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                               \
         name(Kv kv, const Item* items, Rows qkv, uint32_t heads, float scale, float softcap, uint32_t window,              \
@@ -289,6 +255,3 @@ KERNEL(attend_join)
     ATTEND(attend_decode_##format##_2_any, F, 2, false) \
     ATTEND(attend_decode_##format##_4_any, F, 4, false) \
     ATTEND(attend_decode_##format##_8_any, F, 8, false)
-ATTEND_GROUPS(f16, F16)
-ATTEND_GROUPS(bf16, BF16)
-ATTEND_GROUPS(fp8, FP8)
