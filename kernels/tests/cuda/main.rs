@@ -8,6 +8,7 @@ use batchmax_kernels::{append, attend, evict, kv, threads};
 mod cases;
 mod decode;
 mod elementwise;
+mod evicting;
 mod gpu;
 mod mirror;
 mod packing;

@@ -8,6 +8,8 @@ use super::testing::{Layer, noise};
 
 /// Bytes by which places in the pool are counted.
 const UNIT: usize = 64;
+/// Tables of a head: the forms of keys and values, and the spare ones.
+pub const KINDS: usize = 8;
 /// No such channel.
 pub const DROPPED: u16 = u16::MAX;
 
@@ -119,6 +121,8 @@ pub struct Room {
     pub kept: Option<Vec<Vec<u16>>>,
     /// Floats of a state.
     pub state: usize,
+    /// As many whole and pruned halves again: tables 5 to 7.
+    pub spare: bool,
 }
 
 /// The caches of a layer in buffers.
@@ -134,6 +138,8 @@ pub struct Mirror {
     pub kv_heads: usize,
     /// Tokens between the heads' numbers in `positions`.
     pub stride: usize,
+    /// Blocks of a table.
+    pub blocks: usize,
 }
 
 fn pitch(channels: usize) -> usize {
@@ -166,7 +172,10 @@ impl Mirror {
                 format.half_bytes(dim),
                 room.codec.map_or(0, value),
             ];
-            sizes.extend(kinds.into_iter().flat_map(|bytes| vec![bytes.div_ceil(UNIT); blocks]));
+            let again = if room.spare { [kinds[0], kinds[2], kinds[3]] } else { [0; 3] };
+            sizes.extend(
+                kinds.into_iter().chain(again).flat_map(|bytes| vec![bytes.div_ceil(UNIT); blocks]),
+            );
         }
         let mut order: Vec<usize> = (0..sizes.len()).collect();
         let luck = noise(77, sizes.len());
@@ -185,7 +194,7 @@ impl Mirror {
         let mut all = Vec::new();
         let mut positions = vec![u32::MAX; heads.len() * stride];
         for (h, cache) in heads.iter().enumerate() {
-            let table = |kind: usize| ((h * 5 + kind) * blocks) as u32;
+            let table = |kind: usize| ((h * KINDS + kind) * blocks) as u32;
             all.push(Head {
                 tokens: cache.tokens() as u32,
                 k_whole: table(0),
@@ -218,7 +227,7 @@ impl Mirror {
         let (tables, heads) = (gpu.input(&places), gpu.inout(&all));
         let (positions, kept) = (gpu.inout(&positions), gpu.inout(&kept));
         let kv_heads = layer.shape.kv_heads;
-        Self { pool, tables, heads, positions, kept, room, format, dim, kv_heads, stride }
+        Self { pool, tables, heads, positions, kept, room, format, dim, kv_heads, stride, blocks }
     }
 
     /// The argument that all kernels take.
