@@ -47,7 +47,9 @@ DEVICE void compact(const Kv& kv, uint32_t table, uint32_t stay, const uint32_t*
     const uint32_t slots = blockDim.x / WIDTH;
     const bool mine = column * sizeof(Piece) < bytes;
     const auto place = [&](uint32_t token) {
-        uint8_t* half = half_at(kv, table, token / BLOCK_TOKENS, threadIdx.x % WIDTH == 0);
+        // Neighbours share an entry of the table.
+        const bool first = threadIdx.x % WIDTH == 0 && token % BLOCK_TOKENS == 0;
+        uint8_t* half = half_at(kv, table, token / BLOCK_TOKENS, first);
         return reinterpret_cast<Piece*>(half + size_t(token % BLOCK_TOKENS) * bytes) + column;
     };
     for (uint32_t first = first_moved(kept, stay); first < stay; first += AT_ONCE * slots) {

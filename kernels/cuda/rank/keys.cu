@@ -19,8 +19,14 @@ extern "C" __global__ void __launch_bounds__(128) rank_norms(Kv kv, const Item* 
     const Head head = ld_struct(head_of(kv, item, blockIdx.y));
     const uint32_t lanes = lanes_of(kv.dim), all = blockIdx.x * blockDim.x + threadIdx.x, t = all / lanes, c = all % lanes;
     float k[8] = {};
-    if (t < head.tokens && 8 * c < (t < head.key_narrow ? pitch_of(head.channels) : kv.dim)) {
+    const uint32_t channels = t < head.key_narrow ? head.channels : kv.dim;
+    if (t < head.tokens && 8 * c < channels) {
         stored_key8(kv, head, t, c, k);
+        // Codes behind the last kept channel stand for almost nothing, not for nothing.
+#pragma unroll
+        for (uint32_t j = 0; j < 8; j++) {
+            if (8 * c + j >= channels) k[j] = 0.0f;
+        }
     }
     const float length = length_of(k, lanes);
     if (t < head.tokens && c == 0) st(scores + head.meta + t, -length);

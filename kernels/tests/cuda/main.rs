@@ -5,15 +5,18 @@
 // What the shared test module names by `crate`.
 use batchmax_kernels::{append, attend, evict, kv, threads};
 
+mod blending;
 mod cases;
 mod decode;
 mod elementwise;
 mod evicting;
 mod gpu;
 mod mirror;
+mod narrowing;
 mod packing;
 mod prefill;
 mod ranking;
+mod selecting;
 mod shim;
 #[path = "../../src/testing.rs"]
 mod testing;
