@@ -77,6 +77,9 @@ def main():
     sources = given or sorted(HERE.rglob("*.cu"))
     out = HERE / "ptx"
     out.mkdir(exist_ok=True)
+    if not given:
+        for old in out.glob("*.ptx.z"):
+            old.unlink()
     wrong, total, packed = [], 0, 0
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, text, errors, takes in pool.map(lambda s: compile_one(s, nvcc, ptxas, folder), sources):

@@ -52,6 +52,13 @@ DEVICE void mma_16816(float d[4], const unsigned a[4], const unsigned b[2], bool
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 }
+
+// Two matrices of 8 x 8 numbers of 16 bits, transposed: the right factor of `mma_16816` from 16 rows in shared memory, of which
+// lanes 0 to 15 name the places.
+DEVICE void ldmatrix_transposed(unsigned b[2], const uint16_t* row) {
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(b[0]), "=r"(b[1]) : "r"(at) : "memory");
+}
 #else
 #include "shim/shim.h"
 #endif

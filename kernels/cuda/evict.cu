@@ -1,7 +1,8 @@
 // Eviction: the best tokens of each head stay, in place and in order.
 //
 // `evict_choose` reads a score and a position a token five times (four from a cache) and writes the places of those that
-// stay, all of them where nothing has to go. `evict_compact` reads and writes the keys and values behind the first gap once, 16 bytes at a time: all of its time.
+// stay, all of them where nothing has to go. `evict_compact` reads and writes the keys and values behind the first gap once,
+// 16 bytes at a time: all of its time.
 // FLOPs: none worth counting. Memory.
 //
 // Launch of `evict_choose`: grid (kv_heads, items), 256 to 1,024 threads, 1,152 bytes of shared memory. Of `evict_compact`:

@@ -118,3 +118,17 @@ extern "C" __global__ void __launch_bounds__(256) rank_last(Kv kv, const Item* i
     st(scores + at, sum * (1.0f / float(kv.kv_heads)));
 }
 KERNEL(rank_last)
+
+// Replaces the numbers of listed tokens: those of a partial cache, which stand at the front of it in the order of `list`
+// [item][kv_head][most], go where the tokens stand in the cache. Grid (ceil(most / 256), kv_heads, items), 256 threads.
+extern "C" __global__ void __launch_bounds__(256)
+    rank_put(Kv kv, Kv part, const Item* items, const uint32_t* list, uint32_t most, const uint32_t* counts,
+             const float* from, float* sums) {
+    const Item item = ld_struct(items + blockIdx.z);
+    const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, place = blockIdx.z * kv.kv_heads + blockIdx.y;
+    if (i >= ld_same(counts + place, threadIdx.x == 0)) return;
+    const uint32_t meta = ld_same(&head_of(kv, item, blockIdx.y)->meta, threadIdx.x == 0);
+    const uint32_t source = ld_same(&head_of(part, item, blockIdx.y)->meta, threadIdx.x == 0);
+    st(sums + meta + ld(list + size_t(place) * most + i), ld(from + source + i));
+}
+KERNEL(rank_put)

@@ -9,7 +9,7 @@
 // or by the meta of its cache if `most` is 0; `counts` [item][set], at most the tokens of the cache.
 #include "cache.cuh"
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     gather(Kv from, Kv to, const Item* items, const uint32_t* chosen, uint32_t most, const uint32_t* counts) {
     const Item item = ld_struct(items + blockIdx.z);
     const uint32_t sets = to.kv_heads, set = blockIdx.y, place = blockIdx.z * sets + set;

@@ -29,18 +29,18 @@ extern "C" __global__ void __launch_bounds__(128)
     for (uint32_t t = tid; t < lag; t += blockDim.x) sum[t] = 0.0f;
     for (int side = 0; side < 2; side++) {
         __syncthreads();
-        for (uint32_t c = tid; 8 * c < dim; c += blockDim.x) {
+        for (uint32_t piece = tid; 8 * piece < dim; piece += blockDim.x) {
             float least[8], most[8], x[8];
 #pragma unroll
             for (int j = 0; j < 8; j++) least[j] = INFINITE, most[j] = -INFINITE;
             for (uint32_t t = first + lag; t < first + 2 * lag; t++) {
-                if (side == 0) key8(kv, head, t, c, x);
-                else value8(kv, head, t, c, x);
+                if (side == 0) key8(kv, head, t, piece, x);
+                else value8(kv, head, t, piece, x);
 #pragma unroll
                 for (int j = 0; j < 8; j++) least[j] = fminf(least[j], x[j]), most[j] = fmaxf(most[j], x[j]);
             }
 #pragma unroll
-            for (int j = 0; j < 8; j++) low[8 * c + j] = least[j], high[8 * c + j] = most[j];
+            for (int j = 0; j < 8; j++) low[8 * piece + j] = least[j], high[8 * piece + j] = most[j];
         }
         __syncthreads();
         for (uint32_t from = 0; from < lag; from += slots) {

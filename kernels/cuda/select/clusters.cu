@@ -5,7 +5,9 @@
 // prompt; `cluster_select` reads the centres once per query head and a label and a place a token. Memory.
 //
 // Of head n = item * kv_heads + h: `centres` [n][most][dim], `labels` and `places` by `Head::meta` of the tokens. The first
-// `sinks` tokens belong to no cluster. Launch of `cluster_start`: grid (most clusters, kv_heads, items), 32 threads; of
+// `sinks` tokens belong to no cluster.
+//
+// Launch of `cluster_start`: grid (most clusters, kv_heads, items), 32 threads; of
 // `cluster_assign`: grid (ceil(most tokens / 32), kv_heads, items), 128 threads, 4 (64 (dim + 4) + 32 x 33 + 32) bytes of shared
 // memory; of `cluster_update`: grid (most clusters, kv_heads, items), 128 threads, 4096 bytes; of `cluster_places` the same
 // grid, 128 threads, 128 bytes; of `cluster_select`: grid (heads, items), 128 threads, 128 + 8 most bytes.
@@ -59,7 +61,8 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2)
         __syncthreads();
         if (tid < SIDE) {
             float squares = 0.0f;
-            for (uint32_t d = 0; d < dim; d++) squares = fmaf(tile[tid * tile_stride(dim) + d], tile[tid * tile_stride(dim) + d], squares);
+            const float* centre = tile + tid * tile_stride(dim);
+            for (uint32_t d = 0; d < dim; d++) squares = fmaf(centre[d], centre[d], squares);
             lengths[tid] = sqrtf(squares);
         }
         float product[2][4];

@@ -344,3 +344,17 @@ void mma_16816(float d[4], const unsigned a[4], const unsigned b[2], bool brain)
         d[i] += sum;
     }
 }
+
+void ldmatrix_transposed(unsigned b[2], const uint16_t* row) {
+    const unsigned char* all = shim::exchange(&row, sizeof row, __LINE__);
+    const unsigned lane = threadIdx.x % 32;
+    for (unsigned i = 0; i < 2; i++) {
+        unsigned word = 0;
+        for (unsigned j = 0; j < 2; j++) {
+            const uint16_t* from;
+            std::memcpy(&from, all + (i * 8 + lane % 4 * 2 + j) * 64, sizeof from);
+            word |= unsigned(from[lane / 4]) << 16 * j;
+        }
+        b[i] = word;
+    }
+}

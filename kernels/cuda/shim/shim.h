@@ -155,3 +155,4 @@ float half_to_float(uint16_t bits);
 uint16_t float_to_half(float x);
 // d += a b for 16 x 8 += 16 x 16 by 16 x 8 numbers of 16 bits, held by the lanes of a warp as `mma.m16n8k16` says.
 void mma_16816(float d[4], const unsigned a[4], const unsigned b[2], bool brain);
+void ldmatrix_transposed(unsigned b[2], const uint16_t* row);

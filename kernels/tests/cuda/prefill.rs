@@ -1,12 +1,13 @@
 //! Attention of chunks of prompts.
 
 use batchmax_kernels::attend::{AttendItem, AttendShape, attend_prefill, join};
-use batchmax_kernels::kv::KvFormat::{Bf16, F16, F32, Fp8};
+use batchmax_kernels::kv::KvFormat::{self, Bf16, F16, F32, Fp8};
+use batchmax_kernels::kv::{Codec, KeyAxis};
 use batchmax_kernels::reference;
 use proptest::prelude::*;
 
 use super::gpu::{Arg, Gpu};
-use super::mirror::{Mirror, Room, items, rows};
+use super::mirror::{Mirror, Room, decoded, encoded, items, rows};
 use super::shim::available;
 use super::testing::{Layer, assert_close, noise};
 
@@ -16,6 +17,17 @@ pub fn run(
     mirror: &Mirror,
     layer: &Layer,
     at: Option<&[u32]>,
+) -> (Vec<f32>, Vec<f32>) {
+    run_as(gpu, mirror, layer, at, None)
+}
+
+/// The same, on tensor cores if they have a type.
+fn run_as(
+    gpu: &mut Gpu,
+    mirror: &Mirror,
+    layer: &Layer,
+    at: Option<&[u32]>,
+    tensor: Option<KvFormat>,
 ) -> (Vec<f32>, Vec<f32>) {
     let shape = layer.shape;
     let (count, dim) = (layer.rows(), shape.head_dim);
@@ -36,9 +48,16 @@ pub fn run(
         Arg::At(lse),
     ];
     let most = layer.step.iter().map(|s| s.1).max().unwrap_or(0);
-    let grid = [(most * shape.group()).div_ceil(32).max(1), shape.kv_heads, layer.caches.len()];
-    let shared = 4 * (64 * (dim + 4) + 32 * 33 + 96);
-    gpu.launch("attend_prefill", grid, 128, shared, &arguments);
+    let (queries, shared, name) = match tensor {
+        None => (32, 4 * (64 * (dim + 4) + 32 * 33 + 96), "attend_prefill".to_owned()),
+        Some(format) => {
+            let name = if format == F16 { "f16" } else { "bf16" };
+            (64, 2 * 128 * (dim + 8) + 512, format!("attend_prefill_{name}_{dim}"))
+        }
+    };
+    let tiles = (most * shape.group()).div_ceil(queries).max(1);
+    let grid = [tiles, shape.kv_heads, layer.caches.len()];
+    gpu.launch(&name, grid, 128, shared, &arguments);
     (gpu.read(out), gpu.read(lse))
 }
 
@@ -86,6 +105,59 @@ proptest! {
         }
         assert_close(&out, &exact, 5e-6, "chunks");
         assert_close(&lse, &exact_lse, 5e-6, "chunks: lse");
+    }
+
+    #[test]
+    fn chunks_on_tensor_cores_by_the_definition(
+        dim in 0usize..5,
+        kv_heads in 1usize..3,
+        group in 1usize..10,
+        format in 0usize..3,
+        brain: bool,
+        before in proptest::collection::vec(0usize..70, 1..3),
+        chunk in 1usize..40,
+        keep in 0usize..50,
+        window in 0u32..60,
+        cap: bool,
+        packed: bool,
+    ) {
+        if !available() {
+            return Ok(());
+        }
+        let dim = [64, 80, 96, 128, 256][dim];
+        let shape = AttendShape {
+            heads: kv_heads * group,
+            kv_heads,
+            head_dim: dim,
+            scale: 1.0 / (dim as f32).sqrt(),
+            softcap: cap.then_some(3.0),
+            window: (window > 0).then_some(window),
+        };
+        let mut layer = Layer::new(before.len(), shape, [F16, Bf16, Fp8][format]);
+        layer.feed(3, &before);
+        layer.thin(5, &vec![keep; before.len()]);
+        layer.feed(4, &vec![chunk; before.len()]);
+        let tensor = if brain { Bf16 } else { F16 };
+        layer.qkv = decoded(tensor, &encoded(tensor, &layer.qkv));
+        let codec = Codec { bits: 4, group: 32, key_axis: KeyAxis::Channel };
+        let mut gpu = Gpu::default();
+        let room = Room { codec: packed.then_some(codec), ..Room::default() };
+        let mirror = Mirror::new(&mut gpu, &layer, room);
+        if packed {
+            let counts = |tokens: usize| (tokens / 32 * 32, tokens / 2);
+            super::packing::both(&mut gpu, &mirror, &mut layer, codec, counts);
+        }
+        let (out, lse) = run_as(&mut gpu, &mirror, &layer, None, Some(tensor));
+        let (mut exact, mut exact_lse) = (Vec::new(), Vec::new());
+        for item in layer.items() {
+            let (out, lse) = reference::attend(&layer.pool, &item, &shape, &layer.qkv, layer.width);
+            exact.extend(out);
+            exact_lse.extend(lse);
+        }
+        // Weights have 11 or 8 bits, and so have keys and values of other forms.
+        let tolerance = if brain { 3e-2 } else { 4e-3 };
+        assert_close(&out, &exact, tolerance, "chunks");
+        assert_close(&lse, &exact_lse, tolerance, "chunks: lse");
     }
 }
 
@@ -151,21 +223,20 @@ fn chunks_of_a_prompt_give_its_bits() {
     if !available() {
         return;
     }
-    let whole = {
-        let layer = layer(&[75], SHAPE);
-        let mut gpu = Gpu::default();
-        let mirror = Mirror::new(&mut gpu, &layer, Room::default());
-        run(&mut gpu, &mirror, &layer, None).0
-    };
-    let mut cut = Vec::new();
-    let mut layer = Layer::new(1, SHAPE, F16);
-    for rows in [31, 1, 43] {
-        layer.feed(8, &[rows]);
-        let mut gpu = Gpu::default();
-        let mirror = Mirror::new(&mut gpu, &layer, Room::default());
-        cut.extend(run(&mut gpu, &mirror, &layer, None).0);
+    for tensor in [None, Some(F16), Some(Bf16)] {
+        let one = |layer: &Layer| {
+            let mut gpu = Gpu::default();
+            let mirror = Mirror::new(&mut gpu, layer, Room::default());
+            run_as(&mut gpu, &mirror, layer, None, tensor).0
+        };
+        let whole = one(&layer(&[75], SHAPE));
+        let (mut cut, mut layer) = (Vec::new(), Layer::new(1, SHAPE, F16));
+        for rows in [31, 1, 43] {
+            layer.feed(8, &[rows]);
+            cut.extend(one(&layer));
+        }
+        assert!(whole == cut, "{tensor:?}");
     }
-    assert!(whole == cut);
 }
 
 #[test]

@@ -82,6 +82,97 @@ proptest! {
 }
 
 #[test]
+fn rows_go_out_and_come_back() {
+    if !available() {
+        return;
+    }
+    for (format, dim) in [(F16, 80), (Fp8, 64)] {
+        let shape = AttendShape { head_dim: dim, ..super::ranking::SHAPE };
+        let mut layer = Layer::new(2, shape, format);
+        layer.feed(3, &[40, 5]);
+        layer.feed(4, &[7, 33]);
+        let mut gpu = Gpu::default();
+        let mirror = Mirror::new(&mut gpu, &layer, Room::default());
+        let bytes = layer.pool.token_bytes();
+        let (list, from) = (gpu.input(&items(&layer)), gpu.input(&[0u32, 7, 14, 47]));
+        let rows = gpu.output(80 * bytes);
+        let arguments = [mirror.kv(&gpu), Arg::At(list), Arg::At(from), Arg::At(rows)];
+        let grid = [(33 * bytes / 8).div_ceil(256), 2, 2];
+        let moved = gpu.launch("rows_out", grid, 256, 0, &arguments);
+        assert!(moved.bytes() < 1.2 * (2 * 80 * bytes) as f64);
+        let mut expected = Vec::new();
+        for (heads, (_, count)) in layer.caches.iter().zip(&layer.step) {
+            for head in heads {
+                let tokens = head.tokens() - count..head.tokens();
+                for token in tokens {
+                    for row in [head.key(&layer.pool, token), head.value(&layer.pool, token)] {
+                        expected.extend(super::mirror::encoded(format, &row));
+                    }
+                }
+            }
+        }
+        assert!(gpu.bytes(rows) == expected);
+        // Into caches of that many tokens.
+        let back = Mirror::new(
+            &mut gpu,
+            &Layer::new(2, shape, format),
+            Room { tokens: 33, ..Room::default() },
+        );
+        let mut heads = back.all_heads(&gpu);
+        heads.iter_mut().zip([7, 7, 33, 33]).for_each(|(head, tokens)| head.tokens = tokens);
+        back.put_heads(&gpu, &heads);
+        let positions = gpu.input(&(100..180).collect::<Vec<u32>>());
+        let arguments =
+            [back.kv(&gpu), Arg::At(list), Arg::At(from), Arg::At(rows), Arg::At(positions)];
+        gpu.launch("rows_in", grid, 256, 0, &arguments);
+        let found: Vec<u32> = gpu.read(back.positions);
+        for (h, cache) in layer.caches.iter().flatten().enumerate() {
+            let count = heads[h].tokens as usize;
+            let first = [100, 107, 114, 147][h];
+            let wanted: Vec<u32> = (first..).take(count).collect();
+            assert_eq!(found[h * back.stride..][..count], wanted);
+            for token in 0..count {
+                let at = cache.tokens() - count + token;
+                assert_eq!(back.key(&gpu, h, token), cache.key(&layer.pool, at));
+                assert_eq!(back.value(&gpu, h, token), cache.value(&layer.pool, at));
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_of_a_partial_cache_go_where_its_tokens_stand() {
+    if !available() {
+        return;
+    }
+    let mut layer = Layer::new(1, super::ranking::SHAPE, F16);
+    layer.feed(3, &[40]);
+    let mut gpu = Gpu::default();
+    let mirror = Mirror::new(&mut gpu, &layer, Room::default());
+    let part = Mirror::new(&mut gpu, &layer, Room { tokens: 100, ..Room::default() });
+    let (list, counts) = (gpu.input(&[5u32, 9, 30, 1, 2, 39]), gpu.input(&[3u32, 2]));
+    let numbers: Vec<f32> = (0..2 * part.stride).map(|i| i as f32).collect();
+    let (from, sums) = (gpu.input(&numbers), gpu.inout(&vec![-1.0f32; 2 * mirror.stride]));
+    let sequences = gpu.input(&items(&layer));
+    let arguments = [
+        mirror.kv(&gpu),
+        part.kv(&gpu),
+        Arg::At(sequences),
+        Arg::At(list),
+        Arg::U32(3),
+        Arg::At(counts),
+        Arg::At(from),
+        Arg::At(sums),
+    ];
+    gpu.launch("rank_put", [1, 2, 1], 256, 0, &arguments);
+    let mut expected = vec![-1.0f32; 2 * mirror.stride];
+    (expected[5], expected[9], expected[30]) = (0.0, 1.0, 2.0);
+    (expected[mirror.stride + 1], expected[mirror.stride + 2]) =
+        (part.stride as f32, part.stride as f32 + 1.0);
+    assert_eq!(gpu.read::<f32>(sums), expected);
+}
+
+#[test]
 fn chunks_are_appended_across_blocks() {
     if !available() {
         return;
