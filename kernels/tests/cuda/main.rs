@@ -10,6 +10,7 @@ mod cases;
 mod decode;
 mod elementwise;
 mod evicting;
+mod faults;
 mod gpu;
 mod mirror;
 mod narrowing;
