@@ -5,6 +5,8 @@
 //! only ever adds. One thread's are those that it spent on the processor, several threads' those of a clock. Weights and caches
 //! are taken in turn from rings several times as large as the last cache, as a model's layers are.
 
+#![expect(clippy::print_stdout, reason = "the table is what this is for")]
+
 #[path = "roofline/clock.rs"]
 mod clock;
 #[path = "roofline/peaks.rs"]

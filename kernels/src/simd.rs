@@ -1,4 +1,4 @@
-//! Vectors of 16 floats for three instruction sets behind one trait, so that each kernel is written once.
+//! Vectors of 16 floats for four instruction sets behind one trait, so that each kernel is written once.
 //!
 //! A value of a type that implements [`Simd`] is the proof that the processor has the instructions, and makes the
 //! arithmetic safe to call. Kernels are `#[inline(always)]` generic bodies; [`multiversion`] wraps each into one function
@@ -11,6 +11,8 @@ mod avx512;
 pub(crate) mod dot;
 mod fp8;
 pub(crate) mod math;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 use std::fmt;
@@ -22,6 +24,8 @@ pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
 pub(crate) use fp8::{fp8_bits, fp8_value};
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
 /// Lanes of a vector.
@@ -34,6 +38,8 @@ pub enum Isa {
     Avx512,
     /// 256-bit vectors with fused multiply-add.
     Avx2,
+    /// 128-bit vectors of ARM.
+    Neon,
     /// Plain Rust.
     Portable,
 }
@@ -43,6 +49,7 @@ impl fmt::Display for Isa {
         f.write_str(match self {
             Isa::Avx512 => "AVX-512",
             Isa::Avx2 => "AVX2",
+            Isa::Neon => "NEON",
             Isa::Portable => "portable",
         })
     }
@@ -70,6 +77,8 @@ impl Isa {
                 found.push(Isa::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        found.push(Isa::Neon);
         found.push(Isa::Portable);
         found
     }
@@ -327,6 +336,8 @@ macro_rules! multiversion {
                     $crate::simd::Isa::Avx512 => avx512 $(::<$($g),+>)? ($($arg),*),
                     #[cfg(target_arch = "x86_64")]
                     $crate::simd::Isa::Avx2 => avx2 $(::<$($g),+>)? ($($arg),*),
+                    #[cfg(target_arch = "aarch64")]
+                    $crate::simd::Isa::Neon => $body $(::<_, $($g),+>)? ($crate::simd::Neon, $($arg),*),
                     _ => $body $(::<_, $($g),+>)? ($crate::simd::Portable, $($arg),*),
                 }
             }

@@ -88,6 +88,7 @@ impl Vnni {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 macro_rules! safe {
     ($($name:ident($($arg:ident: $ty:ty),*) -> $ret:ty = $value:expr;)+) => {
         $(
