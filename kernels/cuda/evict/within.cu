@@ -42,7 +42,7 @@ DEVICE double block_sum(double x, double* scratch) {
 // `weights` are those of the newest row, `plane` numbers between the heads of a group (`mass`). Tokens that stay in every
 // head of each item: the fewest at which the Euclidean length of the weights, sinks apart, keeps 1 - loss of itself, the
 // mean over query heads; at least one that is no sink, at most `most`. The threads are a power of two.
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
     evict_within(Kv kv, const Item* items, const float* weights, uint64_t plane, uint32_t group, const uint32_t* order,
                  uint32_t sinks, double loss, const uint32_t* most, uint32_t* keep) {
     SHARED(double, scratch);

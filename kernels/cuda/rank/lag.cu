@@ -7,7 +7,7 @@
 // block of a head fills in those without a next partition.
 #include "../cache.cuh"
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 4)
     rank_lag(Kv kv, const Item* items, uint32_t lag, uint32_t sinks, float* scores) {
     SHARED(float, memory);
     const Item item = ld_struct(items + blockIdx.z);
