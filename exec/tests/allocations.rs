@@ -35,7 +35,7 @@ fn in_decode_steps(policy: &dyn Policy, lengths: [usize; 4], osl: u32, warm: usi
     let mut counts = Vec::with_capacity(steps as usize);
     engine
         .run(&program, &prompts, &RunOptions::default(), &AtomicBool::new(false), &mut |_, _| {
-            counts.push(allocations())
+            counts.push(allocations());
         })
         .expect("runs");
     let first = (steps - decode) as usize + warm;

@@ -68,7 +68,7 @@ impl Place {
 fn all_bits(weights: &Weights) -> Vec<u8> {
     let mut bits = weights.embedding.panels().to_vec();
     bits.extend(weights.head.iter().flat_map(|head| head.panels()));
-    let mut vector = |bits: &mut Vec<u8>, values: &[f32]| {
+    let vector = |bits: &mut Vec<u8>, values: &[f32]| {
         bits.extend(values.iter().flat_map(|x| x.to_bits().to_le_bytes()));
         // Two vectors are not one.
         bits.push(0xff);
