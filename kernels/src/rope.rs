@@ -173,6 +173,33 @@ pub(crate) fn turn(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
     (a * cos - b * sin, b * cos + a * sin)
 }
 
+/// Turns what [`rope`] has turned before on by `positions`: as if it had been turned once, by the sum. The factor of the
+/// table, which both turns bring, counts once; channels that are not rotated stay as they are.
+///
+/// # Panics
+/// As [`rope`].
+#[expect(clippy::too_many_arguments, reason = "the layout of a fused row")]
+pub fn turn_on(
+    threads: &Threads,
+    qkv: &mut [f32],
+    qkv_width: usize,
+    heads_to_rotate: usize,
+    head_dim: usize,
+    positions: &[u32],
+    table: &RopeTable,
+    layout: RopeLayout,
+) {
+    rope(threads, qkv, qkv_width, heads_to_rotate, head_dim, positions, table, layout);
+    if table.factor == 1.0 {
+        return;
+    }
+    for row in qkv.chunks_exact_mut(qkv_width) {
+        for head in row[..heads_to_rotate * head_dim].chunks_exact_mut(head_dim) {
+            head[..table.rotary_dim()].iter_mut().for_each(|channel| *channel /= table.factor);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -233,14 +260,16 @@ mod tests {
     #[test]
     fn turning_on_is_turning_once() {
         let threads = Threads::new(1);
-        let table = RopeTable::new(&[1.0, 0.3, 0.01], 4096, 1.0);
-        for layout in [RopeLayout::Half, RopeLayout::Interleaved] {
+        for (layout, factor) in [(RopeLayout::Half, 1.0), (RopeLayout::Interleaved, 1.5)] {
+            let table = RopeTable::new(&[1.0, 0.3, 0.01], 4096, factor);
             for (first, then) in [(0, 0), (5, 0), (0, 512), (17, 1024), (511, 3072)] {
-                let row = [0.3f32, -1.2, 2.0, 0.7, 1.1, -0.4];
+                // The last channel of the head is not rotated, the one behind it is no key's.
+                let row = [0.3f32, -1.2, 2.0, 0.7, 1.1, -0.4, 0.9, 5.0];
                 let (mut twice, mut once) = (row, row);
-                rope(&threads, &mut twice, 6, 1, 6, &[first], &table, layout);
-                rope(&threads, &mut twice, 6, 1, 6, &[then], &table, layout);
-                rope(&threads, &mut once, 6, 1, 6, &[first + then], &table, layout);
+                rope(&threads, &mut twice, 8, 1, 7, &[first], &table, layout);
+                turn_on(&threads, &mut twice, 8, 1, 7, &[then], &table, layout);
+                rope(&threads, &mut once, 8, 1, 7, &[first + then], &table, layout);
+                assert_eq!(twice[6..], row[6..]);
                 for (a, b) in twice.iter().zip(&once) {
                     assert!((a - b).abs() < 2e-6, "{layout:?} {first} + {then}");
                 }

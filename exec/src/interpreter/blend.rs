@@ -105,13 +105,7 @@ impl Interpreter<'_> {
             let chunk = self.chunk.max(1);
             let starts: Vec<u32> = (0..lane.keep).map(|at| at / chunk * chunk).collect();
             let (table, layout) = (&self.weights.rope, self.weights.rope_layout);
-            k::rope::rope(self.threads, staged, width, kv, dim, &starts, table, layout);
-            let factor = table.factor();
-            if factor != 1.0 {
-                for row in staged.chunks_exact_mut(width) {
-                    row[..kv * dim].iter_mut().for_each(|key| *key /= factor);
-                }
-            }
+            k::rope::turn_on(self.threads, staged, width, kv, dim, &starts, table, layout);
             for row in *row..row + count {
                 let at = slots.positions[row] as usize;
                 let new = &slots.qkv[row * row_width + keys..][..width];
