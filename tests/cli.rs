@@ -14,7 +14,7 @@ fn a_continuous_schedule_beats_a_static_one_where_answers_differ() {
             "what-if {LLAMA_ON_H100} --isl 2k --osl 256 --osl-spread 80% --batch 8 --schedule {schedule} --json"
         );
         let json = document(&run(&args).answered(), "what-if");
-        json["answers"][0]["metrics"]["output_tokens_per_s"].as_f64().expect("a rate")
+        json["answers"][0]["answer"]["metrics"]["output_tok_s"].as_f64().expect("a rate")
     };
     // A static batch waits for its longest answer.
     assert!(rate("continuous:16") > 1.1 * rate("static"));
@@ -25,6 +25,7 @@ fn help_leads_to_every_command_and_states_the_exit_codes() {
     let help = run("--help").answered();
     for verb in [
         "plan",
+        "tui",
         "what-if",
         "explain",
         "fetch",

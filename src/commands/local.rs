@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::load::Checkpoint;
-use batchmax_exec::{machine, nodes};
 use batchmax_exec::weights::Weights;
 use batchmax_exec::{Engine, RunOptions, RunResult, fetch};
+use batchmax_exec::{machine, nodes};
 
 use batchmax_sim::cost::predict;
 use batchmax_sim::load::Load;
@@ -58,6 +58,13 @@ pub fn bar(global: &Global, total: u64, what: &str) -> ProgressBar {
     }
     bar.set_message(what.to_owned());
     bar
+}
+
+/// Progress as a line, where a program looks at it.
+pub fn progress_line(global: &Global, done: u64, total: u64, label: &str) {
+    if global.progress_lines {
+        remark(false, &format!("progress {done} {total} {label}"));
+    }
 }
 
 /// Threads of a run. Where the machine has several memory nodes, this thread and those to come stay on one that has cores
@@ -236,6 +243,7 @@ pub fn trial(
         // Drawing costs more than a small op: ten times a second is enough.
         if drawn.elapsed() > Duration::from_millis(100) {
             bar.set_position(done);
+            progress_line(global, done, steps, label);
             drawn = Instant::now();
         }
     });
