@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 const EXAMPLES: &str = "\
 Examples:
+  batchmax                                           the planner to look at
   batchmax compare                                   run the whole loop on this machine
   batchmax plan --model llama-3.1-8b --gpu h100-sxm --isl 32k --osl 512
   batchmax what-if --model qwen2.5-7b --gpu l40s --isl 2k..32k --batch 1,2,4,8
@@ -17,11 +18,11 @@ Exit codes: 0 answered, 1 the answer is no, 2 usage or bad input, 3 device failu
 
 /// Plan, run and validate LLM inference with KV-cache compression.
 #[derive(Debug, Parser)]
-#[command(name = "batchmax", version, after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(name = "batchmax", version, after_help = EXAMPLES)]
 pub struct Cli {
-    /// The command.
+    /// The command; none opens the planner on a terminal.
     #[command(subcommand)]
-    pub command: Command,
+    pub command: Option<Command>,
     #[command(flatten)]
     pub global: Global,
 }
@@ -41,13 +42,18 @@ pub struct Global {
     /// No progress on stderr
     #[arg(long, short, global = true)]
     pub quiet: bool,
+    /// Progress of runs as lines on stderr, for programs: progress DONE TOTAL LABEL
+    #[arg(long, global = true, hide = true)]
+    pub progress_lines: bool,
 }
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Which batch, policy and schedule is the fastest that fits
-    Plan(PlanArgs),
+    Plan(PlanCommand),
+    /// The planner to look at: the same answers, redrawn with every key
+    Tui(TuiArgs),
     /// What one configuration, a sweep or a CSV of scenarios would do
     WhatIf(WhatIfArgs),
     /// Print the program of a configuration: every op with its shape, FLOPs and bytes
@@ -162,7 +168,33 @@ pub struct MemoryArgs {
     pub threads: Option<usize>,
 }
 
+/// Where an answer goes beside or instead of tables.
+#[derive(Args, Clone, Debug, Default)]
+pub struct OutputArgs {
+    /// Write the answer as one HTML page with plots, without outside requests
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Write the first plot as SVG
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Print Markdown
+    #[arg(long, conflicts_with = "csv")]
+    pub markdown: bool,
+    /// Print CSV
+    #[arg(long)]
+    pub csv: bool,
+}
+
 /// `plan`.
+#[derive(Args, Clone, Debug)]
+pub struct PlanCommand {
+    #[command(flatten)]
+    pub plan: PlanArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// What `plan` asks.
 #[derive(Args, Clone, Debug)]
 pub struct PlanArgs {
     /// Model: a name, a config.json or its directory, a GGUF or TOML file
@@ -229,6 +261,16 @@ pub struct PlanArgs {
     pub min_recall: Option<f64>,
 }
 
+/// `tui`.
+#[derive(Args, Clone, Debug)]
+pub struct TuiArgs {
+    #[command(flatten)]
+    pub plan: PlanArgs,
+    /// Draw with ASCII only [default: by the locale]
+    #[arg(long)]
+    pub ascii: bool,
+}
+
 /// `what-if`.
 #[derive(Args, Clone, Debug)]
 pub struct WhatIfArgs {
@@ -267,9 +309,8 @@ pub struct WhatIfArgs {
     /// A CSV of scenarios instead, answered as CSV or --json: id,gpu,tp,model,weight_dtype,kv_dtype,engine,schedule,batch,input_len,output_len,prefix_hit,policy
     #[arg(long, value_name = "FILE")]
     pub scenarios: Option<PathBuf>,
-    /// Print CSV
-    #[arg(long)]
-    pub csv: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// `fetch`.
@@ -410,6 +451,8 @@ pub struct ScoreArgs {
     /// Fit each engine anew without the device that is scored, and score that
     #[arg(long)]
     pub cross_validate: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// `calibrate check`.
@@ -477,9 +520,8 @@ pub struct ValidateArgs {
     /// Largest acceptable error of the total time; beyond it the exit code is 1
     #[arg(long, default_value = "25%")]
     pub tolerance: String,
-    /// Print Markdown
-    #[arg(long)]
-    pub markdown: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// `compare`.
@@ -563,4 +605,6 @@ pub struct QualityArgs {
     /// Write the means as a description that plan reads: quality/MODEL.toml in the data or --profiles directory
     #[arg(long, value_name = "FILE")]
     pub summary: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }

@@ -2,7 +2,7 @@
 //! hold when really run?
 //!
 //! The map: [`cli`] is what people type, [`setting`] what they mean, [`commands`] one verb a file, [`report`] one format
-//! a file. Everything that is computed is computed in `batchmax-sim`; everything that is run, in `batchmax-exec`.
+//! a file, [`tui`] the planner to look at. Everything that is computed is computed in `batchmax-sim`; everything that is run, in `batchmax-exec`.
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(feature = "exec"),
@@ -15,6 +15,7 @@ mod dates;
 mod paths;
 mod report;
 mod setting;
+mod tui;
 
 use std::process::ExitCode;
 

@@ -25,6 +25,7 @@ fn help_leads_to_every_command_and_states_the_exit_codes() {
     let help = run("--help").answered();
     for verb in [
         "plan",
+        "tui",
         "what-if",
         "explain",
         "fetch",

@@ -63,6 +63,13 @@ pub fn bar(global: &Global, total: u64, what: &str) -> ProgressBar {
     bar
 }
 
+/// Progress as a line, where a program looks at it.
+pub fn progress_line(global: &Global, done: u64, total: u64, label: &str) {
+    if global.progress_lines {
+        remark(false, &format!("progress {done} {total} {label}"));
+    }
+}
+
 /// Threads of a run. Where the machine has several memory nodes, this thread and those to come stay on one that has cores
 /// enough: to be called before weights are read, so that they lie there.
 pub fn threads(memory: &MemoryArgs) -> Result<usize> {
@@ -286,6 +293,7 @@ pub fn trial(
         // Drawing costs more than a small op: ten times a second is enough.
         if drawn.elapsed() > Duration::from_millis(100) {
             bar.set_position(done);
+            progress_line(global, done, steps, label);
             drawn = Instant::now();
         }
     });

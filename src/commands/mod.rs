@@ -9,7 +9,7 @@ mod import;
 mod list;
 #[cfg(feature = "exec")]
 mod local;
-mod plan;
+pub mod plan;
 #[cfg(feature = "exec")]
 mod prepare;
 #[cfg(feature = "exec")]
@@ -25,9 +25,11 @@ mod validate;
 mod what_if;
 
 use anyhow::Result;
+use clap::{CommandFactory, Parser};
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, Global};
 use crate::setting::Places;
+use crate::tui;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,10 +56,27 @@ pub fn failed_in_the_run(_error: &anyhow::Error) -> bool {
     false
 }
 
+/// On a terminal the planner, else the help, as where a command is missing.
+fn without_command(places: &Places, global: &Global) -> Result<Outcome> {
+    use std::io::IsTerminal;
+    if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
+        let kind = clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+        let mut command = Cli::command();
+        let help = command.render_help();
+        command.error(kind, help).exit();
+    }
+    let Some(Command::Tui(args)) = Cli::parse_from(["batchmax", "tui"]).command else {
+        return Ok(Outcome::No);
+    };
+    tui::run(places, &args, global)
+}
+
 /// Runs what was typed.
 pub fn run(cli: &Cli) -> Result<Outcome> {
     let places = Places::new(&cli.global)?;
-    match &cli.command {
+    let Some(command) = &cli.command else { return without_command(&places, &cli.global) };
+    match command {
+        Command::Tui(args) => tui::run(&places, args, &cli.global),
         Command::Plan(args) => plan::run(&places, args, &cli.global),
         Command::WhatIf(args) => what_if::run(&places, args, &cli.global),
         Command::Explain(args) => explain::run(&places, args, &cli.global),

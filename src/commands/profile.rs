@@ -112,7 +112,9 @@ pub fn measure(
         .collect();
     let bar = local::bar(global, 1000, "profiling this machine");
     let timed = measurements.go_on(&engine, &probes, local::interrupted(), &mut |now| {
-        bar.set_position((1000.0 * done[now.done - 1] / total) as u64);
+        let thousandths = (1000.0 * done[now.done - 1] / total) as u64;
+        bar.set_position(thousandths);
+        local::progress_line(global, thousandths, 1000, "timing this machine");
     });
     bar.finish_and_clear();
     if let Err(error) = timed {

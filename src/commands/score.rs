@@ -15,8 +15,18 @@ use serde_json::json;
 use crate::cli::{Global, RunFiles, ScoreArgs};
 use crate::commands::Outcome;
 use crate::paths::write_whole;
-use crate::report::{answer, json, table};
+use crate::report::output::csv;
+use crate::report::{answer, json, table, typed};
 use crate::setting::Places;
+
+mod report;
+
+use report::report;
+
+/// What groups runs.
+const BY_TIER: [&str; 3] = ["tier", "devices", "metric"];
+/// The same, and who measured what.
+const BY_CLUSTER: [&str; 6] = ["tier", "devices", "metric", "engine", "device", "mode"];
 
 /// A predicted row with what groups it.
 struct Scored {
@@ -65,8 +75,20 @@ pub fn run(places: &Places, args: &ScoreArgs, global: &Global) -> Result<Outcome
         write_whole(out, &predictions_csv(&rows, &answers)?)?;
     }
     let refused = refusals(&answers, &bad, &args.files.runs);
+    let page = match args.output.wants_report() {
+        true => Some(report(&scored, &refused, typed())),
+        false => None,
+    };
+    if let Some(page) = &page {
+        args.output.write(page)?;
+    }
     if global.json {
         answer(&json::document("score", document(&scored, &refused)));
+    } else if args.output.csv {
+        let head: Vec<&str> = BY_CLUSTER.iter().copied().chain(FIGURES).collect();
+        answer(&csv(&head, &cells(&groupings(&scored).1))?);
+    } else if let Some(page) = page.filter(|_| args.output.markdown) {
+        answer(&page.markdown());
     } else {
         answer(&text(&scored, &refused));
     }
@@ -332,11 +354,19 @@ fn devices(single: bool) -> String {
     if single { "one" } else { "several" }.to_owned()
 }
 
+/// Heads of what is said of a group, behind its names.
+const FIGURES: [&str; 8] =
+    ["n", "median", "p90", "bias", "coverage", "clusters", "equal median", "equal p90"];
+
 fn table_of(head: &[&str], lines: &[Line]) -> String {
-    let mut all: Vec<&str> = head.to_vec();
-    all.extend(["n", "median", "p90", "bias", "coverage", "clusters", "equal median", "equal p90"]);
+    let all: Vec<&str> = head.iter().copied().chain(FIGURES).collect();
+    table::table(&all, cells(lines), head.len())
+}
+
+/// A row a group.
+fn cells(lines: &[Line]) -> Vec<Vec<String>> {
     let percent = |x: f64| format!("{:.1} %", 100.0 * x);
-    let rows = lines
+    lines
         .iter()
         .map(|l| {
             let mut row = l.group.clone();
@@ -352,8 +382,7 @@ fn table_of(head: &[&str], lines: &[Line]) -> String {
             ]);
             row
         })
-        .collect();
-    table::table(&all, rows, head.len())
+        .collect()
 }
 
 fn groupings(scored: &[Scored]) -> (Vec<Line>, Vec<Line>) {
@@ -369,9 +398,9 @@ fn groupings(scored: &[Scored]) -> (Vec<Line>, Vec<Line>) {
 fn text(scored: &[Scored], refused: &[(String, usize)]) -> String {
     let (by_tier, by_cluster) = groupings(scored);
     let total: usize = refused.iter().map(|(_, n)| n).sum();
-    let mut out = table_of(&["tier", "devices", "metric"], &by_tier);
+    let mut out = table_of(&BY_TIER, &by_tier);
     out += "\n\n";
-    out += &table_of(&["tier", "devices", "metric", "engine", "device", "mode"], &by_cluster);
+    out += &table_of(&BY_CLUSTER, &by_cluster);
     out += &format!(
         "\n\n{} runs predicted, {total} refused; coverage of the 90 % interval; equal: every (device, engine) \
          cluster weighs the same",
@@ -405,8 +434,8 @@ fn document(scored: &[Scored], refused: &[(String, usize)]) -> serde_json::Value
     };
     json!({
         "predicted": scored.len(),
-        "groups": list(&["tier", "devices", "metric"], &by_tier),
-        "clusters": list(&["tier", "devices", "metric", "engine", "device", "mode"], &by_cluster),
+        "groups": list(&BY_TIER, &by_tier),
+        "clusters": list(&BY_CLUSTER, &by_cluster),
         "refused": refused.iter().map(|(why, n)| json!({ "reason": why, "rows": n })).collect::<Vec<_>>(),
     })
 }

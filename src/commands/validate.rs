@@ -20,8 +20,13 @@ use crate::cli::{Global, ValidateArgs};
 use crate::commands::Outcome;
 use crate::commands::local::{self, Prose, Trial};
 use crate::commands::run::figures;
-use crate::report::{answer, json, remark, table};
+use crate::report::output::csv;
+use crate::report::{answer, json, remark, table, typed};
 use crate::setting::{self, Configuration, LOCAL, Places};
+
+mod report;
+
+use report::report;
 
 /// Predicts, runs, compares.
 pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outcome> {
@@ -85,10 +90,17 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     let drift = Drift::of(&configuration, &mut trial);
     let comparison = compare(&trial.predicted, &trial.result.timeline);
     let verdict = Verdict::of(&trial, &comparison, pace, tolerance);
+    let said = text(&trial, &comparison, &verdict, drift.as_ref(), args.output.markdown);
+    if args.output.html.is_some() || args.output.svg.is_some() {
+        let place = machine::processor();
+        args.output.write(&report(&trial, &comparison, &said, &place, typed()))?;
+    }
     if global.json {
         answer(&document(&trial, &comparison, &verdict, drift.as_ref(), synthetic));
+    } else if args.output.csv {
+        answer(&csv(&TIMES, &times(&trial, &comparison))?);
     } else {
-        answer(&text(&trial, &comparison, &verdict, drift.as_ref(), args.markdown));
+        answer(&said);
     }
     Ok(if verdict.within { Outcome::Answered } else { Outcome::No })
 }
@@ -220,14 +232,13 @@ fn document(
     json::document("validate", body)
 }
 
-fn text(
-    trial: &Trial,
-    comparison: &Comparison,
-    verdict: &Verdict,
-    drift: Option<&Drift>,
-    markdown: bool,
-) -> String {
-    let head = ["phase", "op", "predicted", "measured", "error", "share", ""];
+/// Heads of [`times`].
+const TIMES: [&str; 7] = ["phase", "op", "predicted", "measured", "error", "share", ""];
+/// Heads of [`sizes`].
+const SIZES: [&str; 4] = ["memory", "predicted", "measured", "error"];
+
+/// Prediction beside measurement, op by op, and their sums.
+fn times(trial: &Trial, comparison: &Comparison) -> Vec<Vec<String>> {
     let measured_total = trial.result.prefill + trial.result.decode;
     let line = |phase: &str, op: &str, p: Seconds, m: Seconds, sign: &str| {
         vec![
@@ -256,21 +267,37 @@ fn text(
         rows.push(line(phase.name(), "all", trial.predicted.phase(phase), measured, ""));
     }
     rows.push(line("total", "", trial.predicted.total(), measured_total, ""));
-    let memory_head = ["memory", "predicted", "measured", "error"];
+    rows
+}
+
+/// Memory, predicted and measured.
+fn sizes(trial: &Trial) -> Vec<Vec<String>> {
     let memory_line = |name: &str, p: Bytes, m: Bytes| {
         let error = table::percent(relative_error(p.0 as f64, m.0 as f64));
         vec![name.to_owned(), p.to_string(), m.to_string(), error]
     };
     let (footprint, result) = (&trial.footprint, &trial.result);
-    let memory = vec![
+    vec![
         memory_line("kv, prefill peak", footprint.kv_prefill_peak, result.kv_prefill_peak),
         memory_line("kv, decode peak", footprint.kv_decode_peak, result.kv_decode_peak),
         memory_line("process", process(footprint), result.peak_rss),
-    ];
+    ]
+}
+
+fn text(
+    trial: &Trial,
+    comparison: &Comparison,
+    verdict: &Verdict,
+    drift: Option<&Drift>,
+    markdown: bool,
+) -> String {
+    let rows = times(trial, comparison);
+    let memory = sizes(trial);
+    let (footprint, result) = (&trial.footprint, &trial.result);
     let (times, sizes) = if markdown {
-        (table::markdown(&head, &rows), table::markdown(&memory_head, &memory))
+        (table::markdown(&TIMES, &rows), table::markdown(&SIZES, &memory))
     } else {
-        (table::table(&head, rows, 2), table::table(&memory_head, memory, 1))
+        (table::table(&TIMES, rows, 2), table::table(&SIZES, memory, 1))
     };
     let load = &trial.program.header.load;
     let unmatched = match comparison.unmatched.len() {

@@ -11,8 +11,12 @@ use serde_json::json;
 
 use crate::cli::{Global, WhatIfArgs};
 use crate::commands::{Outcome, scenarios};
-use crate::report::{answer, json, table};
+use crate::report::{answer, json, table, typed};
 use crate::setting::{self, Hosts, LOCAL, Places, Wanted};
+
+mod report;
+
+use report::report;
 
 /// One line of a sweep.
 struct Line {
@@ -36,6 +40,10 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
     }
     let lines = sweep(places, args)?;
     let any = lines.iter().any(|l| l.answer.as_ref().is_ok_and(|(a, _)| a.over.is_none()));
+    let page = args.output.wants_report().then(|| report(&lines, typed()));
+    if let Some(page) = &page {
+        args.output.write(page)?;
+    }
     if global.json {
         let list: Vec<_> = lines
             .iter()
@@ -52,8 +60,10 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
             })
             .collect();
         answer(&json::document("what-if", json!({ "answers": list })));
-    } else if args.csv {
+    } else if args.output.csv {
         answer(&csv_text(&lines)?);
+    } else if let Some(page) = page.filter(|_| args.output.markdown) {
+        answer(&page.markdown());
     } else if let [Line { answer: Ok((one, timeline)), model, isl, osl, hit, preset, .. }] =
         lines.as_slice()
     {

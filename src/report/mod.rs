@@ -1,6 +1,9 @@
 //! Answers on stdout, everything else on stderr. One format a file.
 
+pub mod figure;
 pub mod json;
+pub mod output;
+pub mod page;
 pub mod table;
 
 use std::io::Write;
@@ -10,6 +13,25 @@ pub fn answer(text: &str) {
     let mut out = std::io::stdout().lock();
     let newline = if text.ends_with('\n') { "" } else { "\n" };
     write!(out, "{text}{newline}").ok();
+}
+
+/// The command that was typed.
+pub fn typed() -> String {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    format!("batchmax {}", quoted(&words))
+}
+
+/// Words of a command as a shell reads them.
+pub fn quoted(words: &[String]) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./:,=%+@".contains(c);
+    let quote = |word: &String| {
+        if !word.is_empty() && word.chars().all(plain) {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', "'\\''"))
+        }
+    };
+    words.iter().map(quote).collect::<Vec<_>>().join(" ")
 }
 
 /// A remark beside the answer, on stderr.
@@ -42,4 +64,15 @@ fn complain_text(text: &str) {
         Some((problem, hint)) => writeln!(err, "error: {problem}\nhint: {hint}").ok(),
         None => writeln!(err, "error: {text}").ok(),
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn words_for_a_shell() {
+        let words = ["--model", "my model's.gguf", "25%", ""].map(str::to_owned);
+        assert_eq!(quoted(&words), r"--model 'my model'\''s.gguf' 25% ''");
+    }
 }

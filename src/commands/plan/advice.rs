@@ -196,10 +196,7 @@ fn crossings(question: &Question<'_>, plan: &Plan, best: &Candidate) -> Result<C
     let case = |preset: &'_ Preset| -> Result<u32> {
         let mut largest = 0;
         for &schedule in &question.schedules {
-            let policy = preset.policy.as_ref();
-            let (isl, osl, spread) = (question.isl, question.osl, question.spread);
-            let hit = question.hit;
-            let case = Case { placement, policy, isl, osl, spread, hit, schedule };
+            let case = question.case(placement, preset.policy.as_ref(), schedule);
             let (answer, ..) = case.best(host.cost.as_ref(), question.slo, None)?;
             largest = largest.max(answer.map_or(0, |a| a.batch));
         }
@@ -253,8 +250,7 @@ fn rate(
     batch: Option<u32>,
 ) -> Option<f64> {
     let rates = question.schedules.iter().filter_map(|&schedule| {
-        let (osl, spread, hit) = (question.osl, question.spread, question.hit);
-        let case = Case { placement, policy, isl, osl, spread, hit, schedule };
+        let case = Case { isl, ..question.case(placement, policy, schedule) };
         let (answer, ..) = case.best(host.cost.as_ref(), question.slo, batch).ok()?;
         Some(answer?.metrics.output_tokens_per_s)
     });

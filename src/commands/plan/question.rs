@@ -5,8 +5,8 @@ use batchmax_sim::engine::Engine;
 use batchmax_sim::load::{Hit, Schedule, Spread};
 use batchmax_sim::op::DType;
 use batchmax_sim::parallel::in_order;
-use batchmax_sim::place::runs_policy;
-use batchmax_sim::plan::{Host, Objective, Query, Slo, plan};
+use batchmax_sim::place::{Placement, runs_policy};
+use batchmax_sim::plan::{Case, Host, Objective, Query, Slo, plan};
 use batchmax_sim::policy::{Policy, Preset, Request, check_with_prefix};
 use batchmax_sim::profile::{Lost, Model, Quality};
 use batchmax_sim::units::{Bytes, Seconds, Tokens, parse_seconds, parse_tokens};
@@ -295,6 +295,17 @@ impl<'a> Question<'a> {
         Ok(Some(host))
     }
 
+    /// One of its configurations.
+    pub fn case<'b>(
+        &self,
+        placement: &'b Placement,
+        policy: &'b dyn Policy,
+        schedule: Schedule,
+    ) -> Case<'b> {
+        let (isl, osl, spread, hit) = (self.isl, self.osl, self.spread, self.hit);
+        Case { placement, policy, isl, osl, spread, hit, schedule }
+    }
+
     /// Searches.
     pub fn plan(&self) -> Result<Plan> {
         let hosts = self.hosts()?;
@@ -337,15 +348,20 @@ fn quality(places: &Places, args: &PlanArgs, model: &Model) -> Result<Option<Qua
     if args.max_kl.is_none() && args.min_recall.is_none() {
         return Ok(None);
     }
+    match quality_of(places, model)? {
+        Some(quality) => Ok(Some(quality)),
+        None => bail!(
+            "--max-kl, --min-recall: no quality was measured; hint: batchmax quality --summary quality/{MEASURED}.toml"
+        ),
+    }
+}
+
+/// What policies were measured to lose on a model, else on the one that stands for those that were not measured.
+pub fn quality_of(places: &Places, model: &Model) -> Result<Option<Quality>> {
     let catalog = &places.catalog;
     match catalog.quality(&model.name)? {
         Some(own) => Ok(Some(own)),
-        None => match catalog.quality(MEASURED)? {
-            Some(other) => Ok(Some(other)),
-            None => bail!(
-                "--max-kl, --min-recall: no quality was measured; hint: batchmax quality --summary quality/{MEASURED}.toml"
-            ),
-        },
+        None => Ok(catalog.quality(MEASURED)?),
     }
 }
 

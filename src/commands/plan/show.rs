@@ -29,7 +29,7 @@ pub fn text(question: &Question<'_>, plan: &Plan, marks: &[Marks], advice: &Advi
     out
 }
 
-fn head(question: &Question<'_>, plan: &Plan) -> String {
+pub fn head(question: &Question<'_>, plan: &Plan) -> String {
     let Some(host) = plan.hosts.first() else { return String::new() };
     let placement = &host.placement;
     let mut names: Vec<&str> = plan.hosts.iter().map(|h| h.placement.gpu.name.as_str()).collect();
@@ -65,7 +65,12 @@ fn head(question: &Question<'_>, plan: &Plan) -> String {
 /// A column: its head, whether it stands left, and its cell.
 type Column<'a> = (&'static str, bool, Box<dyn Fn(usize, &Candidate) -> String + 'a>);
 
-fn ranking(question: &Question<'_>, plan: &Plan, marks: &[Marks]) -> String {
+/// The ranking as cells: heads, rows, and how many columns are words.
+pub fn sheet(
+    question: &Question<'_>,
+    plan: &Plan,
+    marks: &[Marks],
+) -> (Vec<&'static str>, Vec<Vec<String>>, usize) {
     let several = |of: &dyn Fn(&Candidate) -> String| {
         let mut values: Vec<String> = plan.candidates.iter().map(of).collect();
         values.sort();
@@ -124,23 +129,35 @@ fn ranking(question: &Question<'_>, plan: &Plan, marks: &[Marks]) -> String {
         let c = &plan.candidates[i];
         columns.iter().map(|(_, _, cell)| cell(i, c)).collect()
     });
-    let heads: Vec<&str> = columns.iter().map(|(head, ..)| *head).collect();
+    let heads = columns.iter().map(|(head, ..)| *head).collect();
     let left = columns.iter().take_while(|(_, left, _)| *left).count();
-    let hidden = plan.candidates.len() - shown.len();
-    let more = match hidden {
+    (heads, rows.collect(), left)
+}
+
+/// Candidates that the ranking leaves out, in words.
+pub fn hidden(question: &Question<'_>, plan: &Plan, shown: usize) -> String {
+    match plan.candidates.len() - shown {
         0 => String::new(),
-        n if question.args.pareto => format!("\n{n} candidates are beaten by one of these"),
-        n => format!("\n{n} more with other parameters are no better (all: --json)"),
-    };
-    format!(
-        "{}\n{}\nfront: T no other gives more at its TPOT, M no other gives more in its memory{more}",
-        table::table(&heads, rows.collect(), left),
-        table::LEGEND
-    )
+        n if question.args.pareto => format!("{n} candidates are beaten by one of these"),
+        n => format!("{n} more with other parameters are no better (all: --json)"),
+    }
+}
+
+/// What the letters of the fronts say.
+pub const FRONT: &str =
+    "front: T no other gives more at its TPOT, M no other gives more in its memory";
+
+fn ranking(question: &Question<'_>, plan: &Plan, marks: &[Marks]) -> String {
+    let (heads, rows, left) = sheet(question, plan, marks);
+    let mut more = hidden(question, plan, rows.len());
+    if !more.is_empty() {
+        more.insert(0, '\n');
+    }
+    format!("{}\n{}\n{FRONT}{more}", table::table(&heads, rows, left), table::LEGEND)
 }
 
 /// Indices of the candidates that are printed: those on a front, or the best of each policy, schedule and placement.
-fn shown(question: &Question<'_>, plan: &Plan, marks: &[Marks]) -> Vec<usize> {
+pub fn shown(question: &Question<'_>, plan: &Plan, marks: &[Marks]) -> Vec<usize> {
     let all = 0..plan.candidates.len();
     if question.args.pareto {
         return all.filter(|i| marks[*i].tpot || marks[*i].memory).collect();
@@ -168,7 +185,7 @@ fn unsearched(question: &Question<'_>, preset: &str) -> String {
     }
 }
 
-fn limited(c: &Candidate) -> String {
+pub fn limited(c: &Candidate) -> String {
     let Some(a) = &c.answer else {
         let over = if c.missing.0 > 0 { format!(", over by {}", c.missing) } else { String::new() };
         return format!("× {}{over}", c.bound.name());
@@ -181,13 +198,13 @@ fn limited(c: &Candidate) -> String {
     }
 }
 
-fn mostly(c: &Candidate) -> String {
+pub fn mostly(c: &Candidate) -> String {
     c.mostly().map_or_else(String::new, |(phase, family, share)| {
         format!("{} {} {:.0} %", phase.name(), family, share * 100.0)
     })
 }
 
-fn front(marks: Marks) -> &'static str {
+pub fn front(marks: Marks) -> &'static str {
     match (marks.tpot, marks.memory) {
         (true, true) => "T M",
         (true, false) => "T",
@@ -196,7 +213,7 @@ fn front(marks: Marks) -> &'static str {
     }
 }
 
-fn change(question: &Question<'_>, change: &Change) -> Vec<String> {
+pub fn change(question: &Question<'_>, change: &Change) -> Vec<String> {
     let c = &change.candidate;
     let batch = c.answer.as_ref().map_or(0, |a| a.batch);
     let devices = if c.gpus > 1 { format!(" on {} GPUs", c.gpus) } else { String::new() };
@@ -216,7 +233,7 @@ fn change(question: &Question<'_>, change: &Change) -> Vec<String> {
 }
 
 /// From where on compression pays, a line each.
-fn pays(c: &Crossings) -> String {
+pub fn pays(c: &Crossings) -> String {
     let tokens = |n: u64| n.to_string();
     let bytes = |n: u64| Bytes(n).to_string();
     let context = range(c.context, c.contexts, &tokens, " prompt tokens");
@@ -258,7 +275,7 @@ fn range(
 }
 
 /// What to take, and how to go on.
-fn verdict(question: &Question<'_>, plan: &Plan, advice: &Advice) -> String {
+pub fn verdict(question: &Question<'_>, plan: &Plan, advice: &Advice) -> String {
     let Some(best) = advice.recommended.map(|i| &plan.candidates[i]) else {
         return "nothing fits; the least missing is listed above".to_owned();
     };

@@ -1,6 +1,7 @@
 //! `batchmax quality`: what policies lose on a loaded model, beside the bytes that they really keep.
 
 pub mod measure;
+mod report;
 mod results;
 pub mod tasks;
 
@@ -16,7 +17,8 @@ use serde::Serialize;
 use crate::cli::{Global, QualityArgs};
 use crate::commands::{Outcome, local};
 use crate::paths::write_whole;
-use crate::report::{answer, json, remark};
+use crate::report::output::csv;
+use crate::report::{answer, json, remark, typed};
 use crate::setting::{self, Places, UNCOMPRESSED};
 
 use measure::Bench;
@@ -182,8 +184,17 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
     if let Some(path) = &args.summary {
         write_whole(path, &summary_text(&results)?)?;
     }
+    let page = args.output.wants_report();
+    let page = page.then(|| report::report(&shown, &gates, &left_out, typed()));
+    if let Some(page) = &page {
+        args.output.write(page)?;
+    }
     if global.json {
         answer(&json::document("quality", shown.document(&gates, &left_out)?));
+    } else if args.output.csv {
+        answer(&csv(&results::HEAD, &shown.cells())?);
+    } else if let Some(page) = page.filter(|_| args.output.markdown) {
+        answer(&page.markdown());
     } else {
         answer(&text(&shown, &gates, &left_out));
     }

@@ -258,22 +258,11 @@ impl Results {
 
     /// For people.
     pub fn table(&self) -> String {
-        let head = [
-            "policy",
-            "budget",
-            "regime",
-            "context",
-            "B/token",
-            "KL",
-            "90 %",
-            "top-1",
-            "digits",
-            "- full",
-            "NLL",
-            "quote",
-            "NLL - full",
-            "KL - random",
-        ];
+        table::table(&HEAD, self.cells(), 3)
+    }
+
+    /// A row a measurement, under [`HEAD`].
+    pub fn cells(&self) -> Vec<Vec<String>> {
         let rows = self.rows.iter().map(|row| {
             let (k, m) = (&row.key, &row.measured);
             let kl = bootstrap(&m.kl);
@@ -304,9 +293,27 @@ impl Results {
                 random.unwrap_or_else(dash),
             ]
         });
-        table::table(&head, rows.collect(), 3)
+        rows.collect()
     }
 }
+
+/// Heads of [`Results::cells`].
+pub const HEAD: [&str; 14] = [
+    "policy",
+    "budget",
+    "regime",
+    "context",
+    "B/token",
+    "KL",
+    "90 %",
+    "top-1",
+    "digits",
+    "- full",
+    "NLL",
+    "quote",
+    "NLL - full",
+    "KL - random",
+];
 
 /// Paired: the same samples under both.
 fn difference(a: &[f64], b: &[f64]) -> Interval {
