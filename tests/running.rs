@@ -46,7 +46,7 @@ fn requests_join_and_leave_under_a_budget_of_bytes() {
     // Two sequences of up to 75 tokens, 3 blocks of 32 each, whoever they are.
     assert_eq!(json["kv_decode_peak_bytes"], 2 * 2 * 2 * 2 * 16 * 2 * 96);
     // Prompts of their own lengths join by bytes: 2 blocks, 1 and 1 fit in 3 at no time together.
-    place.write("ids.json", &format!("[{:?}, [1], [2]]", vec![3; 40]));
+    place.write("ids.json", format!("[{:?}, [1], [2]]", vec![3; 40]));
     let ids = ["--ids", "ids.json", "--osl", "3", "--schedule", "continuous", "--json"];
     let block = 2 * 2 * 2 * 16 * 2 * 32;
     let budget = format!("{}", 3 * block);

@@ -137,7 +137,7 @@ impl Verdict {
         let measured = result.prefill + result.decode;
         let total_error = relative_error(trial.predicted.total().0, measured.0);
         // Equal to the byte, or as far apart as lengths that depend on the text can be.
-        let footprint = &trial.footprint;
+        let (footprint, result) = (&trial.footprint, &trial.result);
         let kv_equal = footprint.allows(footprint.kv_prefill_peak, result.kv_prefill_peak)
             && footprint.allows(footprint.kv_decode_peak, result.kv_decode_peak);
         Self {
@@ -293,7 +293,7 @@ fn text(
 ) -> String {
     let rows = times(trial, comparison);
     let memory = sizes(trial);
-    let (footprint, result) = (&trial.footprint, &trial.result);
+    let footprint = &trial.footprint;
     let (times, sizes) = if markdown {
         (table::markdown(&TIMES, &rows), table::markdown(&SIZES, &memory))
     } else {

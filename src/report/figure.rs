@@ -123,7 +123,7 @@ impl Figure {
             (true, false) => on!((x.0..x.1).log_scale().base(base(x)), y.0..y.1),
             (false, true) => on!(x.0..x.1, (y.0..y.1).log_scale().base(base(y))),
             (true, true) => {
-                on!((x.0..x.1).log_scale().base(base(x)), (y.0..y.1).log_scale().base(base(y)))
+                on!((x.0..x.1).log_scale().base(base(x)), (y.0..y.1).log_scale().base(base(y)));
             }
         }
         root.present().map_err(problem)?;

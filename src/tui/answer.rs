@@ -32,7 +32,6 @@ pub struct Found {
     pub hosts: Vec<Host>,
     /// Those that a table shows: the best of each policy, schedule and place.
     pub shown: Vec<usize>,
-    pub left_out: Vec<String>,
     pub objective: Objective,
     /// Devices there are.
     pub gpus: u32,
@@ -58,7 +57,6 @@ impl Found {
             marks,
             hosts: plan.hosts.iter().map(host).collect(),
             candidates: plan.candidates.clone(),
-            left_out: question.left_out.clone(),
             objective: question.objective,
             gpus: question.count,
         }

@@ -182,8 +182,7 @@ pub fn neighbour(ladder: &[&str], text: &str, up: bool) -> Option<String> {
     }
     let Some(value) = magnitude(text) else { return at(0) };
     let mut sized = ladder.iter().filter_map(|s| Some((magnitude(s)?, *s)));
-    let found =
-        if up { sized.find(|(m, _)| *m > value) } else { sized.filter(|(m, _)| *m < value).last() };
+    let found = if up { sized.find(|(m, _)| *m > value) } else { sized.rfind(|(m, _)| *m < value) };
     found.map(|(_, s)| s.to_owned())
 }
 

@@ -30,7 +30,7 @@ pub enum Incoming {
     Trial(News),
     /// An export came out.
     Written(Result<String, String>),
-    Signal(i32),
+    Signal,
 }
 
 /// What is asked where nothing is typed and this machine has no profile yet.
@@ -158,7 +158,7 @@ pub fn take(app: &mut App, incoming: Incoming) -> Vec<Effect> {
             app.say(&why, true);
             Vec::new()
         }
-        Incoming::Signal(_) => vec![Effect::Quit],
+        Incoming::Signal => vec![Effect::Quit],
     }
 }
 

@@ -55,8 +55,8 @@ fn restore() {
 pub fn listen(out: Sender<Incoming>) -> std::io::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGHUP, SIGINT])?;
     std::thread::spawn(move || {
-        for signal in &mut signals {
-            if out.send(Incoming::Signal(signal)).is_err() {
+        for _ in &mut signals {
+            if out.send(Incoming::Signal).is_err() {
                 return;
             }
         }

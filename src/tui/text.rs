@@ -23,11 +23,6 @@ impl Line {
         self.chars.iter().collect()
     }
 
-    /// Characters before the cursor.
-    pub fn cursor(&self) -> usize {
-        self.cursor
-    }
-
     /// Puts text at the cursor: its first line, without what steers terminals. `false` where something was cut.
     pub fn insert(&mut self, text: &str) -> bool {
         let mut whole = true;

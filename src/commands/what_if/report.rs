@@ -5,8 +5,13 @@ use crate::report::figure::{Axis, Figure, Series};
 use crate::report::page::{Report, Section, Sheet};
 use crate::report::table;
 
+/// An axis: its name and a line's place on it.
+type AxisOf = (&'static str, fn(&Line) -> f64);
+/// A word about a line, with the axis that it belongs to.
+type Word<'a> = (usize, &'a dyn Fn(&Line) -> String);
+
 /// What a sweep can vary, with the name of its axis.
-const AXES: [(&str, fn(&Line) -> f64); 4] = [
+const AXES: [AxisOf; 4] = [
     ("prompt, tokens", |l| f64::from(l.isl)),
     ("batch, sequences", |l| l.answer.as_ref().map_or(0.0, |(a, _)| f64::from(a.batch))),
     ("output, tokens", |l| f64::from(l.osl)),
@@ -88,7 +93,7 @@ fn figure(lines: &[Line]) -> Option<Figure> {
 
 /// What tells a line from the others beside the axis.
 fn name(lines: &[Line], line: &Line, axis: usize) -> String {
-    let parts: [(usize, &dyn Fn(&Line) -> String); 8] = [
+    let parts: [Word<'_>; 8] = [
         (9, &|l| l.model.clone()),
         (9, &|l| site(l)),
         (9, &|l| l.preset.clone()),

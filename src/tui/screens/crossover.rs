@@ -130,7 +130,7 @@ fn cell(winner: &Winner, kinds: &[String], wide: u16) -> (String, ratatui::style
 }
 
 fn tokens(n: u32) -> String {
-    if n % 1024 == 0 {
+    if n.is_multiple_of(1024) {
         format!("{}k", n / 1024)
     } else if n > 9999 {
         format!("{}k", n / 1000)

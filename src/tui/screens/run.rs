@@ -119,7 +119,9 @@ fn result(document: &Value, good: bool, buffer: &mut Buffer, area: Rect) {
     let sizes = |key: &str| (same("/predicted/memory", key), same("/measured", key));
     let process =
         ("/predicted/memory/total_bytes".to_owned(), "/measured/peak_rss_bytes".to_owned());
-    let kinds: [(&str, (String, String), &dyn Fn(&str) -> String); 6] = [
+    /// A name, where the two numbers stand, how they are written.
+    type Kind<'a> = (&'a str, (String, String), &'a dyn Fn(&str) -> String);
+    let kinds: [Kind<'_>; 6] = [
         ("read, tokens/s", pair("prefill_tok_s"), &rate),
         ("generated, tokens/s", pair("decode_tok_s"), &rate),
         ("output, tokens/s", pair("output_tok_s"), &rate),

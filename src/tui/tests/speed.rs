@@ -1,5 +1,7 @@
 //! How long a key takes to be seen. Run by hand: cargo test --release --no-default-features speed -- --ignored --nocapture
 
+#![expect(clippy::print_stderr, reason = "a measurement says what it found")]
+
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Instant;
