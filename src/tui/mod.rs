@@ -1,5 +1,5 @@
 //! The planner to look at. [`app`] is the state, [`update`] what keys do to it, [`keys`] the one table of keys, [`worker`] the
-//! thread that asks the planner, [`draw`] and [`screens`] what is seen; [`run`] ties them to a terminal. Every number comes from
+//! thread that asks the planner, [`draw`] and [`screens`] what is seen; [`run()`] ties them to a terminal. Every number comes from
 //! `commands::plan` and `sim::plan`: nothing here computes one.
 
 mod answer;
