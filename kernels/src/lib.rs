@@ -11,6 +11,7 @@ pub mod append;
 pub mod attend;
 pub mod blend;
 mod buffer;
+pub mod cuda;
 pub mod embed;
 pub mod evict;
 pub mod gemm;
