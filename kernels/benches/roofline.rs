@@ -1,9 +1,10 @@
 //! How far kernels are from what this machine can do: its peaks are measured first, then each kernel is held against the one
 //! that binds, arithmetic or memory. `cargo bench -p batchmax-kernels --bench roofline [-- 'gemm Q4' decode]`.
 //!
-//! All of it takes some minutes; names of kernels choose among them. Times are the least of many: other work on the machine
-//! only ever adds. One thread's are those that it spent on the processor, several threads' those of a clock. Weights and caches
-//! are taken in turn from rings several times as large as the last cache, as a model's layers are.
+//! All of it takes some minutes; names of kernels choose among them. A shared machine's rate changes from moment to moment, so
+//! every call is followed by as much of what binds it at its peak, and a share is the median over such pairs; the time shown is
+//! the median too. One thread's times are those that it spent on the processor, several threads' those of a clock. Weights and
+//! caches are taken in turn from rings several times as large as the last cache, as a model's layers are.
 
 #![expect(clippy::print_stdout, reason = "the table is what this is for")]
 
@@ -20,7 +21,7 @@ use batchmax_kernels::gemm::{Packed, WeightFormat, gemm, isa};
 use batchmax_kernels::kv::{BlockPool, Codec, HeadCache, KeyAxis, KvFormat};
 use batchmax_kernels::pack::{PackItem, pack};
 use batchmax_kernels::threads::Threads;
-use peaks::Peaks;
+use peaks::{Limit, Peaks};
 
 /// The attention of a model of 135 million parameters, and its weights as N x K.
 const SHAPE: AttendShape =
@@ -31,8 +32,8 @@ const WEIGHTS: [(usize, usize); 5] =
 /// Bytes of a ring of weights or caches.
 const RING: usize = 96 << 20;
 /// Time for a row, and repetitions at least.
-const SPAN: Duration = Duration::from_millis(120);
-const LEAST: usize = 5;
+const SPAN: Duration = Duration::from_millis(240);
+const LEAST: usize = 9;
 
 /// The least time of a call on these threads, in seconds. Each call gets the next number.
 pub(crate) fn least_time(threads: &Threads, mut call: impl FnMut(usize)) -> f64 {
@@ -64,18 +65,41 @@ struct Work {
     bytes: f64,
 }
 
-/// Prints a row of the table.
-fn report(peaks: &Peaks, threads: usize, kernel: &str, shape: &str, work: &Work, time: f64) {
-    let peak = if work.integers { peaks.int8 } else { peaks.f32 };
-    let (arithmetic, memory) = (work.products / peak, work.bytes / peaks.memory);
-    let (bound, name) =
-        if arithmetic > memory { (arithmetic, "arithmetic") } else { (memory, "memory") };
+/// Times a kernel in turn with what binds it, and prints a row of the table. Each call gets the next number.
+fn report(
+    (threads, peaks): &(Threads, Peaks),
+    kernel: &str,
+    shape: &str,
+    work: &Work,
+    mut call: impl FnMut(usize),
+) {
+    let (limit, peak) =
+        if work.integers { (Limit::Integers, peaks.int8) } else { (Limit::Floats, peaks.f32) };
+    let memory_binds = work.bytes / peaks.memory > work.products / peak;
+    let (limit, amount) =
+        if memory_binds { (Limit::Memory, work.bytes) } else { (limit, work.products) };
+    let (start, mut times, mut shares) = (Instant::now(), Vec::new(), Vec::new());
+    while times.len() < LEAST || start.elapsed() < SPAN * threads.count() as u32 {
+        let begin = clock::now(threads);
+        call(times.len());
+        let between = clock::now(threads);
+        let done = peaks.run(threads, limit, amount);
+        let best = (clock::now(threads) - between) * amount / done;
+        times.push(between - begin);
+        shares.push(best / (between - begin));
+    }
+    let median = |values: &mut Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let (time, share) = (median(&mut times), median(&mut shares));
     println!(
-        "| {kernel} | {shape} | {threads} | {:.1} | {:.1} | {:.1} | {name} | {:.0} % |",
+        "| {kernel} | {shape} | {} | {:.1} | {:.1} | {:.1} | {limit:?} | {:.0} % |",
+        threads.count(),
         time * 1e6,
         work.products / time * 1e-9,
         work.bytes / time * 1e-9,
-        bound / time * 100.0,
+        share * 100.0,
     );
 }
 
@@ -95,18 +119,16 @@ fn products(pools: &[(Threads, Peaks)]) {
             // Of the head no prompt needs more than its last row.
             for m in [1, 8, 32, 128, 512].into_iter().filter(|m| n < 10_000 || *m <= 32) {
                 let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
-                for (threads, peaks) in pools {
-                    let time = least_time(threads, |i| {
-                        let weights = &ring[i % ring.len()];
-                        gemm(threads, black_box(&x), m, weights, None, false, &mut out);
-                    });
+                for pool in pools {
                     let work = Work {
                         products: (m * n * k) as f64,
                         integers: format.code_bits().is_some(),
                         bytes: bytes as f64,
                     };
-                    let shape = format!("{m} x {n} x {k}");
-                    report(peaks, threads.count(), &kernel, &shape, &work, time);
+                    report(pool, &kernel, &format!("{m} x {n} x {k}"), &work, |i| {
+                        let weights = &ring[i % ring.len()];
+                        gemm(&pool.0, black_box(&x), m, weights, None, false, &mut out);
+                    });
                 }
             }
         }
@@ -176,19 +198,17 @@ fn decode(pools: &[(Threads, Peaks)]) {
                     ring.push(Layer::new(batch, tokens, format, codec));
                 }
                 let (qkv, mut out) = (noise(batch * WIDTH), vec![0.0; batch * 9 * 64]);
-                for (threads, peaks) in pools {
-                    let time = least_time(threads, |i| {
-                        let layer = &ring[i % ring.len()];
-                        let (pool, items) = (&layer.pool, layer.items(1));
-                        attend_decode(threads, pool, &items, &SHAPE, &qkv, WIDTH, &mut out, None);
-                    });
+                for pool in pools {
                     let work = Work {
                         products: (batch * tokens * SHAPE.heads * SHAPE.head_dim * 2) as f64,
                         integers: false,
                         bytes: bytes as f64,
                     };
-                    let shape = format!("{batch} x {tokens}");
-                    report(peaks, threads.count(), &kernel, &shape, &work, time);
+                    report(pool, &kernel, &format!("{batch} x {tokens}"), &work, |i| {
+                        let layer = &ring[i % ring.len()];
+                        let (blocks, items) = (&layer.pool, layer.items(1));
+                        attend_decode(&pool.0, blocks, &items, &SHAPE, &qkv, WIDTH, &mut out, None);
+                    });
                 }
             }
         }
@@ -213,15 +233,7 @@ fn prefill(pools: &[(Threads, Peaks)]) {
                 let layers: Vec<Layer> =
                     ends.iter().map(|end| Layer::new(1, *end, format, codec)).collect();
                 let (qkv, mut out) = (noise(chunk * WIDTH), vec![0.0; chunk * 9 * 64]);
-                for (threads, peaks) in pools {
-                    let time = least_time(threads, |_| {
-                        for layer in &layers {
-                            let (pool, items) = (&layer.pool, layer.items(chunk));
-                            attend_prefill(
-                                threads, pool, &items, &SHAPE, &qkv, WIDTH, &mut out, None,
-                            );
-                        }
-                    });
+                for pool in pools {
                     let bytes = layers.iter().map(|l| l.pool.held_bytes()).sum::<u64>() as f64;
                     let seen = tokens * (tokens + 1) / 2;
                     let work = Work {
@@ -230,7 +242,14 @@ fn prefill(pools: &[(Threads, Peaks)]) {
                         bytes,
                     };
                     let shape = format!("{tokens} in chunks of {chunk}");
-                    report(peaks, threads.count(), &kernel, &shape, &work, time);
+                    report(pool, &kernel, &shape, &work, |_| {
+                        for layer in &layers {
+                            let (blocks, items) = (&layer.pool, layer.items(chunk));
+                            attend_prefill(
+                                &pool.0, blocks, &items, &SHAPE, &qkv, WIDTH, &mut out, None,
+                            );
+                        }
+                    });
                 }
                 if tokens == 512 {
                     break;

@@ -1,5 +1,6 @@
 //! What the machine can do at best.
 
+use std::cell::Cell;
 use std::hint::black_box;
 
 use batchmax_kernels::gemm::{Isa, isa};
@@ -7,8 +8,8 @@ use batchmax_kernels::threads::Threads;
 
 use crate::least_time;
 
-/// Rounds of a measurement of arithmetic: some 100 microseconds.
-const ROUNDS: usize = 20_000;
+/// Rounds of a piece of arithmetic: some 10 microseconds.
+const ROUNDS: usize = 2_000;
 /// Independent sums: twice as many as instructions are under way.
 const SUMS: usize = 12;
 /// Bytes of a buffer that no cache holds.
@@ -37,39 +38,66 @@ pub(crate) struct Peaks {
     pub(crate) f32: f64,
     pub(crate) int8: f64,
     pub(crate) memory: f64,
+    buffer: Vec<u64>,
+    at: Cell<usize>,
+}
+
+/// What can bind a kernel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Limit {
+    Floats,
+    Integers,
+    Memory,
 }
 
 impl Peaks {
     pub(crate) fn measure(threads: &Threads) -> Self {
-        let count = threads.count();
-        let rate = |lanes: usize, run: fn()| {
-            // Several pieces a thread: the slowest start does not count.
-            let tasks = count * 4;
-            let time = least_time(threads, |_| threads.run(tasks, |_| run()));
-            (tasks * ROUNDS * SUMS * lanes) as f64 / time
+        let (f32, int8, memory) = (0.0, 0.0, 0.0);
+        let mut peaks =
+            Self { f32, int8, memory, buffer: vec![1u64; BUFFER / 8], at: Cell::new(0) };
+        let rate = |limit, amount| {
+            let mut done = 0.0;
+            let time = least_time(threads, |_| done = peaks.run(threads, limit, amount));
+            done / time
         };
-        let (f32_lanes, f32_run) = floats();
-        let (int8_lanes, int8_run) = integers();
-        let buffer = vec![1u64; BUFFER / 8];
-        let memory = least_time(threads, |call| {
-            let window = call * WINDOW % BUFFER;
-            threads.run(WINDOW / PIECE, |i| {
-                let at = (window + i * PIECE) / 8;
-                let piece = &buffer[at..at + PIECE / 8];
-                let mut sums = [0u64; 16];
-                for words in piece.as_chunks::<16>().0 {
-                    ask(words.as_ptr().wrapping_add(AHEAD / 8));
-                    for (sum, word) in sums.iter_mut().zip(words) {
-                        *sum ^= word;
+        let (f32, int8) = (rate(Limit::Floats, 0.0), rate(Limit::Integers, 0.0));
+        let memory = rate(Limit::Memory, WINDOW as f64);
+        (peaks.f32, peaks.int8, peaks.memory) = (f32, int8, memory);
+        peaks
+    }
+
+    /// Does at least so much of one thing at the best rate, and says how much: multiply-adds or bytes.
+    pub(crate) fn run(&self, threads: &Threads, limit: Limit, amount: f64) -> f64 {
+        let arithmetic = |(lanes, run): (usize, fn())| {
+            // Several pieces a thread: the slowest start does not count.
+            let piece = (ROUNDS * SUMS * lanes) as f64;
+            let tasks = ((amount / piece).ceil() as usize).next_multiple_of(threads.count() * 4);
+            let tasks = tasks.max(threads.count() * 4);
+            threads.run(tasks, |_| run());
+            tasks as f64 * piece
+        };
+        match limit {
+            Limit::Floats => arithmetic(floats()),
+            Limit::Integers => arithmetic(integers()),
+            Limit::Memory => {
+                let pieces = ((amount / PIECE as f64).ceil() as usize).clamp(1, BUFFER / PIECE);
+                let start = self.at.get();
+                self.at.set((start + pieces * PIECE) % BUFFER);
+                let buffer = &self.buffer;
+                threads.run(pieces, |i| {
+                    let at = (start + i * PIECE) % BUFFER / 8;
+                    let piece = &buffer[at..at + PIECE / 8];
+                    let mut sums = [0u64; 16];
+                    for words in piece.as_chunks::<16>().0 {
+                        ask(words.as_ptr().wrapping_add(AHEAD / 8));
+                        for (sum, word) in sums.iter_mut().zip(words) {
+                            *sum ^= word;
+                        }
                     }
-                }
-                black_box(sums);
-            });
-        });
-        Self {
-            f32: rate(f32_lanes, f32_run),
-            int8: rate(int8_lanes, int8_run),
-            memory: WINDOW as f64 / memory,
+                    black_box(sums);
+                });
+                (pieces * PIECE) as f64
+            }
         }
     }
 }
