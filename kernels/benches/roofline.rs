@@ -1,9 +1,9 @@
 //! How far kernels are from what this machine can do: its peaks are measured first, then each kernel is held against the one
 //! that binds, arithmetic or memory. `cargo bench -p batchmax-kernels --bench roofline [-- 'gemm Q4' decode]`.
 //!
-//! All of it takes some minutes; names of kernels choose among them. A shared machine's rate changes from moment to moment, so
-//! every call is followed by as much of what binds it at its peak, and a share is the median over such pairs; the time shown is
-//! the median too. One thread's times are those that it spent on the processor, several threads' those of a clock. Weights and
+//! All of it takes some minutes; names of kernels or of rows (`'gemm Q4 512 x'`) choose among them. A shared machine's rate
+//! changes from moment to moment, and other work only ever adds: every call is followed by as much of what binds it at its
+//! peak, and a share is that of the least times of both. One thread's times are those that it spent on the processor, several threads' those of a clock. Weights and
 //! caches are taken in turn from rings several times as large as the last cache, as a model's layers are.
 
 #![expect(clippy::print_stdout, reason = "the table is what this is for")]
@@ -33,7 +33,7 @@ const WEIGHTS: [(usize, usize); 5] =
 const RING: usize = 96 << 20;
 /// Time for a row, and repetitions at least.
 const SPAN: Duration = Duration::from_millis(240);
-const LEAST: usize = 9;
+const LEAST: usize = 25;
 
 /// The least time of a call on these threads, in seconds. Each call gets the next number.
 pub(crate) fn least_time(threads: &Threads, mut call: impl FnMut(usize)) -> f64 {
@@ -48,10 +48,10 @@ pub(crate) fn least_time(threads: &Threads, mut call: impl FnMut(usize)) -> f64 
     best
 }
 
-/// Whether the command line asks for a kernel of this name.
-fn wanted(name: &str) -> bool {
+/// Whether the command line asks for a kernel, or for some of its rows.
+fn wanted(kernel: &str) -> bool {
     let mut asked = std::env::args().skip(1).filter(|a| !a.starts_with('-')).peekable();
-    asked.peek().is_none() || asked.any(|a| name.contains(&a))
+    asked.peek().is_none() || asked.any(|a| kernel.contains(&a) || a.contains(kernel))
 }
 
 fn noise(len: usize) -> Vec<f32> {
@@ -78,21 +78,21 @@ fn report(
     let memory_binds = work.bytes / peaks.memory > work.products / peak;
     let (limit, amount) =
         if memory_binds { (Limit::Memory, work.bytes) } else { (limit, work.products) };
-    let (start, mut times, mut shares) = (Instant::now(), Vec::new(), Vec::new());
-    while times.len() < LEAST || start.elapsed() < SPAN * threads.count() as u32 {
+    if !wanted(&format!("{kernel} {shape}")) {
+        return;
+    }
+    let (start, mut calls) = (Instant::now(), 0);
+    let (mut time, mut best) = (f64::INFINITY, f64::INFINITY);
+    while calls < LEAST || start.elapsed() < SPAN * threads.count() as u32 {
         let begin = clock::now(threads);
-        call(times.len());
+        call(calls);
         let between = clock::now(threads);
         let done = peaks.run(threads, limit, amount);
-        let best = (clock::now(threads) - between) * amount / done;
-        times.push(between - begin);
-        shares.push(best / (between - begin));
+        best = best.min((clock::now(threads) - between) * amount / done);
+        time = time.min(between - begin);
+        calls += 1;
     }
-    let median = |values: &mut Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
-    let (time, share) = (median(&mut times), median(&mut shares));
+    let share = best / time;
     println!(
         "| {kernel} | {shape} | {} | {:.1} | {:.1} | {:.1} | {limit:?} | {:.0} % |",
         threads.count(),
