@@ -45,9 +45,9 @@ def table(runs):
         cells = [", ".join(f"{r['total_error']:+.1%}" for r in own if r["load"] == load) for load in loads]
         over = "" if median(own, "total_error") <= BAR else " (over the bar)"
         equal = "equal" if all(r["kv_bytes_equal"] for r in own) else "differ"
-        kinds = "matched" if all(map(matched, own)) else "differ"
+        alike = "matched" if all(map(matched, own)) else "differ"
         print(f"| {policy} | {' | '.join(cells)} | {median(own, 'total_error'):.1%}{over} | {median(own, 'error_at_pace'):.1%} "
-              f"| {median(own, 'memory_error'):.1%} | {equal} | {kinds} |")
+              f"| {median(own, 'memory_error'):.1%} | {equal} | {alike} |")
     time, paced = (f"{median(runs, key):.1%}, nine of ten within {nine_of_ten(runs, key):.1%}" for key in ("total_error", "error_at_pace"))
     print(f"\n{len(runs)} runs: error of the time, median {time}; at the machine's pace {paced}; "
           f"of the process's memory {median(runs, 'memory_error'):.1%}.")
@@ -63,10 +63,10 @@ def kinds(runs):
         for row in rows:
             if row["measured"] >= 0.01 * total:
                 errors.setdefault((row["phase"], row["family"]), []).append(row["error"])
-    print("\n| phase | kind of op | runs | median error | nine of ten within |\n|---|---|---|---|---|")
+    print("\n| phase | kind of op | runs | median error | nine of ten within | bias |\n|---|---|---|---|---|---|")
     for (phase, family), own in sorted(errors.items(), key=lambda e: -len(e[1])):
         sizes = sorted(map(abs, own))
-        print(f"| {phase} | {family} | {len(own)} | {statistics.median(sizes):.1%} | {sizes[int(0.9 * (len(sizes) - 1))]:.1%} |")
+        print(f"| {phase} | {family} | {len(own)} | {statistics.median(sizes):.1%} | {sizes[int(0.9 * (len(sizes) - 1))]:.1%} | {statistics.median(own):+.1%} |")
 
 
 def batchmax(*arguments):
