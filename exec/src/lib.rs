@@ -5,6 +5,7 @@
 //! - [`kv_store`]: caches in blocks under a hard byte budget;
 //! - [`interpreter`]: one `match` over the op kinds, no policy by name;
 //! - [`tier`]: slower memory for offloaded tokens, on a thread of its own;
+//! - [`executor`]: whatever can run programs;
 //! - [`engine`]: a whole run, held against its predicted memory at every step;
 //! - [`clock`]: measured times in the simulator's own [`batchmax_sim::timeline::Timeline`];
 //! - [`profile`]: times single passes over a grid, for calibration;
@@ -17,6 +18,7 @@ pub mod chunks;
 pub mod clock;
 pub mod engine;
 pub mod error;
+pub mod executor;
 pub mod fetch;
 pub mod interpreter;
 pub mod kv_store;
@@ -35,4 +37,5 @@ pub mod weights;
 
 pub use engine::{Chosen, Engine, RunOptions, RunResult, load_of};
 pub use error::ExecError;
+pub use executor::Executor;
 pub use sampling::Sampling;

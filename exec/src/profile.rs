@@ -14,8 +14,8 @@ use batchmax_sim::timeline::Timeline;
 use batchmax_sim::units::{Bytes, Seconds};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::Engine;
 use crate::error::ExecError;
+use crate::executor::Executor;
 
 /// Passes of a yardstick that count.
 const YARDSTICK_ROUNDS: usize = 5;
@@ -62,7 +62,7 @@ impl Measurements {
     /// Times the probes that are missing. `progress` sees these measurements after every probe and may save them.
     pub fn go_on(
         &mut self,
-        engine: &Engine,
+        executor: &mut dyn Executor,
         probes: &[Probe],
         stop: &AtomicBool,
         progress: &mut dyn FnMut(&Self),
@@ -71,20 +71,20 @@ impl Measurements {
             if stop.load(Ordering::Relaxed) {
                 return Err(ExecError::Interrupted);
             }
-            self.time(engine, probe)?;
+            self.time(executor, probe)?;
             self.done += 1;
             progress(self);
         }
         Ok(())
     }
 
-    fn time(&mut self, engine: &Engine, probe: &Probe) -> Result<(), ExecError> {
+    fn time(&mut self, executor: &mut dyn Executor, probe: &Probe) -> Result<(), ExecError> {
         // The first pass touches fresh memory; a run does so once, not at every step.
         let short = probe.weight < 4000.0;
         if short {
-            engine.probe(&probe.program, probe.resident)?;
+            executor.probe(&probe.program, probe.resident)?;
         }
-        let clock = engine.probe(&probe.program, probe.resident)?;
+        let clock = executor.probe(&probe.program, probe.resident)?;
         let timeline = clock.timeline(&probe.program);
         for phase in [Phase::Prefill, Phase::Decode] {
             let overhead = timeline.overhead[phase as usize].0;
@@ -126,12 +126,12 @@ impl Measurements {
 pub struct Pace(pub [f64; 2]);
 
 impl Pace {
-    /// Times `yardsticks` on an engine, several times over, against what the profile `cost` knows of them.
+    /// Times `yardsticks` on an executor, several times over, against what the profile `cost` knows of them.
     ///
     /// # Errors
     /// If a pass can't run.
     pub fn now(
-        engine: &Engine,
+        executor: &mut dyn Executor,
         yardsticks: &[Probe; 2],
         cost: &dyn CostModel,
     ) -> Result<Self, ExecError> {
@@ -141,7 +141,7 @@ impl Pace {
             let mut times = Vec::new();
             // The first one touches fresh memory.
             for round in 0..=YARDSTICK_ROUNDS {
-                let phases = engine.probe(&probe.program, probe.resident)?;
+                let phases = executor.probe(&probe.program, probe.resident)?;
                 if round > 0 {
                     times.push(phases.timeline(&probe.program).phases());
                 }

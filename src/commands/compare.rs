@@ -3,7 +3,7 @@
 //! the gain is batch and how much is shorter attention.
 
 use anyhow::{Result, bail};
-use batchmax_exec::RunOptions;
+use batchmax_exec::{Executor, RunOptions};
 use batchmax_exec::fetch;
 use batchmax_exec::weights::check_executable;
 use batchmax_sim::load::{Hit, Schedule, Spread};
@@ -57,7 +57,7 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
         global,
     )?;
     drop(checkpoint);
-    let engine = local::engine(first.model(), weights, threads);
+    let mut executor = local::engine(first.model(), weights, threads);
     let mut rows = Vec::new();
     for (configuration, (name, batch)) in configurations.iter().zip(&chosen) {
         let prompts = prose.prompts(*batch, configuration.isl);
@@ -67,13 +67,13 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
             ..RunOptions::default()
         };
         let trial =
-            local::trial(&engine, configuration, program, &prompts, &options, global, name)?;
+            local::trial(&mut executor, configuration, program, &prompts, &options, global, name)?;
         rows.push(Row { name: name.clone(), batch: *batch, trial });
     }
     if global.json {
-        answer(&document(&rows, engine.weights.synthetic));
+        answer(&document(&rows, executor.synthetic()));
     } else {
-        answer(&text(&rows, first, engine.weights.synthetic));
+        answer(&text(&rows, first, executor.synthetic()));
     }
     Ok(Outcome::Answered)
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::load::Checkpoint;
 use batchmax_exec::weights::{Keeping, Weights};
-use batchmax_exec::{Engine, RunOptions, RunResult, fetch};
+use batchmax_exec::{Engine, Executor, RunOptions, RunResult, fetch};
 use batchmax_exec::{machine, nodes};
 
 use batchmax_sim::cost::predict;
@@ -276,7 +276,7 @@ pub struct Trial {
 
 /// Predicts and runs one program.
 pub fn trial(
-    engine: &Engine,
+    executor: &mut dyn Executor,
     configuration: &Configuration,
     program: Program,
     prompts: &[Vec<u32>],
@@ -289,7 +289,7 @@ pub fn trial(
     let (steps, _) = program.steps();
     let bar = bar(global, steps, label);
     let mut drawn = Instant::now();
-    let result = engine.run(&program, prompts, options, interrupted(), &mut |done, _| {
+    let result = executor.run(&program, prompts, options, interrupted(), &mut |done, _| {
         // Drawing costs more than a small op: ten times a second is enough.
         if drawn.elapsed() > Duration::from_millis(100) {
             bar.set_position(done);

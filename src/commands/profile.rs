@@ -97,7 +97,7 @@ pub fn measure(
         }
         _ => Measurements::new(provenance, probes.len(), runtime),
     };
-    let engine = local::engine(
+    let mut executor = local::engine(
         &model,
         Weights::synthetic_with_head(&model, setup.weights, setup.head)?,
         threads,
@@ -111,7 +111,7 @@ pub fn measure(
         })
         .collect();
     let bar = local::bar(global, 1000, "profiling this machine");
-    let timed = measurements.go_on(&engine, &probes, local::interrupted(), &mut |now| {
+    let timed = measurements.go_on(&mut executor, &probes, local::interrupted(), &mut |now| {
         let thousandths = (1000.0 * done[now.done - 1] / total) as u64;
         bar.set_position(thousandths);
         local::progress_line(global, thousandths, 1000, "timing this machine");

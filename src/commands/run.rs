@@ -6,7 +6,7 @@ use anyhow::{Result, anyhow, bail};
 use batchmax_exec::load::Tokenizer;
 use batchmax_exec::tier::TierPlace;
 use batchmax_exec::weights::check_executable;
-use batchmax_exec::{Engine, RunOptions, RunResult, Sampling, load_of};
+use batchmax_exec::{Executor, RunOptions, RunResult, Sampling, load_of};
 use batchmax_sim::load::{Admission, Load};
 use batchmax_sim::lower::{lower, lower_prefix};
 use batchmax_sim::memory::{kv_peaks, offloaded};
@@ -119,7 +119,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     let weights =
         local::weights(places, &config.model, wanted, checkpoint.as_ref(), &model, setup, global)?;
     drop(checkpoint);
-    let engine = local::engine(&model, weights, threads);
+    let mut executor = local::engine(&model, weights, threads);
     let options = RunOptions {
         kv_budget: budget,
         sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed },
@@ -133,7 +133,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         prefix,
         ..RunOptions::default()
     };
-    let result = go(&engine, &program, &prompts, &options, global)?;
+    let result = go(&mut executor, &program, &prompts, &options, global)?;
     if let Some(path) = &args.dump {
         dump(path, &prompts, &result)?;
     }
@@ -150,7 +150,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         let mut body = figures;
         let ids: Vec<_> = result.sequences.iter().map(|s| &s.generated).collect();
         body["generated"] = json!(ids);
-        body["synthetic"] = json!(engine.weights.synthetic);
+        body["synthetic"] = json!(executor.synthetic());
         answer(&json::document("run", body));
     } else {
         let text = summary(&figures);
@@ -206,7 +206,7 @@ fn refuse_offloaded(program: &Program, budget: Option<Bytes>) -> Result<()> {
 }
 
 fn go(
-    engine: &Engine,
+    executor: &mut dyn Executor,
     program: &Program,
     prompts: &[Vec<u32>],
     options: &RunOptions,
@@ -214,7 +214,7 @@ fn go(
 ) -> Result<RunResult> {
     let (steps, _) = program.steps();
     let bar = local::bar(global, steps, "running");
-    let result = engine.run(program, prompts, options, local::interrupted(), &mut |done, _| {
+    let result = executor.run(program, prompts, options, local::interrupted(), &mut |done, _| {
         if done % 16 == 0 {
             bar.set_position(done);
         }

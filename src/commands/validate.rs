@@ -59,7 +59,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     let prose = Prose::new(places, checkpoint.as_ref(), configuration.model())?;
     let prompts = prose.prompts(local::requests(&program), configuration.isl);
     drop(checkpoint);
-    let engine = local::engine(configuration.model(), weights, threads);
+    let mut executor = local::engine(configuration.model(), weights, threads);
     let options = RunOptions {
         kv_budget: configuration.host.placement.limits.kv_memory,
         prefix,
@@ -69,7 +69,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     };
     let cost = configuration.host.cost.as_ref();
     let yardsticks = yardsticks(configuration.model(), configuration.host.placement.setup);
-    let before = Pace::now(&engine, &yardsticks, cost)?;
+    let before = Pace::now(&mut executor, &yardsticks, cost)?;
     // What the yardsticks took is no part of the run's peak.
     if !machine::reset_peak_rss() {
         remark(
@@ -78,7 +78,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         );
     }
     let mut trial = local::trial(
-        &engine,
+        &mut executor,
         &configuration,
         program,
         &prompts,
@@ -86,7 +86,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         global,
         &configuration.preset.name,
     )?;
-    let pace = before.between(Pace::now(&engine, &yardsticks, cost)?);
+    let pace = before.between(Pace::now(&mut executor, &yardsticks, cost)?);
     let drift = Drift::of(&configuration, &mut trial);
     let comparison = compare(&trial.predicted, &trial.result.timeline);
     let verdict = Verdict::of(&trial, &comparison, pace, tolerance);
