@@ -203,7 +203,7 @@ pub struct PlanArgs {
     /// Devices to choose from, separated by commas: names, TOML files, or cpu for this machine
     #[arg(long, short, default_value = "cpu")]
     pub gpu: String,
-    /// Policy presets to try, separated by spaces or commas before a name [default: all presets]
+    /// Policy presets to try, separated by spaces or commas [default: all presets]
     #[arg(long, short, num_args = 1..)]
     pub policy: Vec<String>,
     /// Prompt tokens of each sequence
@@ -280,7 +280,7 @@ pub struct WhatIfArgs {
     /// Devices, separated by commas
     #[arg(long, short, default_value = "cpu")]
     pub gpu: String,
-    /// Policies, separated by spaces
+    /// Policies, separated by spaces or commas
     #[arg(long, short, num_args = 1.., default_value = "full")]
     pub policy: Vec<String>,
     /// Prompt tokens: a value, a list 1k,2k or a range 2k..32k (doubling)
@@ -577,7 +577,7 @@ pub struct QualityArgs {
     /// Model: a name, a GGUF file or a safetensors directory
     #[arg(long, short, default_value = "smollm2-135m")]
     pub model: String,
-    /// Policy presets, separated by spaces [default: every preset that this machine can run]
+    /// Policy presets, separated by spaces or commas [default: every preset that this machine can run]
     #[arg(long, short, num_args = 1..)]
     pub policy: Vec<String>,
     /// Prompt tokens: a list (512,1k,2k) or a range; the default set takes minutes, longer prompts much more

@@ -3,9 +3,9 @@
 //! the gain is batch and how much is shorter attention.
 
 use anyhow::{Result, bail};
-use batchmax_exec::{Executor, RunOptions};
 use batchmax_exec::fetch;
 use batchmax_exec::weights::check_executable;
+use batchmax_exec::{Executor, RunOptions};
 use batchmax_sim::load::{Hit, Schedule, Spread};
 use batchmax_sim::metrics::Metrics;
 use batchmax_sim::plan::LARGEST_BATCH;

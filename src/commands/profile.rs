@@ -30,8 +30,11 @@ pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outco
     let weights = setting::local_setup(places, &model, &args.memory)?.weights;
     let path =
         args.out.clone().unwrap_or_else(|| places.measurements_path(LOCAL, threads, weights));
-    let names =
-        if args.policy.is_empty() { places.catalog.policy_names() } else { args.policy.clone() };
+    let names = if args.policy.is_empty() {
+        places.catalog.policy_names()
+    } else {
+        setting::policies(&args.policy)
+    };
     let (rounds, restart) = (args.rounds, args.restart);
     let wanted = Wanted { model: &args.model, policies: &names, rounds, restart };
     let profile = measure(places, &wanted, &args.memory, &path, global)?;

@@ -78,8 +78,10 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
 }
 
 fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
-    let presets: Vec<Preset> =
-        args.policy.iter().map(|p| Preset::parse(&places.catalog, p)).collect::<Result<_, _>>()?;
+    let presets: Vec<Preset> = setting::policies(&args.policy)
+        .iter()
+        .map(|p| Preset::parse(&places.catalog, p))
+        .collect::<Result<_, _>>()?;
     let schedules: Vec<Schedule> =
         args.schedule.iter().map(|s| setting::schedule(s)).collect::<Result<_>>()?;
     let isls = setting::token_list(&args.isl, "--isl")?;

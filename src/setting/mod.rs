@@ -69,6 +69,26 @@ pub fn batch(text: &str) -> Result<Option<u32>> {
     }
 }
 
+/// Names of policies: a comma parts them, unless a parameter of the same policy follows.
+pub fn policies(typed: &[String]) -> Vec<String> {
+    let mut all: Vec<String> = Vec::new();
+    for text in typed {
+        let mut first = true;
+        for part in text.split(',') {
+            let parameter = part.split_once('=').is_some_and(|(key, _)| !key.contains(':'));
+            match all.last_mut() {
+                Some(last) if parameter && !first => {
+                    last.push(',');
+                    last.push_str(part);
+                }
+                _ => all.push(part.trim().to_owned()),
+            }
+            first = false;
+        }
+    }
+    all
+}
+
 /// Batches: `1,2,4`, `1..64` (doubling), or max.
 pub fn batch_list(text: &str) -> Result<Vec<Option<u32>>> {
     let mut list = Vec::new();
@@ -233,6 +253,21 @@ fn located(_places: &Places, _name: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn commas_part_policies_not_their_parameters() {
+        let typed = [
+            "full,batch-max:budget=25%,chunk=256,kivi".to_owned(),
+            "snapkv+kivi:bits=4".to_owned(),
+        ];
+        let wanted = ["full", "batch-max:budget=25%,chunk=256", "kivi", "snapkv+kivi:bits=4"];
+        assert_eq!(policies(&typed), wanted);
+        assert_eq!(
+            policies(&["a=b".to_owned()]),
+            ["a=b"],
+            "what has no name is told as it was typed"
+        );
+    }
 
     #[test]
     fn lists_and_ranges() {

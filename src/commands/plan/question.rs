@@ -110,7 +110,8 @@ impl<'a> Question<'a> {
         let args = self.args;
         let catalog = &self.places.catalog;
         let named = !args.policy.is_empty();
-        let mut names = if named { args.policy.clone() } else { catalog.policy_names() };
+        let mut names =
+            if named { setting::policies(&args.policy) } else { catalog.policy_names() };
         let engine = args.placement.engine.as_ref().filter(|_| !self.is_local());
         if let (false, Some(engine)) = (named, engine) {
             let engine: Engine = catalog.engine(engine)?;

@@ -232,7 +232,7 @@ fn contexts(args: &QualityArgs, model: &Model) -> Result<Vec<Tokens>> {
 fn variants(places: &Places, args: &QualityArgs) -> Result<Vec<Variant>> {
     let catalog = &places.catalog;
     let named = !args.policy.is_empty();
-    let names = if named { args.policy.clone() } else { catalog.policy_names() };
+    let names = if named { setting::policies(&args.policy) } else { catalog.policy_names() };
     let budgets: Vec<String> = args.budget.split(',').map(|b| b.trim().to_owned()).collect();
     let mut found: Vec<Variant> = Vec::new();
     for name in &names {
