@@ -40,7 +40,10 @@ impl Catalog {
 
     /// A device by name, alias or file.
     pub fn gpu(&self, name: &str) -> Result<Gpu, ProfileError> {
-        let gpu: Gpu = self.described("gpus", "gpu", name, |g: &Gpu| &g.name)?;
+        let mut gpu: Gpu = self.described("gpus", "gpu", name, |g: &Gpu| &g.name)?;
+        if gpu.label.is_empty() {
+            gpu.label.clone_from(&gpu.name);
+        }
         gpu.validate(&self.origin("gpus", name))?;
         Ok(gpu)
     }

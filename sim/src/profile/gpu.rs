@@ -53,6 +53,7 @@ pub struct Gpu {
     /// Kebab-case name, unique among the profiles.
     pub name: String,
     /// The name people read.
+    #[serde(default)]
     pub label: String,
     /// Other names people type.
     #[serde(default)]

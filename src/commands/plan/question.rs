@@ -231,6 +231,12 @@ impl<'a> Question<'a> {
         Ok(Preset::parse(&self.places.catalog, text)?)
     }
 
+    /// How a device was typed: a file is found by its path, not by the name inside it.
+    pub fn typed_gpu<'b>(&'b self, name: &'b str) -> &'b str {
+        let is = |typed: &&String| self.places.catalog.gpu(typed).is_ok_and(|gpu| gpu.name == name);
+        self.gpus.iter().find(is).map_or(name, |typed| typed)
+    }
+
     /// The same question about one candidate's policy and kind of device only.
     pub fn about(&self, preset: Preset, gpu: &str, kv: DType) -> Self {
         let mut only = self.clone();

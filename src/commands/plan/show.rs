@@ -395,7 +395,7 @@ fn next_step(question: &Question<'_>, plan: &Plan, best: &Candidate, batch: u32)
         best.preset,
         placement.gpu.name,
         args.model,
-        placement.gpu.name,
+        question.typed_gpu(&placement.gpu.name),
         args.placement.engine.as_deref().unwrap_or(placement.engine_name()),
     )
 }
