@@ -157,7 +157,10 @@ impl Product {
                 if self.out == Element::Fp8 {
                     return Err("products of fp8 have wider results".into());
                 }
-                if [self.n, self.k, self.x_stride, self.y_stride].iter().any(|x| !x.is_multiple_of(16)) {
+                if [self.n, self.k, self.x_stride, self.y_stride]
+                    .iter()
+                    .any(|x| !x.is_multiple_of(16))
+                {
                     return Err("products of fp8 need sizes and strides in multiples of 16".into());
                 }
             }

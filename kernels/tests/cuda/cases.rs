@@ -118,7 +118,7 @@ pub fn all() -> Vec<Case> {
         plain("append", (8, 2, 128), F16, &[512, 256]),
         plain("append", (4, 4, 64), Fp8, &[512]),
         plain("norms", (8, 2, 128), Bf16, &[512, 256]),
-        plain("norms", (4, 4, 64), Fp8, &[512]),
+        plain("norms", (4, 4, 64), F16, &[512]),
         plain("mass", (8, 2, 128), F16, &[512, 256]),
         plain("index", (8, 2, 128), F16, &[512, 256]),
         plain("rows-out", (8, 2, 128), Bf16, &[512, 256]),

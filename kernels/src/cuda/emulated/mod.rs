@@ -217,10 +217,10 @@ impl Emulated {
             Work::Wait { event, ticket, source } => return self.reach(*event, *ticket, *source),
             Work::Graph(graph) => return graph.iter().try_for_each(|work| self.perform(work)),
         };
-        done.or_else(|why| {
+        done.map_err(|why| {
             let fault = CudaError::Failed { call: work.to_string(), why };
             self.fault = Some(fault.clone());
-            Err(fault)
+            fault
         })
     }
 
@@ -423,7 +423,8 @@ impl Driver for Emulated {
     fn multiply(&mut self, stream: Stream, product: &Product) -> Result<(), CudaError> {
         self.healthy()?;
         let refused = product.check(self.settings.capability);
-        let outside = || product.operands().try_for_each(|(at, n)| self.memory.read(at.0, n).map(drop));
+        let outside =
+            || product.operands().try_for_each(|(at, n)| self.memory.read(at.0, n).map(drop));
         if let Err(why) = refused.and_then(|()| outside()) {
             return failed(format!("product {} x {} x {}", product.m, product.n, product.k), why);
         }

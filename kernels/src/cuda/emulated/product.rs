@@ -63,10 +63,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 ///
 /// # Errors
 /// An operand lies outside of memory.
-pub(super) fn multiply(
-    product: &Product,
-    memory: &mut Pieces,
-) -> Result<(), String> {
+pub(super) fn multiply(product: &Product, memory: &mut Pieces) -> Result<(), String> {
     let Product { m, n, k, element, .. } = *product;
     let x = Matrix { at: product.x, rows: m, columns: k, stride: product.x_stride, element };
     let w = Matrix { at: product.w, rows: n, columns: k, stride: k, element };
