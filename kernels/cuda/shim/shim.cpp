@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <vector>
@@ -283,10 +284,11 @@ void check(const void* p, size_t bytes, bool writes, bool counts) {
     Launch& launch = *world.launch;
     auto inside = [&](const Buffer& b) { return at >= b.begin && at + bytes <= b.end; };
     if (world.last == nullptr || !inside(*world.last)) {
-        world.last = nullptr;
-        for (uint64_t i = 0; i < launch.buffer_count && world.last == nullptr; i++) {
-            if (inside(launch.buffers[i])) world.last = &launch.buffers[i];
-        }
+        // Buffers are sorted by address.
+        const Buffer* end = launch.buffers + launch.buffer_count;
+        const Buffer* next = std::upper_bound(launch.buffers, end, at,
+                                              [](uintptr_t a, const Buffer& b) { return a < b.begin; });
+        world.last = next != launch.buffers && inside(next[-1]) ? next - 1 : nullptr;
     }
     if (world.last == nullptr || at % bytes != 0 || (writes && !world.last->writable)) {
         const char* why = world.last == nullptr ? "outside of any buffer" : at % bytes ? "not aligned" : "not writable";

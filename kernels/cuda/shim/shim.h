@@ -40,7 +40,7 @@ struct Launch {
     uint32_t grid[3];
     uint32_t block, shared_bytes;
     uint32_t order;  // 0: forward, 1: backward, else the seed of a shuffle
-    const Buffer* buffers;
+    const Buffer* buffers;  // sorted by address
     uint64_t buffer_count;
     uint64_t loaded, stored;  // bytes; results
     char error[248];          // empty if none; result

@@ -104,7 +104,8 @@ impl Element {
     }
 }
 
-/// `y[m, n] = x[m, k] w[n, k]^T (+ bias[n])`, or `y += ...`; all row by row, summed in single precision.
+/// `y[m, n] = scale x[m, k] w[n, k]^T (+ bias[n])`, or `y += ...`; all row by row, summed in single precision. Results have
+/// the type of the operands or are in single precision.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Product {
     /// Rows of `x` and `y`.
@@ -133,6 +134,68 @@ pub struct Product {
     pub out: Element,
     /// Adds to what `y` holds.
     pub accumulate: bool,
+}
+
+impl Product {
+    /// Whether there is such a product on a device of that compute capability.
+    ///
+    /// # Errors
+    /// What of it there is not.
+    pub fn check(&self, capability: (u32, u32)) -> Result<(), String> {
+        if self.m == 0 || self.n == 0 || self.k == 0 {
+            return Err("a matrix has no rows or no columns".into());
+        }
+        if self.x_stride < self.k || self.y_stride < self.n {
+            return Err("rows are longer than what lies between them".into());
+        }
+        let narrow = self.out == self.element || self.out == Element::F32;
+        match self.element {
+            Element::Fp8 => {
+                if capability < (8, 9) {
+                    return Err("products of fp8 need compute capability 8.9".into());
+                }
+                if self.out == Element::Fp8 {
+                    return Err("products of fp8 have wider results".into());
+                }
+                if [self.n, self.k, self.x_stride, self.y_stride]
+                    .iter()
+                    .any(|x| !x.is_multiple_of(16))
+                {
+                    return Err("products of fp8 need sizes and strides in multiples of 16".into());
+                }
+            }
+            _ if !narrow => {
+                return Err("results have the type of the operands, or single precision".into());
+            }
+            _ => {}
+        }
+        let whole = |at: Address, element: Element| at.0.is_multiple_of(element.bytes());
+        if !whole(self.x, self.element)
+            || !whole(self.w, self.element)
+            || !whole(self.y, self.out)
+            || !whole(self.bias, Element::F32)
+        {
+            return Err("an operand is not aligned to its numbers".into());
+        }
+        Ok(())
+    }
+
+    /// Where each operand lies, and how many bytes it spans.
+    pub fn operands(&self) -> impl Iterator<Item = (Address, u64)> {
+        let spans = |rows: u32, stride: u32, columns: u32, element: Element| {
+            let all = u64::from(rows.saturating_sub(1)) * u64::from(stride) + u64::from(columns);
+            all * element.bytes()
+        };
+        let bias = (self.bias != Address::default())
+            .then(|| (self.bias, u64::from(self.n) * Element::F32.bytes()));
+        [
+            (self.x, spans(self.m, self.x_stride, self.k, self.element)),
+            (self.w, spans(self.n, self.k, self.k, self.element)),
+            (self.y, spans(self.m, self.y_stride, self.n, self.out)),
+        ]
+        .into_iter()
+        .chain(bias)
+    }
 }
 
 /// Bytes of a device.
@@ -338,7 +401,9 @@ pub trait Driver {
     /// What the driver said.
     fn elapsed(&mut self, from: Event, to: Event) -> Result<f64, CudaError>;
 
-    /// From here on the work of a stream is recorded, not done.
+    /// From here on the work of a stream is recorded, not done, until `end_capture`; so is that of streams which wait for
+    /// a mark in it, for which this stream has to wait before the end. Meanwhile nothing is taken, given back, uploaded,
+    /// downloaded or waited for, and marks in a recording have no times.
     ///
     /// # Errors
     /// What the driver said.

@@ -10,10 +10,9 @@ use batchmax_kernels::rope::{RopeLayout, RopeTable, rope};
 
 use super::elementwise::angles;
 use super::evicting::scores_at;
-use super::gpu::{Arg, Gpu, bytes_of};
+use super::gpu::{Arg, Gpu, available, bytes_of};
 use super::mirror::{Mirror, Room, items, rows};
 use super::ranking::{SHAPE, assert_scores, layer_in_use, on_cpu};
-use super::shim::available;
 use super::testing::{Layer, assert_close, noise};
 
 #[test]

@@ -2,6 +2,9 @@
 
 use batchmax_kernels::kv::KvFormat;
 
+/// Tokens of a page of an index.
+pub const PAGE: usize = 16;
+
 /// A row of the table.
 #[derive(Clone, Debug)]
 pub struct Case {
@@ -30,6 +33,9 @@ impl Case {
         let (heads, kv_heads, dim) = self.heads;
         let per_token = match self.family {
             "attend-decode" => 4 * heads * dim,
+            // A product of one row's queries with each key, a sum of squares, and comparisons with two extremes.
+            "mass" => 2 * heads * dim,
+            "norms" | "index" => 2 * kv_heads * dim,
             // Least, largest, minus, by, rounded.
             "pack" => 2 * 5 * kv_heads * dim,
             _ => 0,
@@ -48,6 +54,14 @@ impl Case {
         match self.family {
             "attend-decode" if self.codes.is_some() => packed,
             "pack" => whole + packed,
+            // Rows come in single precision.
+            "append" => numbers * 4.0 + whole,
+            // Keys alone; what is made of them is a number per token, or two rows per page.
+            "norms" | "mass" => whole / 2.0 + self.all_tokens() * (4 * kv_heads) as f64,
+            "index" => whole / 2.0 + numbers * 4.0 / PAGE as f64,
+            "rows-out" => 2.0 * whole,
+            // Every second token, read and written.
+            "gather" => whole,
             // Half of what stays moves, off its place and onto another.
             "evict" => 0.5 * 0.5 * 2.0 * whole,
             _ => whole,
@@ -77,6 +91,7 @@ pub fn all() -> Vec<Case> {
     };
     let pack =
         |heads, tokens, bits, group| case("pack", heads, F16, tokens, Some((bits, group)), 0.0);
+    let plain = |family, heads, format, tokens| case(family, heads, format, tokens, None, 0.0);
     let evict = |heads, format, tokens| case("evict", heads, format, tokens, None, 0.0);
     vec![
         attend((9, 3, 64), F16, &[700, 1, 33, 513]),
@@ -100,5 +115,14 @@ pub fn all() -> Vec<Case> {
         evict((6, 2, 64), F16, &[400, 100, 33]),
         evict((8, 2, 128), Bf16, &[300]),
         evict((2, 2, 80), Fp8, &[200, 64]),
+        plain("append", (8, 2, 128), F16, &[512, 256]),
+        plain("append", (4, 4, 64), Fp8, &[512]),
+        plain("norms", (8, 2, 128), Bf16, &[512, 256]),
+        plain("norms", (4, 4, 64), F16, &[512]),
+        plain("mass", (8, 2, 128), F16, &[512, 256]),
+        plain("index", (8, 2, 128), F16, &[512, 256]),
+        plain("rows-out", (8, 2, 128), Bf16, &[512, 256]),
+        plain("rows-out", (4, 4, 64), Fp8, &[512]),
+        plain("gather", (8, 2, 128), F16, &[512, 256]),
     ]
 }

@@ -5,10 +5,10 @@ use batchmax_kernels::kv::{Codec, KeyAxis, KvFormat};
 use batchmax_kernels::reference;
 
 use super::cases::{self, Case};
-use super::gpu::{Arg, Buffer, Gpu};
+use super::gpu::{Arg, Buffer, Gpu, available};
 use super::mirror::{Mirror, Room, items, rows};
-use super::shim::{Moved, available};
 use super::testing::{Layer, assert_close};
+use batchmax_kernels::cuda::emulated::shim::Moved;
 
 pub const PART: usize = 256;
 

@@ -9,9 +9,8 @@ use batchmax_kernels::threads::Threads;
 use half::f16;
 use proptest::prelude::*;
 
-use super::gpu::{Arg, Buffer, Gpu, bytes_of};
+use super::gpu::{Arg, Buffer, Gpu, available, bytes_of};
 use super::mirror::{decoded, encoded, rows, type_of};
-use super::shim::available;
 use super::testing::{assert_close, noise};
 
 /// Relative error of a number of a type.
@@ -344,5 +343,37 @@ fn draws_are_of_the_smallest_set_and_follow_its_weights() {
         for (a, b) in found.iter().zip(count(&on_cpu)) {
             assert!((a - b).abs() <= 2, "{a} for {b}");
         }
+    }
+}
+
+#[test]
+fn biases_stand_in_every_row_or_are_added() {
+    if !available() {
+        return;
+    }
+    for (format, add) in [(F32, false), (F16, true), (Bf16, false), (Bf16, true)] {
+        let (count, n, width) = (5, 70, 80);
+        let mut gpu = Gpu::default();
+        let (before, y) = numbers(&mut gpu, format, &noise(1, count * width));
+        let bias = noise(2, n);
+        let bias_at = gpu.input(&bias);
+        let arguments = [
+            rows(&gpu, y, format, width),
+            Arg::U32(count as u32),
+            Arg::U32(n as u32),
+            Arg::At(bias_at),
+            Arg::U32(add.into()),
+        ];
+        let grid = [(count * n).div_ceil(256), 1, 1];
+        let moved = gpu.launch("bias_rows", grid, 256, 0, &arguments);
+        let mut expected = before;
+        for row in expected.chunks_mut(width) {
+            for (y, b) in row.iter_mut().zip(&bias) {
+                *y = if add { *y + b } else { *b };
+            }
+        }
+        assert!(floats(&gpu, format, y) == decoded(format, &encoded(format, &expected)));
+        let passes = if add { 2 } else { 1 };
+        assert_eq!(moved.bytes(), (passes * count * n * format.bytes() + 4 * n) as f64);
     }
 }

@@ -13,11 +13,11 @@ use proptest::prelude::*;
 use super::cases;
 use super::decode::{layer_of, shape_of};
 use super::elementwise::angles;
-use super::gpu::{Arg, Buffer, Gpu, bytes_of};
+use super::gpu::{Arg, Buffer, Gpu, available, bytes_of};
 use super::mirror::{Head, KINDS, Mirror, Room, items};
 use super::ranking::{SHAPE, layer_in_use, lse_of, mass, on_cpu};
-use super::shim::{Moved, available};
 use super::testing::{Layer, noise};
+use batchmax_kernels::cuda::emulated::shim::Moved;
 
 fn protect_of(protect: Protect) -> Arg {
     Arg::Bytes(bytes_of(&[protect.sinks, protect.recent]))

@@ -1,7 +1,6 @@
 //! Mistakes that the shim has to find.
 
-use super::gpu::{Arg, Gpu};
-use super::shim::available;
+use super::gpu::{Arg, Gpu, available};
 
 #[test]
 fn mistakes_are_found() {

@@ -2,7 +2,8 @@
 
 use std::alloc::{Layout, alloc, dealloc};
 
-use super::shim::{Moved, Range, launch};
+use batchmax_kernels::cuda::CudaError;
+use batchmax_kernels::cuda::emulated::shim::{Moved, Range, Start, open};
 
 /// Bytes on both sides of a buffer that nobody may touch.
 const GUARD: usize = 256;
@@ -100,6 +101,21 @@ pub struct Gpu {
     memory: Vec<Memory>,
 }
 
+/// Whether there is a compiler; says so if not, for then nothing is tested.
+pub fn available() -> bool {
+    match open() {
+        Ok(_) => true,
+        Err(CudaError::Unavailable { why }) => {
+            #[expect(clippy::print_stderr, reason = "a test that is left out must say so")]
+            {
+                eprintln!("SKIPPED: {why}");
+            }
+            false
+        }
+        Err(why) => panic!("{why}"),
+    }
+}
+
 /// The bytes of numbers.
 pub fn bytes_of<T: Plain>(numbers: &[T]) -> Vec<u8> {
     // SAFETY: plain numbers have no padding.
@@ -187,7 +203,7 @@ impl Gpu {
                 Arg::Bytes(bytes) => bytes.clone(),
             })
             .collect();
-        let ranges: Vec<Range> = self
+        let mut ranges: Vec<Range> = self
             .memory
             .iter()
             .map(|m| {
@@ -195,6 +211,8 @@ impl Gpu {
                 Range { begin, end: begin + m.bytes as u64, writable: m.writable.into() }
             })
             .collect();
+        ranges.sort_by_key(|r| r.begin);
+        let library = open().map_err(|e| e.to_string())?;
         let writable: Vec<usize> =
             (0..self.memory.len()).filter(|i| self.memory[*i].writable).collect();
         let all = |gpu: &Self| -> Vec<Vec<u8>> {
@@ -206,9 +224,10 @@ impl Gpu {
             for (i, bytes) in writable.iter().zip(&before) {
                 self.memory[*i].put(0, bytes);
             }
-            let size = (block as u32, shared as u32);
             let grid = grid.map(|n| n as u32);
-            let moved = launch(kernel, grid, size, order, &ranges, &arguments)?;
+            let (block, shared) = (block as u32, shared as u32);
+            let start = Start { grid, block, shared, order, ranges: &ranges };
+            let moved = library.launch(kernel, &start, &arguments)?;
             if !self.memory.iter().all(Memory::is_intact) {
                 return Err(format!("{kernel} wrote outside of a buffer"));
             }

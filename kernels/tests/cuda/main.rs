@@ -8,6 +8,7 @@ use batchmax_kernels::{append, attend, evict, kv, threads};
 mod blending;
 mod cases;
 mod decode;
+mod device;
 mod elementwise;
 mod evicting;
 mod faults;
@@ -18,7 +19,6 @@ mod packing;
 mod prefill;
 mod ranking;
 mod selecting;
-mod shim;
 #[path = "../../src/testing.rs"]
 mod testing;
 mod writing;

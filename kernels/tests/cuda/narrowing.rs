@@ -9,10 +9,9 @@ use batchmax_kernels::state::{KeyMap, Maps, Network, accumulate, read_state};
 
 use super::decode;
 use super::evicting::{choose, scores_at};
-use super::gpu::{Arg, Gpu};
+use super::gpu::{Arg, Gpu, available};
 use super::mirror::{Mirror, Room, items, rows};
 use super::ranking::{SHAPE, layer_in_use, lse_of};
-use super::shim::available;
 use super::testing::{Layer, assert_close, noise};
 
 #[test]

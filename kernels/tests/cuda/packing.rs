@@ -5,10 +5,10 @@ use batchmax_kernels::pack::{PackItem, pack};
 
 use super::cases;
 use super::decode::{layer_of, shape_of};
-use super::gpu::{Arg, Gpu};
+use super::gpu::{Arg, Gpu, available};
 use super::mirror::{Mirror, Room};
-use super::shim::{Moved, available};
 use super::testing::Layer;
+use batchmax_kernels::cuda::emulated::shim::Moved;
 
 /// Packs the first tokens of each head, counted by its length: in the mirror.
 pub fn run(gpu: &mut Gpu, mirror: &Mirror, counts: impl Fn(usize) -> (usize, usize)) -> Moved {

@@ -6,9 +6,8 @@ use batchmax_kernels::kv::{Codec, KeyAxis};
 use batchmax_kernels::reference;
 use proptest::prelude::*;
 
-use super::gpu::{Arg, Gpu};
+use super::gpu::{Arg, Gpu, available};
 use super::mirror::{Mirror, Room, decoded, encoded, items, rows};
-use super::shim::available;
 use super::testing::{Layer, assert_close, noise};
 
 /// Outputs and logarithms of denominators; `at`: positions of rows that stand anywhere.

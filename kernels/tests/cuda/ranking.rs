@@ -4,10 +4,10 @@ use batchmax_kernels::attend::{AttendShape, attend_prefill};
 use batchmax_kernels::kv::KvFormat::{self, Bf16, F16, F32, Fp8};
 use batchmax_kernels::rank::{Pooling, RankItem, Scorer, TallyItem, rank, tally};
 
-use super::gpu::{Arg, Buffer, Gpu};
-use super::mirror::{Mirror, Room, items, rows};
-use super::shim::available;
+use super::gpu::{Arg, Buffer, Gpu, available};
+use super::mirror::{Head, Mirror, Room, items, rows};
 use super::testing::{Layer, assert_close};
+use batchmax_kernels::cuda::emulated::shim::Moved;
 
 /// A layer in the middle of a run: heads with gaps of their own, and a step's rows.
 pub fn layer_in_use(shape: AttendShape, format: KvFormat, step: &[usize]) -> Layer {
@@ -66,7 +66,7 @@ pub fn mass(
     counted: &[Counted],
     sums: Buffer,
     plane: usize,
-) {
+) -> Moved {
     let (shape, dim) = (layer.shape, layer.shape.head_dim);
     let lse = gpu.input(&lse_of(layer));
     let (qkv, list) = (gpu.input(&layer.qkv), gpu.input(&items(layer)));
@@ -90,7 +90,7 @@ pub fn mass(
         Arg::Bytes((plane as u64).to_ne_bytes().to_vec()),
     ];
     let grid = [most.div_ceil(32), shape.kv_heads, layer.caches.len()];
-    gpu.launch("mass", grid, 128, 4 * (64 * (dim + 4) + 32 * 33 + 96), &arguments);
+    gpu.launch("mass", grid, 128, 4 * (64 * (dim + 4) + 32 * 33 + 96), &arguments)
 }
 
 /// Runs a kernel that gives every token a score.
@@ -101,6 +101,17 @@ pub fn scores(
     kernel: &str,
     more: Vec<Arg>,
 ) -> Vec<Vec<f32>> {
+    scored(gpu, mirror, layer, kernel, more).1
+}
+
+/// The same, and what it moved.
+pub fn scored(
+    gpu: &mut Gpu,
+    mirror: &Mirror,
+    layer: &Layer,
+    kernel: &str,
+    more: Vec<Arg>,
+) -> (Moved, Vec<Vec<f32>>) {
     let heads = mirror.all_heads(gpu);
     let out = gpu.output(heads.len() * mirror.stride * 4);
     let list = gpu.input(&items(layer));
@@ -119,15 +130,11 @@ pub fn scores(
         "rank_norms" | "rank_differences" => (128 / lanes, 128),
         _ => (256, 256),
     };
-    gpu.launch(
-        kernel,
-        [most.div_ceil(per_block), mirror.kv_heads, layer.caches.len()],
-        block,
-        0,
-        &arguments,
-    );
+    let grid = [most.div_ceil(per_block), mirror.kv_heads, layer.caches.len()];
+    let moved = gpu.launch(kernel, grid, block, 0, &arguments);
     let all: Vec<f32> = gpu.read(out);
-    heads.iter().map(|h| all[h.meta as usize..][..h.tokens as usize].to_vec()).collect()
+    let of = |head: &Head| all[head.meta as usize..][..head.tokens as usize].to_vec();
+    (moved, heads.iter().map(of).collect())
 }
 
 pub fn assert_scores(found: &[Vec<f32>], expected: &[Vec<f32>], tolerance: f64, what: &str) {

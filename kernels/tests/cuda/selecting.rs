@@ -10,14 +10,14 @@ use batchmax_kernels::select::{
 };
 
 use super::evicting::{choose, scores_at};
-use super::gpu::{Arg, Buffer, Gpu};
+use super::gpu::{Arg, Buffer, Gpu, available};
 use super::mirror::{Mirror, Room, items, rows};
 use super::ranking::{SHAPE, layer_in_use};
-use super::shim::available;
 use super::testing::{Layer, noise};
+use batchmax_kernels::cuda::emulated::shim::Moved;
 
 /// Extremes of pages, and the bounds or shares that choices go by.
-struct Index {
+pub struct Index {
     low: Buffer,
     high: Buffer,
     pages: usize,
@@ -25,13 +25,13 @@ struct Index {
 }
 
 impl Index {
-    fn new(gpu: &mut Gpu, mirror: &Mirror, heads: usize, page: usize) -> Self {
+    pub fn new(gpu: &mut Gpu, mirror: &Mirror, heads: usize, page: usize) -> Self {
         let pages = mirror.stride.div_ceil(page);
         let bytes = heads * pages * mirror.dim * 4;
         Self { low: gpu.output(bytes), high: gpu.output(bytes), pages, page }
     }
 
-    fn update(&self, gpu: &mut Gpu, mirror: &Mirror, layer: &Layer, fresh: &[u32]) {
+    pub fn update(&self, gpu: &mut Gpu, mirror: &Mirror, layer: &Layer, fresh: &[u32]) -> Moved {
         let (list, fresh) = (gpu.input(&items(layer)), gpu.input(fresh));
         let arguments = [
             mirror.kv(gpu),
@@ -44,7 +44,7 @@ impl Index {
         ];
         let lanes = if mirror.dim <= 64 { 8 } else { 16 };
         let grid = [(self.pages * lanes).div_ceil(128), mirror.kv_heads, layer.caches.len()];
-        gpu.launch("page_index", grid, 128, 0, &arguments);
+        gpu.launch("page_index", grid, 128, 0, &arguments)
     }
 }
 

@@ -5,10 +5,10 @@ use batchmax_kernels::kv::KvFormat::{Bf16, F16, F32, Fp8};
 use proptest::prelude::*;
 
 use super::decode;
-use super::gpu::{Arg, Gpu};
+use super::gpu::{Arg, Gpu, available};
 use super::mirror::{Mirror, Room, items, rows};
-use super::shim::{Moved, available};
 use super::testing::Layer;
+use batchmax_kernels::cuda::emulated::shim::Moved;
 
 /// Appends the layer's last step to a mirror of what was before.
 pub fn append(gpu: &mut Gpu, mirror: &Mirror, layer: &Layer) -> Moved {
