@@ -39,7 +39,7 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
         ..args.memory.clone()
     };
     let model = setting::model(places, &args.model)?;
-    check_executable(&model, setting::local_setup(places, &model, &memory)?.weights)?;
+    check_executable(&model, setting::setup_here(places, LOCAL, &model, &memory)?.weights)?;
     prepare(places, args, &memory, global)?;
     let (configurations, chosen) = choose(places, args, &memory)?;
     let first = &configurations[0];
@@ -96,7 +96,7 @@ fn prepare(
     let threads = setting::threads(memory)?;
     // What was fetched says how it is stored.
     let model = setting::model(places, &args.model)?;
-    let weights = setting::local_setup(places, &model, memory)?.weights;
+    let weights = setting::setup_here(places, LOCAL, &model, memory)?.weights;
     if !places.kernel_profile_path(LOCAL, threads, weights).exists() {
         remark(global.quiet, "this machine has no profile yet: timing its kernels, once");
         let path = places.measurements_path(LOCAL, threads, weights);

@@ -30,7 +30,7 @@ pub fn run(places: &Places, args: &ConfigArgs, global: &Global) -> Result<Outcom
     };
     let (model, setup) = match &placement {
         Some(placement) => (placement.model.clone(), placement.setup),
-        None => (model.clone(), setting::local_setup(places, &model, &args.memory)?),
+        None => (model.clone(), setting::setup_here(places, setting::LOCAL, &model, &args.memory)?),
     };
     let batch = setting::batch(&args.batch)?.unwrap_or(1);
     let load = Load::uniform(

@@ -27,7 +27,7 @@ const LAYERS: u32 = 12;
 pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outcome> {
     let threads = setting::threads(&args.memory)?;
     let model = setting::model(places, &args.model)?;
-    let weights = setting::local_setup(places, &model, &args.memory)?.weights;
+    let weights = setting::setup_here(places, LOCAL, &model, &args.memory)?.weights;
     let path =
         args.out.clone().unwrap_or_else(|| places.measurements_path(LOCAL, threads, weights));
     let names = if args.policy.is_empty() {
@@ -73,7 +73,7 @@ pub fn measure(
         .iter()
         .map(|name| Ok(Preset::parse(&places.catalog, name)?.policy))
         .collect::<Result<Vec<_>>>()?;
-    let setup = setting::local_setup(places, &model, memory)?;
+    let setup = setting::setup_here(places, LOCAL, &model, memory)?;
     check_executable(&model, setup.weights)?;
     let runtime = machine::rss();
     model.layers = model.layers.min(LAYERS);

@@ -39,7 +39,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     // No more than its head is read before all is refused that can be.
     let wanted = args.weights.weights.as_str();
     let checkpoint = local::checkpoint(places, &config.model, wanted)?;
-    let setup = setting::local_setup(places, &model, &config.memory)?;
+    let setup = setting::setup_here(places, LOCAL, &model, &config.memory)?;
     check_executable(&model, setup.weights)?;
     check_sampling(args)?;
     let preset = batchmax_sim::policy::Preset::parse(&places.catalog, &config.policy)?;

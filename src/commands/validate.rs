@@ -33,7 +33,10 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     let tolerance = tolerance(&args.tolerance)?;
     // Nobody should profile the machine for a model that it can't run.
     let model = setting::model(places, &args.config.model)?;
-    check_executable(&model, setting::local_setup(places, &model, &args.config.memory)?.weights)?;
+    check_executable(
+        &model,
+        setting::setup_here(places, LOCAL, &model, &args.config.memory)?.weights,
+    )?;
     if args.config.gpu != LOCAL {
         bail!("--gpu {}: only this machine's CPU can run", args.config.gpu);
     }

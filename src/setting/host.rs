@@ -13,17 +13,17 @@ use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::{Gpu, Model};
 use batchmax_sim::units::{Bytes, parse_bytes};
 
-use super::{LOCAL, Places, dtype, tp_list};
+use super::{LOCAL, Places, dtype, is_local, tp_list};
 use crate::cli::{ConfigArgs, MemoryArgs};
 
 /// The engine of GPUs where none is named and it can run what is asked.
 const ENGINE: &str = "vllm";
 /// The engine that runs everything, and exists on this machine's CPU only.
 const HYPOTHETICAL: &str = "batchmax";
-/// Tokens per cache block of the CPU executor.
-const CPU_BLOCK_TOKENS: u32 = 32;
-/// Share of a CPU's memory that is used where no limit is given.
-const CPU_MEMORY_SHARE: f64 = 0.9;
+/// Tokens per cache block of the executor.
+const BLOCK_TOKENS: u32 = 32;
+/// Share of this machine's memory, or of its GPU's, that is used where no limit is given.
+const LOCAL_MEMORY_SHARE: f64 = 0.9;
 
 /// Cores of this machine (of one memory node where it has several), or what `--threads` says.
 pub fn threads(memory: &MemoryArgs) -> Result<usize> {
@@ -42,8 +42,44 @@ pub fn threads(memory: &MemoryArgs) -> Result<usize> {
     }
 }
 
+/// Threads by which profiles of a device of this machine are told apart: those of its CPU; a GPU has one profile.
+pub fn threads_on(device: &str, memory: &MemoryArgs) -> Result<usize> {
+    if device == LOCAL { threads(memory) } else { Ok(1) }
+}
+
+/// Types and layout on a device of this machine.
+pub fn setup_here(
+    places: &Places,
+    device: &str,
+    model: &Model,
+    memory: &MemoryArgs,
+) -> Result<Setup> {
+    if device == LOCAL { local_setup(places, model, memory) } else { cuda_setup(model, memory) }
+}
+
+/// On a GPU of this machine: the model's own type of weights where the kernels have it, and brain floats beside codes.
+fn cuda_setup(model: &Model, memory: &MemoryArgs) -> Result<Setup> {
+    let own = match model.weight_dtype {
+        DType::F16 | DType::F32 => model.weight_dtype,
+        _ => DType::Bf16,
+    };
+    let weights = dtype(memory.weight_dtype.as_ref(), "--weight-dtype")?.unwrap_or(own);
+    let kv = dtype(memory.kv_dtype.as_ref(), "--kv-dtype")?.unwrap_or(DType::Bf16);
+    let activations = match weights {
+        DType::F32 | DType::F16 => weights,
+        _ => DType::Bf16,
+    };
+    Ok(Setup {
+        kv: KvLayout { dtype: kv, block_tokens: BLOCK_TOKENS, shares_prefix: false },
+        weights,
+        activations,
+        head: if weights == DType::Q4 { DType::Q8 } else { weights },
+        tp: 1,
+    })
+}
+
 /// Types and layout on this machine's CPU: weights as they are stored here, unless told otherwise.
-pub fn local_setup(places: &Places, model: &Model, memory: &MemoryArgs) -> Result<Setup> {
+fn local_setup(places: &Places, model: &Model, memory: &MemoryArgs) -> Result<Setup> {
     // What was fetched under its name says how it is stored. Only a CPU asks.
     let fetched = || places.stored(&super::located(places, &model.name)?);
     let usual = if memory.weight_dtype.is_some() { None } else { model.stored.or_else(fetched) };
@@ -60,7 +96,7 @@ fn cpu_setup(memory: &MemoryArgs, usual: DType) -> Result<Setup> {
     let weights = dtype(memory.weight_dtype.as_ref(), "--weight-dtype")?.unwrap_or(usual);
     let kv = dtype(memory.kv_dtype.as_ref(), "--kv-dtype")?.unwrap_or(DType::F16);
     Ok(Setup {
-        kv: KvLayout { dtype: kv, block_tokens: CPU_BLOCK_TOKENS, shares_prefix: false },
+        kv: KvLayout { dtype: kv, block_tokens: BLOCK_TOKENS, shares_prefix: false },
         weights,
         activations: DType::F32,
         // Four bits are too few for the embedding and the head; files hold them in eight.
@@ -129,7 +165,7 @@ impl<'a> Wanted<'a> {
         if self.memory.threads.is_some() {
             threads(self.memory)?;
         }
-        if self.gpu == LOCAL {
+        if is_local(self.gpu) {
             return self.local(places);
         }
         let gpu = places.catalog.gpu(self.gpu)?;
@@ -172,12 +208,15 @@ impl<'a> Wanted<'a> {
     fn local(&self, places: &Places) -> Result<Placement> {
         check_local(self.engine, self.choice.tp, self.choice.pp)?;
         let memory = MemoryArgs { kv_dtype: None, ..self.memory.clone() };
-        let mut setup = local_setup(places, self.model, &memory)?;
+        let mut setup = setup_here(places, self.gpu, self.model, &memory)?;
         setup.kv.dtype = self.choice.kv.unwrap_or(setup.kv.dtype);
-        let profile = places.kernel_profile(LOCAL, threads(self.memory)?, setup.weights)?;
-        let gpu: Gpu =
-            places.catalog.gpu(LOCAL).with_context(|| "this machine's description is missing")?;
-        let share = Bytes((gpu.memory_bytes.0 as f64 * CPU_MEMORY_SHARE) as u64);
+        let threads = threads_on(self.gpu, self.memory)?;
+        let profile = places.kernel_profile(self.gpu, threads, setup.weights)?;
+        let gpu: Gpu = places
+            .catalog
+            .gpu(self.gpu)
+            .with_context(|| "this machine's description is missing")?;
+        let share = Bytes((gpu.memory_bytes.0 as f64 * LOCAL_MEMORY_SHARE) as u64);
         Ok(Placement {
             gpu,
             engine: None,
@@ -196,11 +235,11 @@ impl<'a> Wanted<'a> {
 /// This machine's CPU is one device under one engine.
 pub fn check_local(engine: Option<&str>, tp: u32, pp: u32) -> Result<()> {
     if tp > 1 || pp > 1 {
-        bail!("--tp, --pp: this machine's CPU is one device; hint: name a GPU with --gpu");
+        bail!("--tp, --pp: this machine runs on one device; hint: name a GPU with --gpu");
     }
     if let Some(other) = engine.filter(|e| *e != HYPOTHETICAL) {
         bail!(
-            "--engine {other}: this machine's CPU runs {HYPOTHETICAL} only; hint: name a GPU with --gpu"
+            "--engine {other}: this machine runs {HYPOTHETICAL} only; hint: name a GPU with --gpu"
         );
     }
     Ok(())
@@ -210,8 +249,9 @@ fn host(places: &Places, placement: Placement, memory: &MemoryArgs) -> Result<Ho
     let cost: Box<dyn batchmax_sim::cost::CostModel> = match placement.engine {
         Some(_) => placement.cost(places.library()?),
         None => {
-            let weights = placement.setup.weights;
-            Box::new(Calibrated::new(places.kernel_profile(LOCAL, threads(memory)?, weights)?))
+            let (device, weights) = (&placement.gpu.name, placement.setup.weights);
+            let threads = threads_on(device, memory)?;
+            Box::new(Calibrated::new(places.kernel_profile(device, threads, weights)?))
         }
     };
     Ok(Host { usd_per_hour: placement.gpu.usd_per_hour, placement, cost })

@@ -13,17 +13,31 @@ use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::Model;
 use batchmax_sim::units::{Tokens, parse_tokens};
 
-pub use host::{Hosts, Wanted, choice, local_setup};
+pub use host::{Hosts, Wanted, choice, setup_here, threads_on};
 #[cfg(feature = "exec")]
 pub use host::{exact_setup, threads};
 pub use places::Places;
 
 use crate::cli::{ConfigArgs, MemoryArgs, PlacementArgs};
 
-/// The device that is this machine.
+/// The device that is this machine's processor.
 pub const LOCAL: &str = "cpu";
+/// How the names of this machine's GPUs begin, once they have been timed here.
+const CUDA: &str = "cuda-";
 /// The policy that compression is compared with.
 pub const UNCOMPRESSED: &str = "full";
+
+/// Whether a device is one of this machine: timed here, and able to run.
+pub fn is_local(device: &str) -> bool {
+    device == LOCAL || device.starts_with(CUDA)
+}
+
+/// What a GPU of this machine is called where devices are named: `cuda-nvidia-h100-80gb-hbm3`.
+#[cfg(feature = "exec")]
+pub fn cuda_name(card: &str) -> String {
+    let words = card.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty());
+    format!("{CUDA}{}", words.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("-"))
+}
 
 /// One token count.
 pub fn tokens(text: &str, flag: &str) -> Result<Tokens> {

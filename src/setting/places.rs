@@ -10,7 +10,7 @@ use batchmax_sim::op::DType;
 use batchmax_sim::profile::Catalog;
 use batchmax_sim::surface::{Library, Surface};
 
-use super::LOCAL;
+use super::{LOCAL, is_local};
 use crate::cli::Global;
 use crate::paths;
 
@@ -89,7 +89,7 @@ impl Places {
         let devices = std::fs::read_dir(self.data_dir.join("kernels"));
         for device in devices.into_iter().flatten().flatten() {
             // This machine's own profile is of another kind: shapes of one model, not of a framework.
-            if device.file_name() == LOCAL {
+            if is_local(&device.file_name().to_string_lossy()) {
                 continue;
             }
             for file in std::fs::read_dir(device.path()).into_iter().flatten().flatten() {
@@ -121,6 +121,12 @@ impl Places {
     ) -> Result<KernelProfile> {
         let path = self.kernel_profile_path(device, threads, weights);
         let text = std::fs::read_to_string(&path).map_err(|_| {
+            if device != LOCAL {
+                return anyhow!(
+                    "no kernel profile of {device} with weights in {weights}; \
+                     hint: batchmax profile --device cuda --weight-dtype {weights} (some minutes)"
+                );
+            }
             anyhow!(
                 "no kernel profile of this machine with {threads} threads and weights in {weights}; \
                  hint: batchmax profile --threads {threads} --weight-dtype {weights} (some minutes)"
