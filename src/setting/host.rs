@@ -57,18 +57,12 @@ pub fn setup_here(
     if device == LOCAL { local_setup(places, model, memory) } else { cuda_setup(model, memory) }
 }
 
-/// On a GPU of this machine: the model's own type of weights where the kernels have it, and brain floats beside codes.
+/// On a GPU of this machine: brain floats unless the model's weights are in single precision or codes are asked for.
 fn cuda_setup(model: &Model, memory: &MemoryArgs) -> Result<Setup> {
-    let own = match model.weight_dtype {
-        DType::F16 | DType::F32 => model.weight_dtype,
-        _ => DType::Bf16,
-    };
+    let own = if model.weight_dtype == DType::F32 { DType::F32 } else { DType::Bf16 };
     let weights = dtype(memory.weight_dtype.as_ref(), "--weight-dtype")?.unwrap_or(own);
     let kv = dtype(memory.kv_dtype.as_ref(), "--kv-dtype")?.unwrap_or(DType::Bf16);
-    let activations = match weights {
-        DType::F32 | DType::F16 => weights,
-        _ => DType::Bf16,
-    };
+    let activations = if weights == DType::F32 { DType::F32 } else { DType::Bf16 };
     Ok(Setup {
         kv: KvLayout { dtype: kv, block_tokens: BLOCK_TOKENS, shares_prefix: false },
         weights,
