@@ -52,6 +52,36 @@ pub(crate) fn cut(prompt: &[u32], tokens: Tokens, chunk: Tokens) -> impl Iterato
     prompt[..tokens as usize].chunks(chunk.max(1) as usize)
 }
 
+impl ChunkStore {
+    /// Reads what `program` reuses of `prompts`, each chunk once, by `read`.
+    pub(crate) fn fill(
+        program: &Program,
+        prompts: &[Vec<u32>],
+        read: &mut dyn FnMut(&[u32]) -> Result<ChunkCache, ExecError>,
+    ) -> Result<Self, ExecError> {
+        let mut store = Self::default();
+        if program.header.chunks.is_empty() {
+            return Ok(store);
+        }
+        for (sequence, tokens, chunk) in reused(program) {
+            let Some(prompt) = prompts.get(sequence) else { continue };
+            for ids in cut(prompt, tokens, chunk) {
+                if !store.caches.contains_key(ids) {
+                    store.caches.insert(ids.to_vec(), read(ids)?);
+                }
+            }
+        }
+        Ok(store)
+    }
+}
+
+/// The program that reads a chunk of so many tokens alone.
+pub(crate) fn alone(program: &Program, tokens: usize) -> Result<&Program, ExecError> {
+    let of_length =
+        |p: &&Program| p.header.load.groups.first().is_some_and(|g| g.isl as usize == tokens);
+    program.header.chunks.iter().find(of_length).ok_or(ExecError::MissingChunk)
+}
+
 impl Engine {
     /// Reads the chunks of `prompts` that `program` reuses, each alone and once, by the programs that it brings for them.
     pub(crate) fn chunk_store(
@@ -60,19 +90,7 @@ impl Engine {
         prompts: &[Vec<u32>],
         stop: &AtomicBool,
     ) -> Result<ChunkStore, ExecError> {
-        let mut store = ChunkStore::default();
-        if program.header.chunks.is_empty() {
-            return Ok(store);
-        }
-        for (sequence, tokens, chunk) in reused(program) {
-            let Some(prompt) = prompts.get(sequence) else { continue };
-            for ids in cut(prompt, tokens, chunk) {
-                if !store.caches.contains_key(ids) {
-                    store.caches.insert(ids.to_vec(), self.read_chunk(program, ids, stop)?);
-                }
-            }
-        }
-        Ok(store)
+        ChunkStore::fill(program, prompts, &mut |ids| self.read_chunk(program, ids, stop))
     }
 
     fn read_chunk(
@@ -81,11 +99,7 @@ impl Engine {
         ids: &[u32],
         stop: &AtomicBool,
     ) -> Result<ChunkCache, ExecError> {
-        let chunks = &program.header.chunks;
-        let of_length = |p: &&Program| {
-            p.header.load.groups.first().is_some_and(|g| g.isl as usize == ids.len())
-        };
-        let alone = chunks.iter().find(of_length).ok_or(ExecError::MissingChunk)?;
+        let alone = alone(program, ids.len())?;
         let prompts = [ids.to_vec()];
         let mut interpreter = self.interpreter(alone, &prompts, &RunOptions::default(), stop)?;
         let mut clock = Clock::new(alone, false);

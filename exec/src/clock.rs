@@ -60,18 +60,28 @@ impl Clock {
     pub fn lap(&mut self, pass: u32, block: u32, op: u32) {
         let now = Instant::now();
         let seconds = (now - self.last).as_secs_f64();
+        self.add(pass, block, op, seconds);
+        self.last = now;
+    }
+
+    /// An op has taken so many seconds by another clock.
+    pub(crate) fn add(&mut self, pass: u32, block: u32, op: u32, seconds: f64) {
         let at = self.offsets[pass as usize][block as usize] + op as usize;
         self.sums[at] += seconds;
         self.launches[at] += 1.0;
         if let Some(samples) = &mut self.samples {
             samples[at].push(seconds);
         }
-        self.last = now;
+    }
+
+    /// A step has taken so many seconds by another clock.
+    pub(crate) fn add_step(&mut self, phase: Phase, seconds: f64) {
+        self.steps[phase as usize] += seconds;
     }
 
     /// A step has ended.
     pub fn end_step(&mut self, phase: Phase) {
-        self.steps[phase as usize] += self.step_start.elapsed().as_secs_f64();
+        self.add_step(phase, self.step_start.elapsed().as_secs_f64());
     }
 
     /// Wall time of the steps of a phase.

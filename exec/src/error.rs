@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use batchmax_kernels::cuda::CudaError;
 use batchmax_kernels::kv::PoolFull;
-use batchmax_sim::units::Bytes;
+use batchmax_sim::units::{Bytes, Tokens};
 
 use crate::load::LoadError;
 
@@ -20,6 +21,17 @@ pub enum ExecError {
         model: String,
         /// Which part.
         part: String,
+    },
+    /// The device or its driver failed.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// A cache got longer than its program says, so that its tables have no room.
+    #[error(
+        "a cache holds more than the {tokens} tokens that were planned for; please report it with the command"
+    )]
+    LongCache {
+        /// Tokens that there is room for.
+        tokens: Tokens,
     },
     /// The caches would not fit their budget.
     #[error(

@@ -143,9 +143,51 @@ pub struct SequenceState {
 
 impl SequenceState {
     /// Tokens in the past, those of the step at work included.
-    fn seen_with_step(&self) -> u32 {
+    pub(crate) fn seen_with_step(&self) -> u32 {
         self.seen + self.step
     }
+
+    /// Adds the tokens of its next `rows` rows.
+    pub(crate) fn put_ids(&self, phase: Phase, rows: u32, ids: &mut Vec<u32>) {
+        let from = self.seen as usize;
+        match phase {
+            Phase::Prefill => ids.extend_from_slice(&self.prompt[from..from + rows as usize]),
+            Phase::Decode => {
+                let last = self.generated.last().copied().unwrap_or_default();
+                ids.push(last);
+                if rows > 1 {
+                    ids.push(self.guesses.last().copied().unwrap_or(last));
+                }
+            }
+        }
+    }
+
+    /// What another sequence with the same prompt takes over.
+    pub(crate) fn copied(&self) -> Copied {
+        Copied {
+            seen: self.seen,
+            generated: self.generated.clone(),
+            gaps: self.gaps.clone(),
+            prompt_logits: self.prompt_logits.clone(),
+        }
+    }
+
+    /// Goes on from where another one is, with forced tokens of its own.
+    pub(crate) fn take_over(&mut self, copied: Copied) {
+        let forced = self.forced.iter().copied().map(Some).chain(std::iter::repeat(None));
+        let chosen = copied.generated.iter().zip(forced);
+        self.generated = chosen.map(|(chosen, forced)| forced.unwrap_or(*chosen)).collect();
+        (self.seen, self.gaps, self.prompt_logits) =
+            (copied.seen, copied.gaps, copied.prompt_logits);
+    }
+}
+
+/// What a sequence leaves to those with the same prompt.
+pub(crate) struct Copied {
+    seen: u32,
+    generated: Vec<u32>,
+    gaps: Vec<f32>,
+    prompt_logits: Option<Vec<f32>>,
 }
 
 /// What a replay works on.
@@ -243,17 +285,8 @@ impl Interpreter<'_> {
         for noted in self.slots.noted.iter_mut().filter(|n| !n.is_empty()) {
             noted[to] = noted[from].clone();
         }
-        let source = &self.sequences[from];
-        let (seen, gaps) = (source.seen, source.gaps.clone());
-        let (generated, prompt_logits) = (source.generated.clone(), source.prompt_logits.clone());
-        let sequence = &mut self.sequences[to];
-        (sequence.seen, sequence.gaps, sequence.prompt_logits) = (seen, gaps, prompt_logits);
-        let forced = sequence.forced.iter().copied().map(Some).chain(std::iter::repeat(None));
-        sequence.generated = generated
-            .iter()
-            .zip(forced)
-            .map(|(chosen, forced)| forced.unwrap_or(*chosen))
-            .collect();
+        let copied = self.sequences[from].copied();
+        self.sequences[to].take_over(copied);
         Ok(())
     }
 
@@ -269,20 +302,8 @@ impl Interpreter<'_> {
                 let sequence = &mut self.sequences[index as usize];
                 // Rows that speculate leave nothing behind.
                 sequence.step = lane.rows - view.pass.ahead.min(lane.rows);
-                let from = sequence.seen as usize;
                 slots.step_rows.push((index, slots.ids.len(), lane.rows as usize));
-                match view.pass.phase {
-                    Phase::Prefill => slots
-                        .ids
-                        .extend_from_slice(&sequence.prompt[from..from + lane.rows as usize]),
-                    Phase::Decode => {
-                        let last = sequence.generated.last().copied().unwrap_or_default();
-                        slots.ids.push(last);
-                        if lane.rows > 1 {
-                            slots.ids.push(sequence.guesses.last().copied().unwrap_or(last));
-                        }
-                    }
-                }
+                sequence.put_ids(view.pass.phase, lane.rows, &mut slots.ids);
                 slots.positions.extend(sequence.seen..sequence.seen + lane.rows);
             }
         }

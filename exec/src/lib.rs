@@ -4,6 +4,7 @@
 //! - [`weights`]: packed for the kernels, or synthetic;
 //! - [`kv_store`]: caches in blocks under a hard byte budget;
 //! - [`interpreter`]: one `match` over the op kinds, no policy by name;
+//! - [`cuda`]: the same on a CUDA device;
 //! - [`tier`]: slower memory for offloaded tokens, on a thread of its own;
 //! - [`executor`]: whatever can run programs;
 //! - [`engine`]: a whole run, held against its predicted memory at every step;
@@ -16,6 +17,7 @@
 
 pub mod chunks;
 pub mod clock;
+pub mod cuda;
 pub mod engine;
 pub mod error;
 pub mod executor;

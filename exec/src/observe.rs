@@ -8,7 +8,7 @@ use batchmax_sim::program::Program;
 use batchmax_sim::units::Layer;
 
 use crate::clock::Clock;
-use crate::engine::{Engine, RunOptions};
+use crate::engine::{Engine, RunOptions, check_prompts};
 use crate::error::ExecError;
 
 /// Rows of a step, sequence after sequence.
@@ -39,7 +39,7 @@ impl Engine {
         see: &mut dyn FnMut(Seen<'_>),
     ) -> Result<(), ExecError> {
         let options = RunOptions::default();
-        self.check(program, prompts, &options)?;
+        check_prompts(&self.model, program, prompts, &options)?;
         let mut interpreter = self.interpreter(program, prompts, &options, stop)?;
         let mut clock = Clock::new(program, false);
         program.visit_steps(|view| {

@@ -37,10 +37,16 @@ impl Sampler {
         Self { sampling, random }
     }
 
+    /// Whether the largest logit decides, whatever the random numbers are.
+    #[must_use]
+    pub fn is_greedy(&self) -> bool {
+        self.sampling.temperature <= 0.0
+    }
+
     /// The next token and the gap between the two best logits.
     pub fn next(&mut self, logits: &[f32]) -> (u32, f32) {
         let (best, gap) = argmax(logits);
-        if self.sampling.temperature <= 0.0 {
+        if self.is_greedy() {
             return (best, gap);
         }
         let uniform: f32 = self.random.random();

@@ -1,7 +1,7 @@
 // Weights of 4 or 8 bits in blocks of 32 along K, each with a scale and a minimum of 16 bits.
 //
 // Codes lie row by row, [n][k * bits / 8], the first in the lowest bits; scales and minima (2 x f16) too, [n][k / 32]. A
-// weight is code * scale + minimum. Codes of 8 bits are signed.
+// weight is code * scale + minimum, as on the CPU.
 #pragma once
 
 #include "cache.cuh"
@@ -12,8 +12,5 @@ DEVICE void weights8(const uint8_t* codes, const uint32_t* levels, uint32_t bits
     const Level level = level_of(ld_same(levels + size_t(n) * (k / 32) + c / 4, c % 4 == 0));
     codes8(bits, codes + (size_t(n) * k + 8 * c) * bits / 8, out);
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const float code = bits == 8 && out[j] > 127.0f ? out[j] - 256.0f : out[j];
-        out[j] = fmaf(code, level.scale, level.zero);
-    }
+    for (int j = 0; j < 8; j++) out[j] = fmaf(out[j], level.scale, level.zero);
 }

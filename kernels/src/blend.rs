@@ -50,6 +50,28 @@ impl StoredRows {
         Self { format, width, rows: numbers.len() / width, words }
     }
 
+    /// Rows of `width` numbers that are in the format already.
+    ///
+    /// # Panics
+    /// If they are not whole rows.
+    #[must_use]
+    pub fn from_bytes(format: KvFormat, width: usize, bytes: &[u8]) -> Self {
+        let row = width * format.bytes();
+        assert!(row > 0 && bytes.len().is_multiple_of(row), "not whole rows");
+        let mut padded = bytes.to_vec();
+        padded.resize((bytes.len() + LANES * format.bytes()).next_multiple_of(4), 0);
+        let words = padded.as_chunks::<4>().0.iter().map(|b| u32::from_ne_bytes(*b)).collect();
+        Self { format, width, rows: bytes.len() / row, words }
+    }
+
+    /// The numbers as they are stored.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes: Vec<u8> = self.words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        bytes.truncate(self.rows * self.width * self.format.bytes());
+        bytes
+    }
+
     /// Rows.
     #[must_use]
     pub fn rows(&self) -> usize {

@@ -67,7 +67,8 @@ impl RopeTable {
     ///
     /// # Panics
     /// If it is not below the table's end.
-    pub(crate) fn angles(&self, distance: u32) -> (&[f32], &[f32]) {
+    #[must_use]
+    pub fn angles(&self, distance: u32) -> (&[f32], &[f32]) {
         assert!((distance as usize) < self.max_position, "position {distance} is past the end");
         self.row(distance)
     }
@@ -77,6 +78,12 @@ impl RopeTable {
     pub fn prepare(&self, positions: u32) {
         let last = self.max_position.min(positions as usize);
         (0..last).step_by(PAGE).for_each(|position| _ = self.row(position as u32));
+    }
+
+    /// Positions that have angles.
+    #[must_use]
+    pub fn max_position(&self) -> usize {
+        self.max_position
     }
 
     /// What keys and queries are multiplied by beside the rotation (`attention_factor`).

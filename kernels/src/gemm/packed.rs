@@ -255,13 +255,8 @@ impl Packed {
     /// A number of a matrix of codes.
     fn coded(&self, column: usize, at: usize, bits: usize) -> f32 {
         let place = self.place(column, at / BLOCK, bits);
-        let (four, byte) = (at % BLOCK / 4, at % 4);
         let panels = self.panels();
-        let code = if bits == 8 {
-            panels[place.codes + four * 64 + byte]
-        } else {
-            panels[place.codes + four / 2 * 64 + byte] >> (4 * (four % 2)) & 15
-        };
+        let code = code_in(panels, &place, at % BLOCK, bits);
         let half = |at: usize| f16::from_ne_bytes([panels[at], panels[at + 1]]).to_f32();
         f32::from(code) * half(place.scale) + half(place.minimum)
     }
@@ -369,11 +364,41 @@ impl Packed {
         }
     }
 
+    /// Row `i` of a matrix of codes, as [`Self::put_codes`] took it.
+    ///
+    /// # Panics
+    /// If the format has no codes, there is no such row, or `out` has another length.
+    pub fn code_row(&self, i: usize, out: &mut CodeRow) {
+        let bits = self.format.code_bits().expect("a format of codes");
+        let blocks = self.k.div_ceil(BLOCK);
+        assert!(i < self.n, "row {i} of {}", self.n);
+        assert!(out.codes.len() == blocks * BLOCK, "the row is not k long");
+        let panels = self.panels();
+        for block in 0..blocks {
+            let place = self.place(i, block, bits);
+            for (at, code) in out.codes[block * BLOCK..][..BLOCK].iter_mut().enumerate() {
+                *code = code_in(panels, &place, at, bits);
+            }
+            let half = |at: usize| u16::from_ne_bytes([panels[at], panels[at + 1]]);
+            (out.scales[block], out.minima[block]) = (half(place.scale), half(place.minimum));
+        }
+    }
+
     pub(super) fn as_ptr(&self) -> *const u8 {
         match &self.data {
             Data::Own(data) => data.as_ptr(),
             Data::Mapped(file, start) => file.bytes()[*start..].as_ptr(),
         }
+    }
+}
+
+/// The code at an index of a column's part of a block.
+fn code_in(panels: &[u8], place: &Place, at: usize, bits: usize) -> u8 {
+    let (four, byte) = (at / 4, at % 4);
+    if bits == 8 {
+        panels[place.codes + four * 64 + byte]
+    } else {
+        panels[place.codes + four / 2 * 64 + byte] >> (4 * (four % 2)) & 15
     }
 }
 

@@ -205,7 +205,7 @@ fn rows_of_tables_and_products_with_codes() {
             weights = (0..n * k)
                 .map(|i| {
                     let code = match bits {
-                        8 => i32::from(codes[i] as i8),
+                        8 => i32::from(codes[i]),
                         _ => i32::from(codes[i / 2] >> (4 * (i % 2)) & 15),
                     };
                     let half = |bits: u32| f16::from_bits(bits as u16).to_f32();

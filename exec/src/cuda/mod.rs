@@ -1,0 +1,28 @@
+//! Programs on a CUDA device: the same ops, caches, checks and results as on the CPU, over whatever
+//! [`batchmax_kernels::cuda::Driver`] there is.
+//!
+//! - [`engine`]: whole runs;
+//! - `interpreter` and the files beside it, by the stems of the CPU's: which kernels make up an op;
+//! - `kv`, `pool`: the caches under their hard budget, with counts and tables on the host;
+//! - `weights`: what is uploaded;
+//! - `memory`: who took what from the device, so that everything is given back.
+
+mod ahead;
+mod blend;
+mod cache;
+mod choice;
+mod copy;
+pub mod engine;
+mod evict;
+mod forward;
+mod interpreter;
+mod kv;
+mod memory;
+mod pool;
+mod rank;
+mod refresh;
+mod settle;
+mod state;
+mod weights;
+
+pub use engine::CudaEngine;

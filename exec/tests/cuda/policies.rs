@@ -1,0 +1,138 @@
+//! Every policy, its parameters cut down to prompts that the emulated device can read.
+
+use batchmax_exec::cuda::CudaEngine;
+use batchmax_sim::load::Schedule;
+use batchmax_sim::op::DType;
+
+use super::{Case, compare, device, engines, tiny};
+
+/// The same numbers in another order differ by a few units in the last place of single precision; where that tips a rounding
+/// to a half, a key or a value changes by 2^-11 of itself, and a logit, which is a sum over 64 channels of size one behind
+/// three layers of such, by some thousandths.
+const HALVES: f32 = 0.01;
+
+fn all(policies: &[&str]) {
+    all_within(policies, HALVES);
+}
+
+fn all_within(policies: &[&str], tolerance: f32) {
+    all_over(policies, &[70, 97], tolerance);
+}
+
+fn all_over(policies: &[&str], prompts: &[usize], tolerance: f32) {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    let (engine, weights) = engines(&model);
+    {
+        let mut cuda =
+            CudaEngine::new(&mut driver, model, weights, DType::F32).expect("room for weights");
+        for policy in policies {
+            let (kv, schedule) = (DType::F16, Schedule::Static);
+            let case = Case { policy, prompts, osl: 6, schedule, kv, tolerance };
+            compare(&engine, &mut cuda, &case);
+        }
+    }
+    assert_eq!(driver.leaks(), [], "given back");
+}
+
+#[test]
+fn all_tokens_stay() {
+    all(&["full"]);
+}
+
+#[test]
+fn tokens_go_by_what_is_known_of_each() {
+    all(&[
+        "streaming-llm:budget=40,chunk=32,slack=2",
+        "streaming-llm:budget=40,chunk=32,slack=2,rerotate=true",
+        "batch-max:budget=40,chunk=32,recent=8,slack=2",
+        "knorm:budget=50%,recent=8",
+        "keydiff:budget=40,chunk=32,recent=8",
+        "random:budget=50%",
+        "lagkv:budget=50%,lag=16",
+        "duoattention:sinks=8,recent=24",
+    ]);
+}
+
+#[test]
+fn tokens_go_by_attention() {
+    all(&[
+        "snapkv:budget=50%,window=8",
+        "snapkv-after-prefill:budget=50%,window=8",
+        "pyramidkv:budget=50%,window=8,pyramid=2",
+        "adakv:budget=50%,window=8",
+        "h2o:budget=50%,slack=2",
+        "h2o:budget=50%,slack=2,mean=true",
+        "tova:budget=50%,slack=2",
+        "expected-attention:budget=50%,future=32",
+        "dbudgetkv",
+    ]);
+}
+
+#[test]
+fn old_tokens_are_packed() {
+    all(&["kivi:residual=32", "kivi:residual=32,bits=2", "kv-int8", "kv-int4", "kv-int2"]);
+}
+
+#[test]
+fn channels_are_dropped() {
+    all(&["think:window=8,recent=16", "think:window=8,recent=16,drop=0.3"]);
+}
+
+#[test]
+fn steps_read_a_choice() {
+    all(&[
+        "quest:budget=50%,page=8",
+        "quest:budget=50%,page=8,per_head=true",
+        "rocketkv:budget=50%,window=8,pool=7",
+        "clusterkv:budget=100%,sinks=4,per_cluster=8",
+    ]);
+    // A key that is as near to one centre as to another goes to either by a last bit; in these prompts none is.
+    let clusters = "clusterkv:budget=50%,sinks=4,per_cluster=8";
+    all_over(&[clusters], &[61, 97], HALVES);
+}
+
+#[test]
+fn partial_caches_stand_beside() {
+    all(&["refreshkv:budget=25%,every=2", "refreshkv:budget=90%,every=3,similarity=0.2"]);
+}
+
+#[test]
+fn rows_look_ahead() {
+    all(&["specache:residual=32,fetch=8"]);
+}
+
+#[test]
+fn chunks_are_taken_over() {
+    all(&["cacheblend:chunk=16,suffix=16,recompute=0.3"]);
+}
+
+#[test]
+fn some_rows_go_on() {
+    all(&["fastkv:retain=0.4,forward=0.5"]);
+}
+
+#[test]
+fn dropped_tokens_leave_a_state() {
+    all(&["less:budget=50%,rank=4,hidden=16,slack=2"]);
+}
+
+#[test]
+fn layers_share_caches() {
+    all(&["kvsharer:layers=1"]);
+}
+
+#[test]
+fn policies_go_together() {
+    all(&[
+        "snapkv:budget=50%,window=8+kivi:residual=32",
+        "snapkv:budget=50%,window=8+think:window=8,recent=16",
+        "snapkv:budget=50%,window=8+think:window=8,recent=16+kivi:residual=32",
+        "cacheblend:chunk=16,suffix=16+snapkv:budget=50%,window=8",
+        "kvsharer:layers=1+snapkv:budget=50%,window=8",
+        "fastkv:retain=0.6,forward=0.7+kivi:residual=32",
+        "cacheblend:chunk=16,suffix=16+kivi:residual=32",
+        "less:budget=50%,rank=4,hidden=16,slack=2+kivi:residual=32",
+        "h2o:budget=50%,slack=2+kv-int4",
+    ]);
+}

@@ -1,0 +1,258 @@
+//! Schedules, types and failures.
+
+use std::sync::atomic::AtomicBool;
+
+use batchmax_exec::cuda::CudaEngine;
+use batchmax_exec::tier::TierPlace;
+use batchmax_exec::weights::Weights;
+use batchmax_exec::{ExecError, RunOptions, Sampling};
+use batchmax_kernels::cuda::DeviceInfo;
+use batchmax_kernels::cuda::emulated::Settings;
+use batchmax_kernels::cuda::recording::{Call, Fault, Log, Null, Recording};
+use batchmax_sim::load::Schedule;
+use batchmax_sim::op::DType;
+
+use super::{
+    Case, compare, device, device_with, engines, engines_of_codes, on_cpu, on_device, tiny,
+};
+
+#[test]
+fn free_runs_give_the_same_tokens() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    let (engine, weights) = engines(&model);
+    let mut cuda = CudaEngine::new(&mut driver, model, weights, DType::F32).expect("room");
+    let (kv, schedule) = (DType::F16, Schedule::Static);
+    let case = Case { policy: "full", prompts: &[40, 33], osl: 8, schedule, kv, tolerance: 0.01 };
+    let sampled = Sampling { temperature: 0.7, top_p: 0.9, seed: 11 };
+    for sampling in [Sampling::default(), sampled] {
+        let options = RunOptions { sampling, ..RunOptions::default() };
+        let (cpu, _) = on_cpu(&engine, &case, &options);
+        let (gpu, _) = on_device(&mut cuda, &case, &options);
+        for (a, b) in gpu.sequences.iter().zip(&cpu.sequences) {
+            assert_eq!(a.generated, b.generated, "{sampling:?}");
+            assert!(a.gaps.iter().zip(&b.gaps).all(|(a, b)| (a - b).abs() < 0.02));
+        }
+    }
+}
+
+#[test]
+fn schedules_and_caches_of_all_types() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    let (engine, weights) = engines(&model);
+    let mut cuda = CudaEngine::new(&mut driver, model, weights, DType::F32).expect("room");
+    // A brain float has 8 bits, an e4m3 4: where a last bit tips one, that much of a number changes.
+    for (schedule, kv, tolerance) in [
+        (Schedule::Staggered { prefill_batch: 2 }, DType::F16, 0.01),
+        (Schedule::Staggered { prefill_batch: 1 }, DType::Bf16, 0.08),
+        (Schedule::Static, DType::Fp8, 0.5),
+    ] {
+        let case = Case { policy: "full", prompts: &[40, 40, 33], osl: 5, schedule, kv, tolerance };
+        compare(&engine, &mut cuda, &case);
+        let policy = "snapkv:budget=50%,window=8";
+        compare(&engine, &mut cuda, &Case { policy, ..case });
+    }
+}
+
+/// A continuous schedule joins and leaves: `full` and an eviction, with fewer places than sequences.
+#[test]
+fn sequences_join_and_leave() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    let (engine, weights) = engines(&model);
+    let mut cuda = CudaEngine::new(&mut driver, model, weights, DType::F32).expect("room");
+    let schedule = Schedule::Continuous { turns: 2 };
+    for policy in ["full", "snapkv:budget=50%,window=8", "h2o:budget=50%,slack=2"] {
+        let kv = DType::F16;
+        let case =
+            Case { policy, prompts: &[40, 33, 52, 33], osl: 4, schedule, kv, tolerance: 0.01 };
+        compare(&engine, &mut cuda, &case);
+    }
+}
+
+/// Whoever forgets to let one queue wait for the other reads what is not there yet.
+#[test]
+fn late_queues_and_other_orders_change_nothing() {
+    for (late, order) in [(true, 0), (false, 1), (true, 7)] {
+        let Some(mut driver) = device_with(Settings { late, order, ..Settings::default() }) else {
+            return;
+        };
+        let model = tiny();
+        let (engine, weights) = engines(&model);
+        let mut cuda = CudaEngine::new(&mut driver, model, weights, DType::F32).expect("room");
+        let (kv, schedule) = (DType::F16, Schedule::Static);
+        let policy = "specache:residual=32,fetch=8";
+        let case = Case { policy, prompts: &[70], osl: 4, schedule, kv, tolerance: 0.02 };
+        compare(&engine, &mut cuda, &case);
+    }
+}
+
+#[test]
+fn slower_memory_may_be_files() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    let (_, weights) = engines(&model);
+    let mut cuda = CudaEngine::new(&mut driver, model, weights, DType::F32).expect("room");
+    let (kv, schedule) = (DType::F16, Schedule::Static);
+    let policy = "specache:residual=32,fetch=8";
+    let case = Case { policy, prompts: &[70], osl: 5, schedule, kv, tolerance: 0.0 };
+    let folder = tempfile::tempdir().expect("a folder");
+    let files = TierPlace::Directory(folder.path().to_path_buf());
+    let of = |cuda: &mut CudaEngine<'_>, tier_place| {
+        on_device(cuda, &case, &RunOptions { tier_place, ..RunOptions::default() })
+    };
+    let (pinned, a) = of(&mut cuda, TierPlace::Memory);
+    let (filed, b) = of(&mut cuda, files);
+    assert!(a == b, "the same logits to the bit");
+    assert!(pinned.tier.fetched.0 > 0 && pinned.tier.fetched == filed.tier.fetched);
+}
+
+#[test]
+fn prompts_that_come_again_are_copied() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    let (_, weights) = engines(&model);
+    let mut cuda = CudaEngine::new(&mut driver, model, weights, DType::F32).expect("room");
+    let schedule = Schedule::Staggered { prefill_batch: 1 };
+    for policy in [
+        "full",
+        "kivi:residual=32",
+        "refreshkv:budget=25%,every=2",
+        "less:budget=50%,rank=4,hidden=16",
+    ] {
+        let kv = DType::F16;
+        let case = Case { policy, prompts: &[70, 70], osl: 5, schedule, kv, tolerance: 0.0 };
+        let program = case.program(cuda.model());
+        let one = case.prompts(cuda.model().vocab).remove(0);
+        let prompts = vec![one.clone(), one];
+        let options = RunOptions { read_once: Some(1), ..RunOptions::default() };
+        let stop = AtomicBool::new(false);
+        let result = cuda.run(&program, &prompts, &options, &stop, &mut |_, _| {}).expect(policy);
+        let [a, b] = &result.sequences[..] else { panic!("two sequences") };
+        assert!(a.generated == b.generated && a.gaps == b.gaps, "{policy}: not a copy");
+    }
+}
+
+/// Half precision has 11 bits, brain floats 8, through three layers and for weights, too; the same products of a kernel for
+/// tensor cores.
+#[test]
+fn activations_of_sixteen_bits() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    for (activations, kv, tolerance) in
+        [(DType::F16, DType::F16, 0.05), (DType::Bf16, DType::Bf16, 0.4)]
+    {
+        let (engine, weights) = engines(&model);
+        let mut cuda = CudaEngine::new(&mut driver, model.clone(), weights, activations)
+            .expect("room for weights");
+        let schedule = Schedule::Static;
+        let case = Case { policy: "full", prompts: &[50, 33], osl: 4, schedule, kv, tolerance };
+        compare(&engine, &mut cuda, &case);
+    }
+}
+
+#[test]
+fn weights_of_codes_are_the_numbers_that_they_stand_for() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    for dtype in [DType::Q8, DType::Q4] {
+        let (engine, weights) = engines_of_codes(&model, dtype);
+        let mut cuda = CudaEngine::new(&mut driver, model.clone(), weights, DType::F32)
+            .expect("room for weights");
+        let (kv, schedule) = (DType::F16, Schedule::Static);
+        let case =
+            Case { policy: "full", prompts: &[50, 33], osl: 4, schedule, kv, tolerance: 0.01 };
+        compare(&engine, &mut cuda, &case);
+    }
+}
+
+#[test]
+fn what_a_device_lacks_is_an_error() {
+    let mut driver = null();
+    let model = tiny();
+    let weights = || Weights::synthetic(&model, DType::F32).expect("executable");
+    let refused = CudaEngine::new(&mut driver, model.clone(), weights(), DType::Q4).err();
+    assert!(matches!(refused, Some(ExecError::NotExecutable { .. })));
+    let mut cuda =
+        CudaEngine::new(&mut driver, model.clone(), weights(), DType::F32).expect("room");
+    let (kv, schedule) = (DType::F32, Schedule::Static);
+    let case = Case { policy: "full", prompts: &[9], osl: 2, schedule, kv, tolerance: 0.0 };
+    let (program, prompts) = (case.program(&model), case.prompts(model.vocab));
+    let stop = AtomicBool::new(false);
+    let error = cuda
+        .run(&program, &prompts, &RunOptions::default(), &stop, &mut |_, _| {})
+        .expect_err("no attention over f32")
+        .to_string();
+    assert!(error.contains("f32") && !error.contains('\n'), "{error}");
+}
+
+fn null() -> Recording<Null> {
+    Recording::new(Null::new(DeviceInfo {
+        name: "none".into(),
+        index: 0,
+        capability: (8, 0),
+        memory: 1 << 32,
+        multiprocessors: 1,
+        driver: 0,
+    }))
+}
+
+/// Weights, a run, and what it came to.
+fn whole(driver: &mut Recording<Null>, case: &Case<'_>) -> Result<(), ExecError> {
+    let model = tiny();
+    let weights = Weights::synthetic(&model, DType::F32)?;
+    let (program, prompts) = (case.program(&model), case.prompts(model.vocab));
+    let mut cuda = CudaEngine::new(driver, model, weights, DType::F32)?;
+    let (options, stop) = (RunOptions::default(), AtomicBool::new(false));
+    cuda.run(&program, &prompts, &options, &stop, &mut |_, _| {}).map(drop)
+}
+
+#[test]
+fn a_failure_at_any_call_gives_everything_back() {
+    for policy in ["full", "snapkv:budget=50%,window=8", "refreshkv:budget=25%,every=2"] {
+        let (kv, schedule) = (DType::F16, Schedule::Static);
+        let case = Case { policy, prompts: &[40, 33], osl: 3, schedule, kv, tolerance: 0.0 };
+        let mut driver = null();
+        whole(&mut driver, &case).expect(policy);
+        let frees = |call: &Call| matches!(call, Call::Free { .. } | Call::FreePinned { .. });
+        let calls: Vec<bool> = driver.log().calls().iter().map(frees).collect();
+        assert!(calls.len() > 300, "{policy}: {} calls", calls.len());
+        for (n, frees) in calls.iter().enumerate() {
+            let fault = [Fault::OutOfMemory, Fault::Refused, Fault::Lost][n % 3];
+            let mut driver = null();
+            driver.log().fail_after(n, fault);
+            let result = whole(&mut driver, &case);
+            // What is given back at the end may fail without harm to the result.
+            if !frees {
+                let error = result.expect_err("the call failed");
+                assert!(matches!(error, ExecError::Cuda(_)), "{policy}, call {n}: {error}");
+            }
+            assert_eq!(driver.inner().used(), 0, "{policy}: call {n} of {} leaks", calls.len());
+        }
+    }
+}
+
+/// How often a run took memory and made marks.
+fn taken(log: &Log) -> (usize, usize) {
+    let count = |of: fn(&Call) -> bool| log.calls().iter().filter(|call| of(call)).count();
+    (count(|c| matches!(c, Call::Alloc { .. })), count(|c| matches!(c, Call::Event)))
+}
+
+#[test]
+fn a_thousand_steps_take_no_more_than_a_hundred() {
+    for policy in ["full", "streaming-llm:budget=40,chunk=32,slack=2"] {
+        let of = |osl| {
+            let (kv, schedule) = (DType::F16, Schedule::Static);
+            let case = Case { policy, prompts: &[40], osl, schedule, kv, tolerance: 0.0 };
+            let mut driver = null();
+            whole(&mut driver, &case).expect(policy);
+            assert_eq!(driver.inner().used(), 0, "{policy}: leaks");
+            taken(&driver.log())
+        };
+        let ((short, marks), (long, more_marks)) = (of(100), of(1000));
+        assert_eq!(marks, more_marks, "{policy}: marks");
+        // Scratch space for the parts of long caches is taken anew as it grows, a quarter more each time.
+        assert!(long <= short + 4, "{policy}: {long} after {short}");
+    }
+}
