@@ -14,17 +14,18 @@ use batchmax_sim::units::{Bytes, Tokens};
 
 use super::ahead::Slower;
 use super::interpreter::{Beside, Interpreter, Item, Most, Slots};
-use super::kv::{Caches, KvStore, Layout};
-use super::memory::{Device, Kind, bytes_of_floats};
+use super::kv::{Caches, KvStore, Layout, Part};
+use super::memory::{Device, Kind, MAIN, bytes_of, bytes_of_floats};
 use super::pool::Pool;
 use super::weights::{DeviceWeights, upload_maps};
 use crate::chunks::{ChunkCache, ChunkStore, alone};
 use crate::clock::Clock;
 use crate::engine::{
-    Chosen, Kept, Replay, Run, RunOptions, RunResult, kv_budget, kv_needed, longest_cache,
-    longest_sequence, no_such_cache, sequences, state_maps,
+    Chosen, Kept, Replay, Run, RunOptions, RunResult, kv_budget, kv_needed, layer_count,
+    longest_cache, longest_sequence, no_such_cache, probed, sequences, state_maps,
 };
 use crate::error::ExecError;
+use crate::executor::Executor;
 use crate::interpreter::SequenceState;
 use crate::kv_store::kv_format;
 use crate::tier::TierUse;
@@ -113,6 +114,31 @@ impl<'d> CudaEngine<'d> {
         self.run_in_memory(&Run { program, prompts, options, stop }, progress, Some(watch))
     }
 
+    /// Replays a program whose caches already hold `resident` tokens per sequence, as [`crate::Engine::probe`] does.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn probe(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
+        let mark = self.device.mark();
+        let clock = self.probe_in_memory(program, resident);
+        self.device.release(mark);
+        clock
+    }
+
+    fn probe_in_memory(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
+        let ((prompts, options), never) = (probed(program), AtomicBool::new(false));
+        let run = Run { program, prompts: &prompts, options: &options, stop: &never };
+        let mut interpreter = self.interpreter(&run, resident)?;
+        interpreter.fill(layer_count(program) as usize, resident as usize)?;
+        for sequence in &mut interpreter.sequences {
+            sequence.seen = resident;
+            sequence.generated.push(1);
+        }
+        let mut clock = Clock::new(program, true);
+        program.visit_steps(|view| interpreter.step(&view, &mut clock))?;
+        Ok(clock)
+    }
+
     fn run_in_memory(
         &mut self,
         run: &Run<'_>,
@@ -138,7 +164,7 @@ impl<'d> CudaEngine<'d> {
             self.device.release(mark);
             read
         })?;
-        let mut interpreter = self.interpreter(run)?;
+        let mut interpreter = self.interpreter(run, 0)?;
         interpreter.chunks = chunks;
         interpreter.watched = watch.is_some();
         run.replay(&mut interpreter, progress, watch.unwrap_or(&mut |_| {}))
@@ -150,7 +176,7 @@ impl<'d> CudaEngine<'d> {
         let program = alone(run.program, ids.len())?;
         let own = Run { program, prompts: &prompts, options: &options, stop: run.stop };
         let format = self.format(program)?;
-        let mut interpreter = self.interpreter(&own)?;
+        let mut interpreter = self.interpreter(&own, 0)?;
         let mut clock = Clock::new(program, false);
         program.visit_steps(|view| {
             own.go_on()?;
@@ -170,12 +196,17 @@ impl<'d> CudaEngine<'d> {
         }
     }
 
-    fn interpreter<'a>(&'a mut self, run: &Run<'_>) -> Result<Interpreter<'a, 'd>, ExecError> {
+    /// For a run over caches that will be given `resident` tokens each before it starts.
+    fn interpreter<'a>(
+        &'a mut self,
+        run: &Run<'_>,
+        resident: Tokens,
+    ) -> Result<Interpreter<'a, 'd>, ExecError> {
         let Run { program, prompts, options, .. } = *run;
         let format = self.format(program)?;
         let (model, kind) = (&self.model, self.weights.kind);
         let budget = kv_budget(program, options)?;
-        let needed = kv_needed(program, options);
+        let mut needed = kv_needed(program, options);
         let programs = || options.prefix.iter().chain([program]);
         let mut wanted = Wanted::default();
         let mut layout = Layout::new(format, model.head_dim as usize, model.kv_heads as usize);
@@ -185,6 +216,9 @@ impl<'d> CudaEngine<'d> {
         let tokens = if wanted.ragged { tokens.max(longest) } else { tokens };
         let shape = (model.layers as usize, prompts.len());
         let more = more_than_counted(&layout, needed, shape, tokens as usize);
+        let blocks =
+            u64::from(resident).div_ceil(32) * 2 * (shape.0 * shape.1 * layout.kv_heads) as u64;
+        needed += Bytes(blocks * layout.bytes(Part::KeysWhole).0);
         let device = &mut self.device;
         let pool = Pool::new(device, (budget.0, needed.0), more)?;
         let main = Caches::new(device, &pool, layout, shape, tokens as usize)?;
@@ -281,8 +315,7 @@ fn more_than_counted(
     }
     let blocks = tokens.div_ceil(32) + 2;
     let twice = (layout.kv_heads * blocks * 32 * layout.token_bytes()) as u64;
-    let parts =
-        [super::kv::Part::KeysPacked, super::kv::Part::ValuesPacked, super::kv::Part::KeysPruned];
+    let parts = [Part::KeysPacked, Part::ValuesPacked, Part::KeysPruned];
     // The form whose halves exceed their count most says by how much all might.
     let share = parts.iter().map(|part| layout.bytes(*part));
     let excess = share.map(|(counted, taken)| {
@@ -308,7 +341,54 @@ fn upload_turns(
     Ok((at, (rope.rotary_dim() / 2) as u32))
 }
 
+impl Executor for CudaEngine<'_> {
+    fn model(&self) -> &Model {
+        &self.model
+    }
+
+    fn synthetic(&self) -> bool {
+        self.synthetic
+    }
+
+    fn run(
+        &mut self,
+        program: &Program,
+        prompts: &[Vec<u32>],
+        options: &RunOptions,
+        stop: &AtomicBool,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<RunResult, ExecError> {
+        CudaEngine::run(self, program, prompts, options, stop, progress)
+    }
+
+    fn probe(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
+        CudaEngine::probe(self, program, resident)
+    }
+}
+
 impl Interpreter<'_, '_> {
+    /// Gives the caches of the first `layers` layers `tokens` made-up tokens each, so that a profile can time an op over a long
+    /// cache without reading a prompt.
+    fn fill(&mut self, layers: usize, tokens: usize) -> Result<(), ExecError> {
+        /// A small number in every format, not zero and no infinity.
+        const BYTE: u8 = 0x38;
+        let (pool, main) = (&mut self.kv.pool, &mut self.kv.main);
+        let bytes = pool.left();
+        self.device.driver().fill(MAIN, pool.at(), BYTE, bytes)?;
+        let mut positions = vec![0; main.plane()];
+        for of_head in positions.chunks_mut(main.stride) {
+            of_head.iter_mut().zip(0..tokens as u32).for_each(|(at, position)| *at = position);
+        }
+        for layer in 0..layers {
+            for index in 0..main.per_layer() {
+                main.reserve(pool, layer, index, tokens)?;
+                main.change(layer, index).tokens = tokens;
+            }
+            self.device.upload(main.positions_at(layer), &bytes_of(&positions))?;
+        }
+        Ok(())
+    }
+
     /// What the only sequence has cached in a layer: a row has the keys of all heads, then their values.
     fn stored_rows(&mut self, format: KvFormat, layer: usize) -> Result<StoredRows, ExecError> {
         let (kv_heads, dim) = (self.model.kv_heads as usize, self.model.head_dim as usize);

@@ -174,14 +174,7 @@ impl Engine {
 
     /// Replays a program whose caches already hold `resident` tokens per sequence: one point of a profile.
     pub fn probe(&self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
-        let prompts: Vec<Vec<u32>> = program
-            .header
-            .load
-            .groups
-            .iter()
-            .flat_map(|g| std::iter::repeat_n(vec![1u32; g.isl as usize], g.sequences as usize))
-            .collect();
-        let options = RunOptions { kv_budget: Some(Bytes(u64::MAX)), ..RunOptions::default() };
+        let (prompts, options) = probed(program);
         let mut interpreter =
             self.interpreter(program, &prompts, &options, &AtomicBool::new(false))?;
         let layers = layer_count(program);
@@ -235,6 +228,15 @@ impl Engine {
             tier: None,
         })
     }
+}
+
+/// What a probe replays its program over, and how: nothing limits its caches.
+pub(crate) fn probed(program: &Program) -> (Vec<Vec<u32>>, RunOptions) {
+    let groups = program.header.load.groups.iter();
+    let prompts =
+        groups.flat_map(|g| std::iter::repeat_n(vec![1; g.isl as usize], g.sequences as usize));
+    let options = RunOptions { kv_budget: Some(Bytes(u64::MAX)), ..RunOptions::default() };
+    (prompts.collect(), options)
 }
 
 /// The error of a type that caches can't have.
