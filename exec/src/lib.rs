@@ -9,6 +9,7 @@
 //! - [`executor`]: whatever can run programs;
 //! - [`engine`]: a whole run, held against its predicted memory at every step;
 //! - [`clock`]: measured times in the simulator's own [`batchmax_sim::timeline::Timeline`];
+//! - [`devices`]: which GPUs there are;
 //! - [`profile`]: times single passes over a grid, for calibration;
 //! - [`quality`]: what a policy loses, by the logits of runs;
 //! - [`state_maps`], [`state_training`]: the networks of the states that dropped tokens leave;
@@ -18,6 +19,7 @@
 pub mod chunks;
 pub mod clock;
 pub mod cuda;
+pub mod devices;
 pub mod engine;
 pub mod error;
 pub mod executor;

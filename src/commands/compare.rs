@@ -16,7 +16,7 @@ use serde_json::json;
 
 use crate::cli::{CompareArgs, Global, MemoryArgs};
 use crate::commands::local::{self, Prose, Trial};
-use crate::commands::{Outcome, profile};
+use crate::commands::{Outcome, devices, profile};
 use crate::report::{answer, json, remark, table};
 use crate::setting::{self, Configuration, LOCAL, Places, Wanted};
 
@@ -34,6 +34,7 @@ struct Row {
 
 /// Fetches, profiles, plans, runs, compares.
 pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outcome> {
+    devices::ready(&args.device)?;
     let memory = MemoryArgs {
         kv_memory: Some(args.memory.kv_memory.clone().unwrap_or_else(|| KV_MEMORY.to_owned())),
         ..args.memory.clone()

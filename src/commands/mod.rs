@@ -3,6 +3,8 @@
 mod calibrate;
 #[cfg(feature = "exec")]
 mod compare;
+#[cfg(feature = "exec")]
+mod devices;
 mod explain;
 mod fetch;
 mod import;
@@ -40,14 +42,15 @@ pub enum Outcome {
     No,
 }
 
-/// Whether nothing that was typed is at fault: the executor itself could not keep to its program.
+/// Whether nothing that was typed is at fault: the executor itself could not keep to its program, or the device failed.
 #[cfg(feature = "exec")]
 pub fn failed_in_the_run(error: &anyhow::Error) -> bool {
     use batchmax_exec::ExecError;
+    use batchmax_exec::devices::CudaError;
     matches!(
         error.downcast_ref::<ExecError>(),
         Some(ExecError::PoolFull(_) | ExecError::KvMismatch { .. })
-    )
+    ) || error.is::<CudaError>()
 }
 
 /// Without the executor nothing runs.
@@ -96,6 +99,8 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         Command::Quality(args) => quality::run(&places, args, &cli.global),
         #[cfg(feature = "exec")]
         Command::Prepare(args) => prepare::run(&places, args, &cli.global),
+        #[cfg(feature = "exec")]
+        Command::Devices => devices::run(&cli.global),
         Command::Models(args) => list::models(&places, args, &cli.global),
         Command::Gpus(args) => list::gpus(&places, args, &cli.global),
         Command::Engines(args) => list::engines(&places, args, &cli.global),

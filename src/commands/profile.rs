@@ -15,7 +15,7 @@ use batchmax_sim::units::Bytes;
 use serde_json::json;
 
 use crate::cli::{Global, MemoryArgs, ProfileArgs};
-use crate::commands::{Outcome, local};
+use crate::commands::{Outcome, devices, local};
 use crate::paths::write_whole;
 use crate::report::{answer, json, remark, table};
 use crate::setting::{self, LOCAL, Places};
@@ -25,6 +25,7 @@ const LAYERS: u32 = 12;
 
 /// Profiles and calibrates.
 pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outcome> {
+    devices::ready(&args.device)?;
     let threads = setting::threads(&args.memory)?;
     let model = setting::model(places, &args.model)?;
     let weights = setting::setup_here(places, LOCAL, &model, &args.memory)?.weights;

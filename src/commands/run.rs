@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{Global, RunArgs};
 use crate::commands::Outcome;
+use crate::commands::devices;
 use crate::commands::local::{self, Prose};
 use crate::paths::write_whole;
 use crate::report::{answer, json, remark, table};
@@ -27,6 +28,7 @@ const DUMPED_LOGITS: usize = 50;
 
 /// Runs and prints.
 pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> {
+    devices::ready(&args.device)?;
     let config = &args.config;
     if config.gpu != LOCAL {
         bail!(

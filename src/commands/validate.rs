@@ -18,6 +18,7 @@ use serde_json::json;
 
 use crate::cli::{Global, ValidateArgs};
 use crate::commands::Outcome;
+use crate::commands::devices;
 use crate::commands::local::{self, Prose, Trial};
 use crate::commands::run::figures;
 use crate::report::output::csv;
@@ -30,6 +31,7 @@ use report::report;
 
 /// Predicts, runs, compares.
 pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outcome> {
+    devices::ready(&args.device)?;
     let tolerance = tolerance(&args.tolerance)?;
     // Nobody should profile the machine for a model that it can't run.
     let model = setting::model(places, &args.config.model)?;

@@ -154,6 +154,32 @@ pub fn refuse_devices(placement: &PlacementArgs) -> Result<()> {
     host::check_local(placement.engine.as_deref(), most, placement.pp)
 }
 
+/// What of this machine runs.
+#[cfg(feature = "exec")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// Its processor.
+    Cpu,
+    /// A GPU, by its index.
+    Cuda(u32),
+}
+
+/// `cpu`, `cuda` or `cuda:1`.
+#[cfg(feature = "exec")]
+pub fn device(text: &str) -> Result<Device> {
+    let index = match text.split_once(':') {
+        None if text == LOCAL => return Ok(Device::Cpu),
+        None if text == "cuda" => Some(0),
+        Some(("cuda", index)) => index.parse().ok(),
+        _ => None,
+    };
+    index.map(Device::Cuda).ok_or_else(|| {
+        anyhow!(
+            "--device {text}: expected cpu, cuda or cuda:N; hint: batchmax devices lists what there is"
+        )
+    })
+}
+
 /// How much of each prompt is cached.
 pub fn hit(text: &str) -> Result<Hit> {
     text.parse().map_err(|e| anyhow!("--prefix-hit: {e}"))
@@ -300,6 +326,17 @@ mod tests {
         assert_eq!(error("0"), "--batch 0: at least one sequence is needed");
         assert_eq!(error("1,65537"), "--batch 65537: at most 65536 sequences are searched");
         assert!(error("8..2").contains("from the smaller") && error("1..max").contains("number"));
+    }
+
+    #[cfg(feature = "exec")]
+    #[test]
+    fn devices() {
+        assert_eq!(device("cpu").expect("cpu"), Device::Cpu);
+        assert_eq!(device("cuda").expect("cuda"), Device::Cuda(0));
+        assert_eq!(device("cuda:12").expect("cuda"), Device::Cuda(12));
+        for wrong in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "h100-sxm"] {
+            assert!(device(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

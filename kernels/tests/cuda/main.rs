@@ -12,6 +12,7 @@ mod device;
 mod elementwise;
 mod evicting;
 mod faults;
+mod floors;
 mod gpu;
 mod mirror;
 mod narrowing;

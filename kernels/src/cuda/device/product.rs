@@ -46,7 +46,7 @@ impl Drop for Plan {
         // SAFETY: made by the plan, which nobody else knows. Errors have nobody to go to.
         unsafe {
             let _ = result::destroy_matmul_desc(self.product);
-            for layout in self.layouts {
+            for layout in self.layouts.into_iter().filter(|layout| !layout.is_null()) {
                 let _ = result::destroy_matrix_layout(layout);
             }
         }

@@ -1,0 +1,23 @@
+//! The CUDA devices of this machine.
+
+pub use batchmax_kernels::cuda::{CudaError, DeviceInfo};
+
+/// Whether this program can use CUDA devices at all: the feature `cuda`.
+pub const WITH_CUDA: bool = cfg!(feature = "cuda");
+
+/// All of them, however old they are.
+///
+/// # Errors
+/// `Unavailable` with what is missing and what to do; what the driver said.
+pub fn cuda() -> Result<Vec<DeviceInfo>, CudaError> {
+    #[cfg(feature = "cuda")]
+    {
+        batchmax_kernels::cuda::device::devices()
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        Err(CudaError::Unavailable {
+            why: "built without CUDA; hint: cargo build --release --features cuda".into(),
+        })
+    }
+}
