@@ -1,6 +1,8 @@
 //! What people type. The same flag means the same in every command.
 
 mod calibrate;
+pub mod examples;
+mod first_hour;
 pub mod import;
 
 use std::path::PathBuf;
@@ -10,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 pub use calibrate::{
     CalibrateArgs, CalibrateCommand, CheckArgs, EnginesArgs, PointFilter, RunFiles, ScoreArgs,
 };
+pub use first_hour::{CompletionsArgs, DoctorArgs, ManArgs, ShowConfigArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -47,6 +50,15 @@ pub struct Global {
     /// No progress on stderr
     #[arg(long, short, global = true)]
     pub quiet: bool,
+    /// Say on stderr which files count and how long the answer took
+    #[arg(long, short, global = true, conflicts_with = "quiet")]
+    pub verbose: bool,
+    /// Defaults of flags (TOML) [default: batchmax/config.toml in the XDG configuration directory]
+    #[arg(long, global = true, value_name = "FILE", env = "BATCHMAX_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// auto (none where NO_COLOR is set), or never
+    #[arg(long, alias = "color", global = true, value_name = "WHEN", default_value = "auto", value_parser = ["auto", "never"])]
+    pub colour: String,
     /// Progress of runs as lines on stderr, for programs: progress DONE TOTAL LABEL
     #[arg(long, global = true, hide = true)]
     pub progress_lines: bool,
@@ -100,6 +112,14 @@ pub enum Command {
     Engines(ListArgs),
     /// List or show policy presets
     Policies(ListArgs),
+    /// What is here, what is missing, and the command that mends it
+    Doctor(DoctorArgs),
+    /// Show every setting and where it comes from
+    Config(ShowConfigArgs),
+    /// Print the completions of a shell
+    Completions(CompletionsArgs),
+    /// Write the manual, a page a command
+    Man(ManArgs),
 }
 
 /// One configuration.

@@ -11,6 +11,7 @@
 
 mod cli;
 mod commands;
+mod config;
 mod dates;
 mod paths;
 mod report;
@@ -19,7 +20,7 @@ mod tui;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::FromArgMatches;
 use clap::error::ErrorKind::{
     DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand as MissingArgumentOrHelp, DisplayVersion,
 };
@@ -27,8 +28,18 @@ use clap::error::ErrorKind::{
 use crate::commands::Outcome;
 
 fn main() -> ExitCode {
-    let cli = match cli::Cli::try_parse() {
-        Ok(cli) => cli,
+    let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    let config = match config::Config::load(&args) {
+        Ok(config) => config,
+        Err(error) => {
+            report::complain(&error);
+            return ExitCode::from(2);
+        }
+    };
+    let parsed = config.command().try_get_matches_from(args);
+    let parsed = parsed.and_then(|m| cli::Cli::from_arg_matches(&m).map(|cli| (cli, m)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(error)
             if matches!(error.kind(), DisplayHelp | DisplayVersion | MissingArgumentOrHelp) =>
         {
@@ -39,7 +50,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match commands::run(&cli) {
+    match commands::run(&cli, &config, &matches) {
         Ok(Outcome::Answered) => ExitCode::SUCCESS,
         Ok(Outcome::No) => ExitCode::from(1),
         Err(error) => {

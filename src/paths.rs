@@ -20,7 +20,10 @@ pub fn data_dir(given: Option<&PathBuf>) -> Result<PathBuf> {
 
 /// Writes a file whole or not at all: to a neighbour first, then renamed.
 pub fn write_whole(path: &std::path::Path, content: impl AsRef<[u8]>) -> Result<()> {
-    let problem = |e: std::io::Error| anyhow::anyhow!("{}: {e}", path.display());
+    let problem = |e: std::io::Error| {
+        let hint = "give a path in a directory that you may write to";
+        anyhow::anyhow!("{}: {e}; hint: {hint}", path.display())
+    };
     if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         std::fs::create_dir_all(parent).map_err(problem)?;
     }

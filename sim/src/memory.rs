@@ -1,6 +1,10 @@
 //! Peak bytes, by replaying a program's appends, evictions and releases. No policy writes a memory formula.
 
+mod history;
+
 use serde::Serialize;
+
+pub use history::{Moment, kv_history};
 
 use crate::form::{Form, Length};
 use crate::kv::KvLayout;

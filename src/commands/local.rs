@@ -21,12 +21,11 @@ use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
 use batchmax_sim::units::Bytes;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{Global, MemoryArgs};
 use crate::paths::write_whole;
-use crate::report::remark;
+use crate::report::{progress, remark};
 use crate::setting::{self, Configuration, Places};
 
 /// English prose for prompts that nobody gave: public domain, see its head.
@@ -46,21 +45,6 @@ pub fn interrupted() -> &'static AtomicBool {
         .is_ok()
     });
     &FLAG
-}
-
-/// A bar on stderr for what takes more than two seconds.
-pub fn bar(global: &Global, total: u64, what: &str) -> ProgressBar {
-    if global.quiet {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(total);
-    let style =
-        ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len} {per_sec} {eta} left");
-    if let Ok(style) = style {
-        bar.set_style(style);
-    }
-    bar.set_message(what.to_owned());
-    bar
 }
 
 /// Progress as a line, where a program looks at it.
@@ -287,7 +271,7 @@ pub fn trial(
     let footprint = check_memory(configuration, &program)?;
     let predicted = predict(configuration.host.cost.as_ref(), &program);
     let (steps, _) = program.steps();
-    let bar = bar(global, steps, label);
+    let bar = progress::bar(global, steps, label);
     let mut drawn = Instant::now();
     let result = executor.run(&program, prompts, options, interrupted(), &mut |done, _| {
         // Drawing costs more than a small op: ten times a second is enough.

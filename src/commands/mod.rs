@@ -3,8 +3,10 @@
 mod calibrate;
 #[cfg(feature = "exec")]
 mod compare;
+mod config;
 #[cfg(feature = "exec")]
 mod devices;
+mod doctor;
 mod explain;
 mod fetch;
 mod import;
@@ -22,14 +24,17 @@ mod quality;
 mod run;
 mod scenarios;
 mod score;
+mod shell;
 #[cfg(feature = "exec")]
 mod validate;
 mod what_if;
 
 use anyhow::Result;
-use clap::{CommandFactory, Parser};
+use clap::{ArgMatches, FromArgMatches};
 
 use crate::cli::{Cli, Command, Global};
+use crate::config::Config;
+use crate::report::remark;
 use crate::setting::Places;
 use crate::tui;
 
@@ -60,25 +65,35 @@ pub fn failed_in_the_run(_error: &anyhow::Error) -> bool {
 }
 
 /// On a terminal the planner, else the help, as where a command is missing.
-fn without_command(places: &Places, global: &Global) -> Result<Outcome> {
+fn without_command(places: &Places, config: &Config, global: &Global) -> Result<Outcome> {
     use std::io::IsTerminal;
     if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
         let kind = clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
-        let mut command = Cli::command();
+        let mut command = config.command();
         let help = command.render_help();
         command.error(kind, help).exit();
     }
-    let Some(Command::Tui(args)) = Cli::parse_from(["batchmax", "tui"]).command else {
+    let matches = config.command().try_get_matches_from(["batchmax", "tui"])?;
+    let Some(Command::Tui(args)) = Cli::from_arg_matches(&matches)?.command else {
         return Ok(Outcome::No);
     };
     tui::run(places, &args, global)
 }
 
 /// Runs what was typed.
-pub fn run(cli: &Cli) -> Result<Outcome> {
+pub fn run(cli: &Cli, config: &Config, matches: &ArgMatches) -> Result<Outcome> {
+    let start = std::time::Instant::now();
     let places = Places::new(&cli.global)?;
-    let Some(command) = &cli.command else { return without_command(&places, &cli.global) };
-    match command {
+    if cli.global.verbose {
+        let file = config.path.as_ref().map_or("none".to_owned(), |p| p.display().to_string());
+        remark(false, &format!("configuration: {file}; data: {}", places.data_dir.display()));
+    }
+    let Some(command) = &cli.command else { return without_command(&places, config, &cli.global) };
+    let outcome = match command {
+        Command::Doctor(args) => doctor::run(&places, args, config, &cli.global),
+        Command::Config(_) => config::run(config, matches, &cli.global),
+        Command::Completions(args) => shell::completions(args),
+        Command::Man(args) => shell::man(args),
         Command::Tui(args) => tui::run(&places, args, &cli.global),
         Command::Plan(args) => plan::run(&places, args, &cli.global),
         Command::WhatIf(args) => what_if::run(&places, args, &cli.global),
@@ -105,7 +120,11 @@ pub fn run(cli: &Cli) -> Result<Outcome> {
         Command::Gpus(args) => list::gpus(&places, args, &cli.global),
         Command::Engines(args) => list::engines(&places, args, &cli.global),
         Command::Policies(args) => list::policies(&places, args, &cli.global),
+    };
+    if cli.global.verbose {
+        remark(false, &format!("took {:.2} s", start.elapsed().as_secs_f64()));
     }
+    outcome
 }
 
 #[cfg(all(test, feature = "exec"))]

@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::cli::{Global, MemoryArgs, ProfileArgs};
 use crate::commands::{Outcome, devices, local};
 use crate::paths::write_whole;
-use crate::report::{answer, json, remark, table};
+use crate::report::{answer, json, progress, remark, table};
 use crate::setting::{self, LOCAL, Places};
 
 /// Layers of the synthetic model that is timed: enough that no weight stays in the caches between two uses.
@@ -114,7 +114,7 @@ pub fn measure(
             Some(*sum)
         })
         .collect();
-    let bar = local::bar(global, 1000, "profiling this machine");
+    let bar = progress::bar(global, 1000, "profiling this machine");
     let timed = measurements.go_on(&mut executor, &probes, local::interrupted(), &mut |now| {
         let thousandths = (1000.0 * done[now.done - 1] / total) as u64;
         bar.set_position(thousandths);

@@ -20,7 +20,7 @@ use crate::commands::Outcome;
 use crate::commands::devices;
 use crate::commands::local::{self, Prose};
 use crate::paths::write_whole;
-use crate::report::{answer, json, remark, table};
+use crate::report::{answer, json, progress, remark, table};
 use crate::setting::{self, LOCAL, Places};
 
 /// Positions are dumped for these many best logits.
@@ -215,7 +215,7 @@ fn go(
     global: &Global,
 ) -> Result<RunResult> {
     let (steps, _) = program.steps();
-    let bar = local::bar(global, steps, "running");
+    let bar = progress::bar(global, steps, "running");
     let result = executor.run(program, prompts, options, local::interrupted(), &mut |done, _| {
         if done % 16 == 0 {
             bar.set_position(done);

@@ -16,7 +16,7 @@ use crate::cli::{Global, RunFiles, ScoreArgs};
 use crate::commands::Outcome;
 use crate::paths::write_whole;
 use crate::report::output::csv;
-use crate::report::{answer, json, table, typed};
+use crate::report::{answer, json, progress, table, typed};
 use crate::setting::Places;
 
 mod report;
@@ -48,9 +48,11 @@ pub fn run(places: &Places, args: &ScoreArgs, global: &Global) -> Result<Outcome
     } else {
         None
     };
+    let bar = progress::bar(global, understood.len() as u64, "predicting");
     let answers: Vec<Result<Prediction, String>> = understood
         .iter()
         .map(|question| {
+            bar.inc(1);
             let q = question.as_ref().map_err(Clone::clone)?;
             let shipped = q.engine.generation(q.year);
             let key = (q.gpu.name.clone(), q.engine.name.clone(), shipped.since);
@@ -58,6 +60,7 @@ pub fn run(places: &Places, args: &ScoreArgs, global: &Global) -> Result<Outcome
             predictor.predict(q, generation)
         })
         .collect();
+    bar.finish_and_clear();
     let mut scored = Vec::new();
     for ((row, question), prediction) in rows.iter().zip(&understood).zip(&answers) {
         if let (Ok(q), Ok(prediction)) = (question, prediction) {

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use batchmax_sim::load::Schedule;
+use batchmax_sim::memory::{Moment, kv_history};
 use batchmax_sim::op::{DType, Phase};
 use batchmax_sim::plan::{Answer, Bound, Case, Host, LARGEST_BATCH};
 use batchmax_sim::policy::Preset;
@@ -18,6 +19,9 @@ mod report;
 
 use report::report;
 
+/// A prediction; `Err`: not even one sequence fits, by which limit and how many bytes.
+type Found = Result<(Answer, Timeline), (Bound, Bytes)>;
+
 /// One line of a sweep.
 struct Line {
     model: String,
@@ -30,7 +34,9 @@ struct Line {
     hit: u32,
     preset: String,
     /// `Err`: not even one sequence fits; the bytes that are missing.
-    answer: Result<(Answer, Timeline), (Bound, Bytes)>,
+    answer: Found,
+    /// The caches step by step, where a report is to show them.
+    moments: Vec<Moment>,
 }
 
 /// Sweeps and prints.
@@ -114,6 +120,8 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
                     let policy = preset.policy.as_ref();
                     let case = Case { placement, policy, isl, osl, spread, hit, schedule };
                     for &batch in &batches {
+                        let (answer, moments) =
+                            one(&case, batch, host, args.output.wants_report())?;
                         lines.push(Line {
                             model: model.name.clone(),
                             gpu: placement.gpu.name.clone(),
@@ -124,7 +132,8 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
                             osl,
                             hit: hit.of(isl),
                             preset: preset.name.clone(),
-                            answer: one(&case, batch, host)?,
+                            answer,
+                            moments,
                         });
                     }
                 }
@@ -165,15 +174,19 @@ fn one(
     case: &Case<'_>,
     batch: Option<u32>,
     host: &Host,
-) -> Result<Result<(Answer, Timeline), (Bound, Bytes)>> {
+    watched: bool,
+) -> Result<(Found, Vec<Moment>)> {
     let batch = match batch {
         Some(batch) => batch,
         None => match case.largest_batch(LARGEST_BATCH)? {
-            (0, over) => return Ok(Err((over.bound, over.by))),
+            (0, over) => return Ok((Err((over.bound, over.by)), Vec::new())),
             (batch, _) => batch,
         },
     };
-    Ok(Ok(case.answer_of(&case.program(batch)?, host.cost.as_ref())))
+    let program = case.program(batch)?;
+    let (answer, timeline) = case.answer_of(&program, host.cost.as_ref());
+    let moments = if watched { kv_history(&program, &timeline) } else { Vec::new() };
+    Ok((Ok((answer, timeline)), moments))
 }
 
 fn cells(line: &Line) -> Vec<String> {

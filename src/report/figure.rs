@@ -42,6 +42,8 @@ pub struct Figure {
     pub x: Axis,
     pub y: Axis,
     pub series: Vec<Series>,
+    /// Where its numbers come from, one line.
+    pub source: String,
 }
 
 const SIZE: (u32, u32) = (860, 430);
@@ -112,8 +114,14 @@ impl Figure {
                     }
                     if series.marked {
                         let style = colour.filled();
-                        let marks = points.iter().map(|p| Circle::new(*p, 3, style));
-                        chart.draw_series(marks).map_err(problem)?;
+                        // Shapes as well as colours: some see no colours, and some points lie on others.
+                        let at = points.iter().copied();
+                        let drawn = match index % 3 {
+                            0 => chart.draw_series(at.map(|p| Circle::new(p, 3, style))).err(),
+                            1 => chart.draw_series(at.map(|p| TriangleMarker::new(p, 5, style))).err(),
+                            _ => chart.draw_series(at.map(|p| Cross::new(p, 4, colour.stroke_width(2)))).err(),
+                        };
+                        drawn.map_or(Ok(()), |e| Err(problem(e)))?;
                     }
                 }
             }};
@@ -143,7 +151,7 @@ impl Figure {
     /// As a picture of its own, legend included.
     pub fn alone(&self) -> Result<Option<String>> {
         let Some(svg) = self.svg()? else { return Ok(None) };
-        let extra = 22 * self.series.len() as u32 + 40;
+        let extra = 22 * self.series.len() as u32 + 62;
         let (wide, high) = (SIZE.0, SIZE.1 + extra);
         let mut legend = String::new();
         for (i, series) in self.series.iter().enumerate() {
@@ -158,6 +166,11 @@ impl Figure {
             );
         }
         let title = escaped(&self.title);
+        let source_at = SIZE.1 + 22 * self.series.len() as u32 + 26;
+        legend += &format!(
+            "<text x=\"84\" y=\"{source_at}\" font-family=\"sans-serif\" font-size=\"12\" fill=\"#555\">{}</text>\n",
+            escaped(&self.source)
+        );
         let nested = svg.replace("currentColor", "#222222");
         Ok(Some(format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{wide}\" height=\"{high}\" viewBox=\"0 0 {wide} {high}\">\n\
@@ -200,6 +213,8 @@ fn number(value: f64) -> String {
     match value.abs() {
         v if v >= 1e9 => text(value / 1e9, "G"),
         v if v >= 1e6 => text(value / 1e6, "M"),
+        // Powers of two are read as they are.
+        v if v >= 1e4 && v.fract() == 0.0 && v % 100.0 != 0.0 => format!("{value}"),
         v if v >= 1e4 => text(value / 1e3, "k"),
         v if v >= 1e-3 || v == 0.0 => text(value, ""),
         _ => format!("{value:e}"),
@@ -218,7 +233,8 @@ mod tests {
     fn figure(points: Vec<(f64, f64)>) -> Figure {
         let name = "a <b> & \"c\"".to_owned();
         let series = vec![Series { name, points, joined: true, marked: true }];
-        Figure { title: "t".into(), x: Axis::log("batch"), y: Axis::linear("tokens/s"), series }
+        let (x, y) = (Axis::log("batch"), Axis::linear("tokens/s"));
+        Figure { title: "t".into(), x, y, series, source: "made up".into() }
     }
 
     #[test]
@@ -236,11 +252,12 @@ mod tests {
     fn a_picture_of_its_own_names_its_series() {
         let svg = figure(vec![(2.0, 3.0)]).alone().expect("drawn").expect("points");
         assert!(svg.contains("a &lt;b&gt; &amp; &quot;c&quot;") && !svg.contains("currentColor"));
+        assert!(svg.contains("made up"), "and says where its numbers come from");
     }
 
     #[test]
     fn numbers_of_axes() {
-        let text = [0.0, 0.5, 20.0, 1500.0, 32000.0, 2.5e6].map(number);
-        assert_eq!(text, ["0", "0.5", "20", "1500", "32k", "2.5M"]);
+        let text = [0.0, 0.5, 20.0, 1500.0, 32000.0, 32768.0, 2.5e6].map(number);
+        assert_eq!(text, ["0", "0.5", "20", "1500", "32k", "32768", "2.5M"]);
     }
 }

@@ -2,8 +2,10 @@
 
 pub mod figure;
 pub mod json;
+pub mod memory;
 pub mod output;
 pub mod page;
+pub mod progress;
 pub mod table;
 
 use std::io::Write;

@@ -51,9 +51,10 @@ const STYLE: &str = "
 body{margin:0 auto;max-width:86rem;padding:2rem 1.25rem;font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground)}
 h1{font-size:1.4rem;margin:0 0 .75rem}h2{font-size:1.1rem;margin:2.25rem 0 .5rem}
 .verdict{background:var(--card);border-left:4px solid var(--accent);padding:.75rem 1rem;border-radius:4px}
-.verdict p{margin:.15rem 0}.verdict p:last-child{font-weight:600}
+.verdict p{margin:.15rem 0}
 p{margin:.4rem 0}.soft,footer{color:var(--soft);font-size:.88rem}
 figure{margin:1rem 0}figure svg{display:block;width:100%;max-width:64rem;height:auto}
+figcaption p{flex-basis:100%;margin:.1rem 0;color:var(--soft)}figcaption .t{color:var(--ink);font-weight:600}
 figcaption{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;font-size:.88rem}
 figcaption i{display:inline-block;width:1.1rem;height:.25rem;margin-right:.4rem;vertical-align:middle;border-radius:2px}
 .wide{overflow-x:auto}
@@ -62,8 +63,8 @@ th,td{padding:.25rem .7rem .25rem 0;text-align:right;border-bottom:1px solid var
 th{color:var(--soft);font-weight:600}.l{text-align:left}
 code{font:.86em ui-monospace,monospace;background:var(--card);padding:.1rem .3rem;border-radius:3px;overflow-wrap:anywhere}
 footer{margin-top:2.5rem;border-top:1px solid var(--line);padding-top:.75rem}
-@media print{:root{--ink:#000;--soft:#444;--ground:#fff;--card:#fff;--line:#bbb;--accent:#000}body{padding:0;max-width:none;font-size:10pt}
-.wide{overflow:visible}table{font-size:7.5pt;white-space:normal}figure,tr{break-inside:avoid}h2{break-after:avoid}}
+@media print{:root{color-scheme:light;--ink:#000;--soft:#444;--ground:#fff;--card:#fff;--line:#bbb;--accent:#000}body{padding:0;max-width:none;font-size:10pt}
+.wide{overflow:visible}table{font-size:7.5pt;white-space:normal}figure,tr,.verdict{break-inside:avoid}*{print-color-adjust:exact}h2{break-after:avoid}}
 ";
 
 impl Report {
@@ -71,7 +72,13 @@ impl Report {
     pub fn html(&self) -> Result<String> {
         let mut body = format!("<h1>{}</h1>\n", escaped(&self.title));
         if !self.verdict.is_empty() {
-            let lines = self.verdict.iter().map(|l| format!("<p>{}</p>", escaped(l)));
+            let line = |l: &String| match l.strip_prefix("hint: ") {
+                Some(command) => {
+                    format!("<p class=\"soft\">next: <code>{}</code></p>", escaped(command))
+                }
+                None => format!("<p>{}</p>", escaped(l)),
+            };
+            let lines = self.verdict.iter().map(line);
             body += &format!("<div class=\"verdict\">{}</div>\n", lines.collect::<String>());
         }
         for section in &self.sections {
@@ -83,7 +90,11 @@ impl Report {
                 && let Some(svg) = figure.svg()?
             {
                 let legend = figure.legend();
-                body += &format!("<figure>{svg}<figcaption>{legend}</figcaption></figure>\n");
+                let (title, source) = (escaped(&figure.title), escaped(&figure.source));
+                body += &format!(
+                    "<figure><figcaption><p class=\"t\">{title}</p></figcaption>{svg}\
+                     <figcaption>{legend}<p>{source}</p></figcaption></figure>\n"
+                );
             }
             if let Some(sheet) = &section.sheet {
                 body += &rows(sheet);
@@ -167,7 +178,7 @@ mod tests {
             marked: true,
         }];
         let (x, y) = (Axis::log("batch"), Axis::linear("tokens/s"));
-        let figure = Figure { title: "t".into(), x, y, series };
+        let figure = Figure { title: "t".into(), x, y, series, source: "made up".into() };
         let sheet = Sheet::new(&["policy", "rate"], vec![vec!["a|b<i>".into(), "3".into()]], 1);
         let section = Section {
             title: "S".into(),
@@ -188,6 +199,7 @@ mod tests {
     fn a_page_asks_nothing_from_outside() {
         let page = report().html().expect("drawn");
         assert!(!page.contains("<script>") && page.contains("&lt;script&gt;"));
+        assert!(page.contains("<p>made up</p>"), "a plot says where its numbers come from");
         // Names of XML are no requests; nothing else names another place.
         let page = page.replace("http://www.w3.org/2000/svg", "");
         for request in ["http:", "https:", "src=", "@import", "url("] {

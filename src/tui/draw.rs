@@ -64,7 +64,17 @@ fn header(app: &App, buffer: &mut Buffer, area: Rect) {
         put_right(buffer, area, area.y, &format!("{pins} pinned "), DIM);
     }
     let sentence = app.found().map_or_else(String::new, |(found, _)| found.head.clone());
-    put(buffer, area.x + 1, area.y + 1, area.width - 2, &sentence, DIM);
+    let room = area.width - 2;
+    put(buffer, area.x + 1, area.y + 1, room, &shortened(sentence, room), DIM);
+}
+
+/// Without what is in brackets, where the line is too short for it: what is asked stands behind it.
+fn shortened(sentence: String, room: u16) -> String {
+    let long = sentence.chars().count() > usize::from(room);
+    match (long, sentence.split_once(" ("), sentence.split_once(')')) {
+        (true, Some((before, _)), Some((_, after))) => format!("{before}{after}"),
+        _ => sentence,
+    }
 }
 
 fn form(app: &App, buffer: &mut Buffer, area: Rect) {

@@ -48,7 +48,8 @@ pub fn run(places: &Places, args: &TuiArgs, global: &Global) -> Result<Outcome> 
             values.set(super::form::index(flag), value);
         }
     }
-    let theme = Theme::of_environment(args.ascii);
+    let mut theme = Theme::of_environment(args.ascii);
+    theme.colour &= global.colour != "never";
     let mut app = App::new(values, Arc::new(lists(places)), theme);
     let (send, receive) = channel();
     let slot = Arc::new(Slot::default());

@@ -1,10 +1,12 @@
 //! A plan as a report: ranking, throughput against batch, the front, what one change would buy.
 
 use anyhow::Result;
+use batchmax_sim::memory::kv_history;
 use batchmax_sim::plan::{Candidate, Marks};
 
 use super::{Advice, Plan, Question, curves, show};
 use crate::report::figure::{Axis, Figure, Series};
+use crate::report::memory::{self, Course};
 use crate::report::output::csv;
 use crate::report::page::{Report, Section, Sheet};
 use crate::report::table;
@@ -30,6 +32,7 @@ pub fn report(
     }];
     if let Some(recommended) = advice.recommended {
         sections.insert(0, by_batch(question, plan, recommended)?);
+        sections.insert(1, caches(question, plan, recommended)?);
     }
     sections.push(front(plan, marks));
     if !advice.changes.is_empty() {
@@ -77,9 +80,47 @@ fn by_batch(question: &Question<'_>, plan: &Plan, selected: usize) -> Result<Sec
             x: Axis::log("batch, sequences"),
             y: Axis::linear("output, tokens/s"),
             series: series.collect(),
+            source: source(plan),
         }),
         sheet: None,
     })
+}
+
+/// The caches of what is recommended and of no compression, each at its largest batch.
+fn caches(question: &Question<'_>, plan: &Plan, selected: usize) -> Result<Section> {
+    let fits = |c: &&Candidate| c.answer.is_some();
+    let plain = plan.candidates.iter().filter(fits).find(|c| !c.compresses);
+    let chosen: Vec<&Candidate> = plan.candidates.get(selected).filter(fits).into_iter().collect();
+    let plain = plain.filter(|p| chosen.iter().all(|c| c.preset != p.preset));
+    let (mut courses, mut room) = (Vec::new(), None);
+    for c in chosen.into_iter().chain(plain) {
+        let Some(answer) = &c.answer else { continue };
+        let host = plan.host(c);
+        let preset = question.preset(&c.preset)?;
+        let case = question.case(&host.placement, preset.policy.as_ref(), c.schedule);
+        let program = case.program(answer.batch)?;
+        let (_, timeline) = case.answer_of(&program, host.cost.as_ref());
+        let name = format!("{}, batch {}, {}", c.preset, answer.batch, c.schedule);
+        courses.push(Course { name, moments: kv_history(&program, &timeline) });
+        room.get_or_insert(memory::room(&host.placement.limits, &answer.footprint));
+    }
+    Ok(Section {
+        title: "Caches over time".to_owned(),
+        text: vec![memory::READ.to_owned()],
+        figure: memory::figure(&courses, room, source(plan)),
+        sheet: None,
+    })
+}
+
+/// The weakest source of the predictions, in a line.
+fn source(plan: &Plan) -> String {
+    let answers = plan.candidates.iter().filter_map(|c| c.answer.as_ref());
+    let weakest = answers.map(|a| a.metrics.source).max().unwrap_or_default();
+    let places: Vec<&str> = plan.hosts.iter().map(|h| h.placement.gpu.name.as_str()).collect();
+    let mut distinct = places;
+    distinct.dedup();
+    let (sign, name) = (table::sign(weakest), weakest.name());
+    format!("Predictions for {}; the weakest source: {sign} {name}.", distinct.join(", "))
 }
 
 fn front(plan: &Plan, marks: &[Marks]) -> Section {
@@ -103,6 +144,7 @@ fn front(plan: &Plan, marks: &[Marks]) -> Section {
             x: Axis::log("time per output token, ms"),
             y: Axis::linear("output, tokens/s"),
             series: vec![kind("on the front", first, true), kind("beaten", of(false), false)],
+            source: source(plan),
         }),
         sheet: None,
     }

@@ -23,7 +23,7 @@ use crate::commands::quality::measure::Bench;
 use crate::commands::quality::tasks::{Sample, Source};
 use crate::commands::{Outcome, local};
 use crate::paths::write_whole;
-use crate::report::{answer, json, remark};
+use crate::report::{answer, json, progress, remark};
 use crate::setting::{self, Places, UNCOMPRESSED};
 
 /// What was found: what the preset is to say, and how it was found.
@@ -65,7 +65,7 @@ pub fn run(places: &Places, args: &PrepareArgs, global: &Global) -> Result<Outco
         (source.samples(context as usize, count as usize, 0, true)?, Vec::new())
     };
     let engine = local::engine(&model, weights, threads);
-    let bar = local::bar(global, 0, "preparing");
+    let bar = progress::bar(global, 0, "preparing");
     let bench = Bench { engine: &engine, setup, bar: &bar };
     let found = match kind.as_str() {
         "dbudgetkv" => counts(&engine, setup, parsed(&table)?, &model, &samples, &bar)?,

@@ -18,7 +18,7 @@ use crate::cli::{Global, QualityArgs};
 use crate::commands::{Outcome, local};
 use crate::paths::write_whole;
 use crate::report::output::csv;
-use crate::report::{answer, json, remark, typed};
+use crate::report::{answer, json, progress, remark, typed};
 use crate::setting::{self, Places, UNCOMPRESSED};
 
 use measure::Bench;
@@ -122,7 +122,7 @@ pub fn run(places: &Places, args: &QualityArgs, global: &Global) -> Result<Outco
         .iter()
         .map(|(_, todo, control)| (todo.len() + 1 + usize::from(*control)) * samples)
         .sum();
-    let bar = local::bar(global, total as u64, "measuring");
+    let bar = progress::bar(global, total as u64, "measuring");
     let bench = Bench { engine: &engine, setup, bar: &bar };
     let mut unable: Vec<String> = Vec::new();
     for (context, todo, control) in asked {

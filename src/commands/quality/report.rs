@@ -25,6 +25,7 @@ pub fn report(results: &Results, gates: &[Gate], left_out: &[String], command: S
         x: Axis::log("cache bytes a prompt token"),
         y: Axis::log("KL(full || policy), nats"),
         series,
+        source: format!("Measured on {}, {} samples; means.", results.model, results.samples),
     };
     let verdict = gates.iter().map(|g| {
         format!("gate {}: {} ({})", if g.passed { "passed" } else { "FAILED" }, g.name, g.detail)

@@ -58,5 +58,6 @@ fn figure(scored: &[Scored]) -> Figure {
         x: Axis::log("measured, tokens/s"),
         y: Axis::log("predicted, tokens/s"),
         series,
+        source: "Measured: the published runs that are scored. Predicted: this program.".to_owned(),
     }
 }

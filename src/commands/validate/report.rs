@@ -1,9 +1,11 @@
 //! A validation as a report: predicted against measured, op by op.
 
+use batchmax_sim::memory::kv_history;
 use batchmax_sim::timeline::Comparison;
 
 use super::{SIZES, TIMES, Trial, sizes, times};
 use crate::report::figure::{Axis, Figure, Series};
+use crate::report::memory::{self, Course};
 use crate::report::page::{Report, Section, Sheet};
 use crate::report::table;
 
@@ -37,8 +39,9 @@ pub fn report(
             },
             Section {
                 title: "Memory".to_owned(),
+                text: vec![memory::READ.to_owned()],
+                figure: caches(trial),
                 sheet: Some(Sheet::new(&SIZES, sizes(trial), 1)),
-                ..Section::default()
             },
         ],
         sources: vec![
@@ -47,6 +50,21 @@ pub fn report(
         ],
         command,
     }
+}
+
+/// The caches at the measured pace; the run stops if they differ from the prediction by more than the text explains.
+fn caches(trial: &Trial) -> Option<Figure> {
+    let header = &trial.program.header;
+    let name = |kind: &str| format!("{kind}, batch {}", header.load.batch());
+    let course = |kind, timeline| {
+        let moments = kv_history(&trial.program, timeline);
+        Course { name: name(kind), moments }
+    };
+    let courses =
+        [course("measured", &trial.result.timeline), course("predicted", &trial.predicted)];
+    let source =
+        "Bytes: the program's, which the run checks after every step. Times: mean of each pass.";
+    memory::figure(&courses, None, source.to_owned())
 }
 
 fn figure(comparison: &Comparison) -> Figure {
@@ -72,5 +90,6 @@ fn figure(comparison: &Comparison) -> Figure {
         x: Axis::log("measured, s"),
         y: Axis::log("predicted, s"),
         series,
+        source: "Measured: one run on this machine. Predicted: from its kernel profile.".to_owned(),
     }
 }

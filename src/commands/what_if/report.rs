@@ -2,6 +2,7 @@
 
 use super::{HEAD, Line, cells, site};
 use crate::report::figure::{Axis, Figure, Series};
+use crate::report::memory::{self, Course};
 use crate::report::page::{Report, Section, Sheet};
 use crate::report::table;
 
@@ -49,7 +50,10 @@ pub fn report(lines: &[Line], command: String) -> Report {
             text: vec![table::LEGEND.to_owned()],
             figure,
             sheet: Some(sheet),
-        }],
+        }]
+        .into_iter()
+        .chain(Some(caches(lines)).filter(|s| s.figure.is_some()))
+        .collect(),
         sources: vec![
             "Times are predictions; the sign at the end of a row is their weakest source."
                 .to_owned(),
@@ -88,7 +92,39 @@ fn figure(lines: &[Line]) -> Option<Figure> {
         one.points.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
     let title = format!("Throughput against {label}");
-    Some(Figure { title, x: Axis::log(label), y: Axis::linear("output, tokens/s"), series })
+    let (x, y) = (Axis::log(label), Axis::linear("output, tokens/s"));
+    Some(Figure { title, x, y, series, source: source(lines) })
+}
+
+/// The weakest source of the predictions.
+fn source(lines: &[Line]) -> String {
+    let answers = lines.iter().filter_map(|l| l.answer.as_ref().ok());
+    let weakest = answers.map(|(a, _)| a.metrics.source).max().unwrap_or_default();
+    format!("Predictions; the weakest source: {} {}.", table::sign(weakest), weakest.name())
+}
+
+/// The caches of the fastest lines of the first few policies.
+fn caches(lines: &[Line]) -> Section {
+    const MOST: usize = 3;
+    let rate = |l: &Line| l.answer.as_ref().map_or(0.0, |(a, _)| a.metrics.output_tokens_per_s);
+    let fits = |l: &&Line| l.answer.as_ref().is_ok_and(|(a, _)| a.over.is_none());
+    let mut ranked: Vec<&Line> = lines.iter().filter(fits).collect();
+    ranked.sort_by(|a, b| rate(b).total_cmp(&rate(a)));
+    let mut chosen: Vec<&Line> = Vec::new();
+    for line in ranked {
+        if chosen.len() < MOST && chosen.iter().all(|c| c.preset != line.preset) {
+            chosen.push(line);
+        }
+    }
+    let course = |l: &&Line| {
+        let batch = l.answer.as_ref().map_or(0, |(a, _)| a.batch);
+        let name = format!("{} on {}, {} in, batch {batch}", l.preset, site(l), l.isl);
+        Course { name, moments: l.moments.clone() }
+    };
+    let courses: Vec<Course> = chosen.iter().map(course).collect();
+    let figure = memory::figure(&courses, None, source(lines));
+    let title = "Caches over time, where each policy is fastest".to_owned();
+    Section { title, text: vec![memory::READ.to_owned()], figure, sheet: None }
 }
 
 /// What tells a line from the others beside the axis.

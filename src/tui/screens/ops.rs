@@ -167,7 +167,7 @@ fn detail(app: &App, ops: &Ops, buffer: &mut Buffer, area: Rect) {
             Seconds(row.time.0 / row.launches.max(1.0))
         ),
         format!(
-            "{}FLOP and {} moved: {} FLOPs a byte",
+            "{} FLOPs and {} moved: {} FLOPs a byte",
             short_si(row.flops),
             Bytes(row.bytes as u64),
             short(row.flops / row.bytes.max(1.0))

@@ -3,6 +3,7 @@
 mod keys;
 mod numbers;
 mod screens;
+mod screenshot;
 mod speed;
 
 use std::collections::VecDeque;
