@@ -1,6 +1,6 @@
 //! The CUDA devices of this machine.
 
-pub use batchmax_kernels::cuda::{CudaError, DeviceInfo};
+pub use batchmax_kernels::cuda::{CudaError, DeviceInfo, Driver};
 
 /// Whether this program can use CUDA devices at all: the feature `cuda`.
 pub const WITH_CUDA: bool = cfg!(feature = "cuda");
@@ -19,5 +19,21 @@ pub fn cuda() -> Result<Vec<DeviceInfo>, CudaError> {
         Err(CudaError::Unavailable {
             why: "built without CUDA; hint: cargo build --release --features cuda".into(),
         })
+    }
+}
+
+/// Opens one of them.
+///
+/// # Errors
+/// As [`cuda`]; `NoDevice` where there is none of that index.
+pub fn open(index: u32) -> Result<Box<dyn Driver>, CudaError> {
+    #[cfg(feature = "cuda")]
+    {
+        Ok(Box::new(batchmax_kernels::cuda::device::Device::open(index)?))
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = index;
+        Err(cuda().err().unwrap_or(CudaError::NoDevice { index, count: 0 }))
     }
 }

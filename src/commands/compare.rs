@@ -3,9 +3,9 @@
 //! the gain is batch and how much is shorter attention.
 
 use anyhow::{Result, bail};
+use batchmax_exec::RunOptions;
 use batchmax_exec::fetch;
 use batchmax_exec::weights::check_executable;
-use batchmax_exec::{Executor, RunOptions};
 use batchmax_sim::load::{Hit, Schedule, Spread};
 use batchmax_sim::metrics::Metrics;
 use batchmax_sim::plan::LARGEST_BATCH;
@@ -16,9 +16,10 @@ use serde_json::json;
 
 use crate::cli::{CompareArgs, Global, MemoryArgs};
 use crate::commands::local::{self, Prose, Trial};
-use crate::commands::{Outcome, devices, profile};
+use crate::commands::target::Target;
+use crate::commands::{Outcome, profile};
 use crate::report::{answer, json, remark, table};
-use crate::setting::{self, Configuration, LOCAL, Places, Wanted};
+use crate::setting::{self, Configuration, Places, Wanted};
 
 /// The caches' budget where none is given.
 const KV_MEMORY: &str = "64MB";
@@ -34,20 +35,20 @@ struct Row {
 
 /// Fetches, profiles, plans, runs, compares.
 pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outcome> {
-    devices::ready(&args.device)?;
+    let mut target = Target::of(&args.device)?;
     let memory = MemoryArgs {
         kv_memory: Some(args.memory.kv_memory.clone().unwrap_or_else(|| KV_MEMORY.to_owned())),
         ..args.memory.clone()
     };
     let model = setting::model(places, &args.model)?;
-    check_executable(&model, setting::setup_here(places, LOCAL, &model, &memory)?.weights)?;
-    prepare(places, args, &memory, global)?;
-    let (configurations, chosen) = choose(places, args, &memory)?;
+    check_executable(&model, setting::setup_here(places, target.name(), &model, &memory)?.weights)?;
+    prepare(places, &mut target, args, &memory, global)?;
+    let (configurations, chosen) = choose(places, target.name(), args, &memory)?;
     let first = &configurations[0];
     let wanted = args.weights.weights.as_str();
     let checkpoint = local::checkpoint(places, &args.model, wanted)?;
     let prose = Prose::new(places, checkpoint.as_ref(), first.model())?;
-    let threads = local::threads(&memory)?;
+    let threads = target.threads(&memory)?;
     let weights = local::weights(
         places,
         &args.model,
@@ -58,7 +59,8 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
         global,
     )?;
     drop(checkpoint);
-    let mut executor = local::engine(first.model(), weights, threads);
+    let activations = first.host.placement.setup.activations;
+    let mut executor = target.executor(first.model(), weights, activations, threads)?;
     let mut rows = Vec::new();
     for (configuration, (name, batch)) in configurations.iter().zip(&chosen) {
         let prompts = prose.prompts(*batch, configuration.isl);
@@ -67,8 +69,15 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
             kv_budget: configuration.host.placement.limits.kv_memory,
             ..RunOptions::default()
         };
-        let trial =
-            local::trial(&mut executor, configuration, program, &prompts, &options, global, name)?;
+        let trial = local::trial(
+            executor.as_mut(),
+            configuration,
+            program,
+            &prompts,
+            &options,
+            global,
+            name,
+        )?;
         rows.push(Row { name: name.clone(), batch: *batch, trial });
     }
     if global.json {
@@ -82,6 +91,7 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
 /// The default model and a profile of this machine, where they are missing.
 fn prepare(
     places: &Places,
+    target: &mut Target,
     args: &CompareArgs,
     memory: &MemoryArgs,
     global: &Global,
@@ -94,17 +104,17 @@ fn prepare(
             remark(global.quiet, &format!("{error}; going on with synthetic weights"));
         }
     }
-    let threads = setting::threads(memory)?;
+    let threads = setting::threads_on(target.name(), memory)?;
     // What was fetched says how it is stored.
     let model = setting::model(places, &args.model)?;
-    let weights = setting::setup_here(places, LOCAL, &model, memory)?.weights;
-    if !places.kernel_profile_path(LOCAL, threads, weights).exists() {
+    let weights = setting::setup_here(places, target.name(), &model, memory)?.weights;
+    if !places.kernel_profile_path(target.name(), threads, weights).exists() {
         remark(global.quiet, "this machine has no profile yet: timing its kernels, once");
-        let path = places.measurements_path(LOCAL, threads, weights);
+        let path = places.measurements_path(target.name(), threads, weights);
         // What is compared here evicts by rankings: no kernels beyond those that every profile has.
         let wanted =
             profile::Wanted { model: &args.model, policies: &[], rounds: 1, restart: false };
-        profile::measure(places, &wanted, memory, &path, global)?;
+        profile::measure(places, target, &wanted, memory, &path, global)?;
     }
     Ok(())
 }
@@ -112,7 +122,12 @@ fn prepare(
 type Chosen = (Vec<Configuration>, Vec<(String, u32)>);
 
 /// The largest batch of each policy, and the control.
-fn choose(places: &Places, args: &CompareArgs, memory: &MemoryArgs) -> Result<Chosen> {
+fn choose(
+    places: &Places,
+    device: &str,
+    args: &CompareArgs,
+    memory: &MemoryArgs,
+) -> Result<Chosen> {
     let mut configurations = Vec::new();
     let mut chosen = Vec::new();
     let resolve = |policy: &str| -> Result<Configuration> {
@@ -120,7 +135,7 @@ fn choose(places: &Places, args: &CompareArgs, memory: &MemoryArgs) -> Result<Ch
         let kv = setting::kv_types(memory)?.first().copied().flatten();
         let wanted = Wanted {
             model: &model,
-            gpu: LOCAL,
+            gpu: device,
             engine: None,
             choice: setting::choice(memory, kv, 1, 1)?,
             policies: Vec::new(),

@@ -1,15 +1,14 @@
-//! `batchmax devices`: what of this machine can run. And `--device`, which chooses from it.
+//! `batchmax devices`: what of this machine can run.
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use batchmax_exec::devices::{self, CudaError, DeviceInfo};
 use batchmax_exec::machine;
 use batchmax_sim::units::Bytes;
 use serde_json::json;
 
-use crate::cli::{DeviceArgs, Global};
+use crate::cli::Global;
 use crate::commands::Outcome;
 use crate::report::{answer, json, table};
-use crate::setting::{self, Device};
 
 /// Lists.
 pub fn run(global: &Global) -> Result<Outcome> {
@@ -74,28 +73,6 @@ fn text(found: &Result<Vec<DeviceInfo>, CudaError>) -> String {
         text += &format!("\nNo CUDA device: {why}");
     }
     text
-}
-
-/// Makes the device of `--device` ready. A device that fails ends with exit code 3, what can't be meant with 2.
-pub fn ready(args: &DeviceArgs) -> Result<()> {
-    let text = &args.device;
-    match setting::device(text)? {
-        Device::Cpu => Ok(()),
-        Device::Cuda(_) if !devices::WITH_CUDA => bail!(
-            "--device {text}: this batchmax was built without CUDA; hint: cargo build --release --features cuda"
-        ),
-        Device::Cuda(index) => cuda(index).with_context(|| format!("--device {text}")),
-    }
-}
-
-/// The place of the CUDA engine. As long as no command has it, this refuses in the end, whatever devices there are.
-fn cuda(index: u32) -> Result<(), CudaError> {
-    let found = devices::cuda()?;
-    let device = found.get(index as usize);
-    let device = device.ok_or(CudaError::NoDevice { index, count: found.len() as u32 })?;
-    Err(CudaError::Unavailable {
-        why: format!("runs on {} are not there yet; hint: --device cpu", device.name),
-    })
 }
 
 #[cfg(test)]

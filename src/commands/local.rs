@@ -16,7 +16,6 @@ use batchmax_sim::cost::predict;
 use batchmax_sim::load::Load;
 use batchmax_sim::lower::Setup;
 use batchmax_sim::memory::{Footprint, kv_peaks, kv_spread};
-use batchmax_sim::op::DType;
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
@@ -284,21 +283,4 @@ pub fn trial(
     bar.finish_and_clear();
     let result = result.map_err(|e| anyhow!(e))?;
     Ok(Trial { program, predicted, footprint, result })
-}
-
-/// How this machine is named in results.
-pub fn provenance(
-    model: &str,
-    threads: usize,
-    weights: DType,
-) -> batchmax_sim::cost::calibrated::Provenance {
-    batchmax_sim::cost::calibrated::Provenance {
-        date: crate::dates::today(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        processor: machine::processor(),
-        threads: threads as u32,
-        isa: machine::isa(),
-        model: model.to_owned(),
-        weights,
-    }
 }

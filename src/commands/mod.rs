@@ -26,6 +26,8 @@ mod scenarios;
 mod score;
 mod shell;
 #[cfg(feature = "exec")]
+mod target;
+#[cfg(feature = "exec")]
 mod validate;
 mod what_if;
 
@@ -54,7 +56,7 @@ pub fn failed_in_the_run(error: &anyhow::Error) -> bool {
     use batchmax_exec::devices::CudaError;
     matches!(
         error.downcast_ref::<ExecError>(),
-        Some(ExecError::PoolFull(_) | ExecError::KvMismatch { .. })
+        Some(ExecError::PoolFull(_) | ExecError::KvMismatch { .. } | ExecError::Cuda(_))
     ) || error.is::<CudaError>()
 }
 

@@ -2,20 +2,17 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
-use batchmax_exec::machine;
+use anyhow::{Context, Result, bail};
 use batchmax_exec::profile::{Measurements, calibrate};
 use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_sim::cost::calibrated::KernelProfile;
-use batchmax_sim::op::{DType, Family};
 use batchmax_sim::policy::Preset;
 use batchmax_sim::probe::{GridLimits, Probe, grid};
-use batchmax_sim::profile::{Gpu, Peaks};
-use batchmax_sim::units::Bytes;
 use serde_json::json;
 
 use crate::cli::{Global, MemoryArgs, ProfileArgs};
-use crate::commands::{Outcome, devices, local};
+use crate::commands::target::{Target, described, measured_device};
+use crate::commands::{Outcome, local};
 use crate::paths::write_whole;
 use crate::report::{answer, json, progress, remark, table};
 use crate::setting::{self, LOCAL, Places};
@@ -25,12 +22,14 @@ const LAYERS: u32 = 12;
 
 /// Profiles and calibrates.
 pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outcome> {
-    devices::ready(&args.device)?;
-    let threads = setting::threads(&args.memory)?;
+    let mut target = Target::of(&args.device)?;
+    let threads = setting::threads_on(target.name(), &args.memory)?;
     let model = setting::model(places, &args.model)?;
-    let weights = setting::setup_here(places, LOCAL, &model, &args.memory)?.weights;
-    let path =
-        args.out.clone().unwrap_or_else(|| places.measurements_path(LOCAL, threads, weights));
+    let weights = setting::setup_here(places, target.name(), &model, &args.memory)?.weights;
+    let path = args
+        .out
+        .clone()
+        .unwrap_or_else(|| places.measurements_path(target.name(), threads, weights));
     let names = if args.policy.is_empty() {
         places.catalog.policy_names()
     } else {
@@ -38,7 +37,7 @@ pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outco
     };
     let (rounds, restart) = (args.rounds, args.restart);
     let wanted = Wanted { model: &args.model, policies: &names, rounds, restart };
-    let profile = measure(places, &wanted, &args.memory, &path, global)?;
+    let profile = measure(places, &mut target, &wanted, &args.memory, &path, global)?;
     if global.json {
         answer(&json::document("profile", json!({ "profile": profile })));
     } else {
@@ -62,33 +61,35 @@ pub struct Wanted<'a> {
 /// Times the grid (going on where an interrupted profile stopped), fits it and writes both files.
 pub fn measure(
     places: &Places,
+    target: &mut Target,
     wanted: &Wanted<'_>,
     memory: &MemoryArgs,
     path: &Path,
     global: &Global,
 ) -> Result<KernelProfile> {
-    let threads = local::threads(memory)?;
+    let threads = target.threads(memory)?;
     let mut model = setting::model(places, wanted.model)?;
     let policies = wanted
         .policies
         .iter()
         .map(|name| Ok(Preset::parse(&places.catalog, name)?.policy))
         .collect::<Result<Vec<_>>>()?;
-    let setup = setting::setup_here(places, LOCAL, &model, memory)?;
+    let setup = setting::setup_here(places, target.name(), &model, memory)?;
     check_executable(&model, setup.weights)?;
-    let runtime = machine::rss();
+    let runtime = target.in_use()?;
     model.layers = model.layers.min(LAYERS);
     let weights = setup.weights.bytes(model.parameters());
-    if weights > local::machine_memory() {
+    let most = target.memory()?;
+    if weights > most {
         bail!(
-            "{LAYERS} layers of {} take {weights}, this machine has {}; hint: a smaller model, or --weight-dtype bf16",
+            "{LAYERS} layers of {} take {weights}, {} may take {most}; hint: a smaller model, or --weight-dtype bf16",
             model.name,
-            machine::memory()
+            target.label(),
         );
     }
     let grid = || grid(&model, setup, GridLimits::default(), &policies);
     let probes: Vec<Probe> = (0..wanted.rounds).flat_map(|_| grid()).collect();
-    let provenance = local::provenance(&model.name, threads, setup.weights);
+    let provenance = target.provenance(&model.name, threads, setup.weights);
     let partial = path.with_extension("partial.json");
     let resumed = if wanted.restart { None } else { read_partial(&partial) };
     let mut measurements = match resumed {
@@ -101,11 +102,9 @@ pub fn measure(
         }
         _ => Measurements::new(provenance, probes.len(), runtime),
     };
-    let mut executor = local::engine(
-        &model,
-        Weights::synthetic_with_head(&model, setup.weights, setup.head)?,
-        threads,
-    );
+    let weights = Weights::synthetic_with_head(&model, setup.weights, setup.head)?;
+    let label = format!("profiling {}", target.label());
+    let mut executor = target.executor(&model, weights, setup.activations, threads)?;
     let total: f64 = probes.iter().map(|p| p.weight).sum();
     let done: Vec<f64> = probes
         .iter()
@@ -114,8 +113,8 @@ pub fn measure(
             Some(*sum)
         })
         .collect();
-    let bar = progress::bar(global, 1000, "profiling this machine");
-    let timed = measurements.go_on(&mut executor, &probes, local::interrupted(), &mut |now| {
+    let bar = progress::bar(global, 1000, &label);
+    let timed = measurements.go_on(executor.as_mut(), &probes, local::interrupted(), &mut |now| {
         let thousandths = (1000.0 * done[now.done - 1] / total) as u64;
         bar.set_position(thousandths);
         local::progress_line(global, thousandths, 1000, "timing this machine");
@@ -134,7 +133,8 @@ pub fn measure(
     }
     write_whole(path, &serde_json::to_string_pretty(&measurements)?)?;
     std::fs::remove_file(&partial).ok();
-    store(places, &measurements)
+    drop(executor);
+    store(places, &measurements, Some(target))
 }
 
 /// An interrupted profile; a file that can't be read starts over.
@@ -142,48 +142,28 @@ fn read_partial(path: &Path) -> Option<Measurements> {
     serde_json::from_str(&std::fs::read_to_string(path).ok()?).ok()
 }
 
-/// Fits measurements and writes the profile and the description of this machine.
-pub fn store(places: &Places, measurements: &Measurements) -> Result<KernelProfile> {
-    let profile = calibrate(measurements, LOCAL);
+/// Fits measurements and writes the profile and the description of the device, which keeps what it was described as where the
+/// device itself (`target`) is not here.
+pub fn store(
+    places: &Places,
+    measurements: &Measurements,
+    target: Option<&mut Target>,
+) -> Result<KernelProfile> {
+    let device = measured_device(&measurements.measured);
+    let profile = calibrate(measurements, &device);
     let threads = measurements.measured.threads as usize;
-    let path = places.kernel_profile_path(LOCAL, threads, measurements.measured.weights);
+    let gpu = match target {
+        Some(target) => described(&profile, target)?,
+        None if device == LOCAL => described(&profile, &mut Target::cpu())?,
+        None => places.catalog.gpu(&device).with_context(|| {
+            format!("measurements of {device}; hint: its description goes to gpus/{device}.toml")
+        })?,
+    };
+    let path = places.kernel_profile_path(&device, threads, measurements.measured.weights);
     write_whole(&path, &toml::to_string(&profile)?)?;
-    let gpu = this_machine(&profile);
-    let path = places.data_dir.join("gpus").join(format!("{LOCAL}.toml"));
+    let path = places.data_dir.join("gpus").join(format!("{device}.toml"));
     write_whole(&path, &toml::to_string(&gpu)?)?;
     Ok(profile)
-}
-
-/// The machine as a device: its peaks are what its own kernels reached.
-fn this_machine(profile: &KernelProfile) -> Gpu {
-    let best = |rate: fn(&batchmax_sim::cost::calibrated::Point) -> f64| {
-        profile
-            .families
-            .iter()
-            .filter(|f| matches!(f.family, Family::Gemm | Family::AttendDecode))
-            .flat_map(|f| &f.points)
-            .map(|p| rate(p) / p.seconds)
-            .fold(1.0, f64::max)
-    };
-    Gpu {
-        name: LOCAL.to_owned(),
-        label: profile.measured.processor.clone(),
-        aliases: Vec::new(),
-        arch: std::env::consts::ARCH.to_owned(),
-        memory_bytes: machine::memory().max(Bytes(1)),
-        bandwidth_bytes_per_s: best(|p| p.bytes),
-        peak_flops_per_s: Peaks { f32: Some(best(|p| p.flops)), ..Peaks::default() },
-        processors: machine::cores() as u32,
-        l2_bytes: machine::last_level_cache(),
-        clock_hz: None,
-        power_w: None,
-        link: None,
-        link_bytes_per_s: None,
-        host_link: None,
-        usd_per_hour: None,
-        source: format!("batchmax profile, {}", profile.measured.date),
-        unsure: Vec::new(),
-    }
 }
 
 /// What was fitted, and how well.
@@ -208,7 +188,7 @@ pub fn summary(profile: &KernelProfile) -> String {
         m.threads,
         m.isa,
         m.date,
-        DType::F32,
+        m.weights,
         table::table(&head, rows.collect(), 1)
     )
 }

@@ -17,33 +17,29 @@ use serde_json::{Value, json};
 
 use crate::cli::{Global, RunArgs};
 use crate::commands::Outcome;
-use crate::commands::devices;
 use crate::commands::local::{self, Prose};
+use crate::commands::target::Target;
 use crate::paths::write_whole;
 use crate::report::{answer, json, progress, remark, table};
-use crate::setting::{self, LOCAL, Places};
+use crate::setting::{self, Places};
 
 /// Positions are dumped for these many best logits.
 const DUMPED_LOGITS: usize = 50;
 
 /// Runs and prints.
 pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> {
-    devices::ready(&args.device)?;
+    let mut target = Target::of(&args.device)?;
     let config = &args.config;
-    if config.gpu != LOCAL {
-        bail!(
-            "--gpu {}: only this machine's CPU can run; hint: what-if predicts other devices",
-            config.gpu
-        );
-    }
+    target.check_gpu(&config.gpu)?;
     setting::refuse_devices(&config.placement)?;
     let model = setting::model(places, &config.model)?;
     // No more than its head is read before all is refused that can be.
     let wanted = args.weights.weights.as_str();
     let checkpoint = local::checkpoint(places, &config.model, wanted)?;
-    let setup = setting::setup_here(places, LOCAL, &model, &config.memory)?;
+    let setup = setting::setup_here(places, target.name(), &model, &config.memory)?;
     check_executable(&model, setup.weights)?;
     check_sampling(args)?;
+    let most = target.memory()?;
     let preset = batchmax_sim::policy::Preset::parse(&places.catalog, &config.policy)?;
     let (isl, osl) =
         (setting::tokens(&config.isl, "--isl")?, setting::tokens(&config.osl, "--osl")?);
@@ -79,7 +75,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
                 let load =
                     Load::uniform(batch, isl, osl, schedule).with_hit(hit).with_spread(spread);
                 let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
-                Ok::<_, anyhow::Error>(refuse(args, &model, &program, budget).err())
+                Ok::<_, anyhow::Error>(refuse(args, most, &model, &program, budget).err())
             };
             match largest(LARGEST_BATCH, None, why_not)? {
                 (0, Some(why)) => return Err(why),
@@ -108,7 +104,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     .with_spread(spread);
     let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
     let prefix = lower_prefix(&model, preset.policy.as_ref(), &load, setup);
-    refuse(args, &model, &program, budget)?;
+    refuse(args, most, &model, &program, budget)?;
     refuse_offloaded(&program, tier_budget)?;
     local::check_prefix(prefix.as_ref(), budget)?;
     let prompts = match given {
@@ -117,11 +113,11 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             Prose::new(places, checkpoint.as_ref(), &model)?.prompts(local::requests(&program), isl)
         }
     };
-    let threads = local::threads(&config.memory)?;
+    let threads = target.threads(&config.memory)?;
     let weights =
         local::weights(places, &config.model, wanted, checkpoint.as_ref(), &model, setup, global)?;
     drop(checkpoint);
-    let mut executor = local::engine(&model, weights, threads);
+    let mut executor = target.executor(&model, weights, setup.activations, threads)?;
     let options = RunOptions {
         kv_budget: budget,
         sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed },
@@ -135,7 +131,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
         prefix,
         ..RunOptions::default()
     };
-    let result = go(&mut executor, &program, &prompts, &options, global)?;
+    let result = go(executor.as_mut(), &program, &prompts, &options, global)?;
     if let Some(path) = &args.dump {
         dump(path, &prompts, &result)?;
     }
@@ -163,6 +159,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
 
 fn refuse(
     args: &RunArgs,
+    most: Bytes,
     model: &batchmax_sim::profile::Model,
     program: &Program,
     budget: Option<Bytes>,
@@ -172,7 +169,7 @@ fn refuse(
         Some(text) => {
             batchmax_sim::units::parse_bytes(text).map_err(|e| anyhow!("--memory: {e}"))?
         }
-        None => local::machine_memory(),
+        None => most,
     };
     if footprint.weights > memory {
         bail!(

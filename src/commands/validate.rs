@@ -1,6 +1,6 @@
 //! `batchmax validate`: one program, predicted and run.
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use batchmax_exec::RunOptions;
 use batchmax_exec::machine;
 use batchmax_exec::profile::Pace;
@@ -16,14 +16,14 @@ use batchmax_sim::timeline::{Comparison, compare, relative_error};
 use batchmax_sim::units::{Bytes, Seconds};
 use serde_json::json;
 
-use crate::cli::{Global, ValidateArgs};
+use crate::cli::{ConfigArgs, Global, ValidateArgs};
 use crate::commands::Outcome;
-use crate::commands::devices;
 use crate::commands::local::{self, Prose, Trial};
 use crate::commands::run::figures;
+use crate::commands::target::Target;
 use crate::report::output::csv;
 use crate::report::{answer, json, remark, table, typed};
-use crate::setting::{self, Configuration, LOCAL, Places};
+use crate::setting::{self, Configuration, Places};
 
 mod report;
 
@@ -31,18 +31,17 @@ use report::report;
 
 /// Predicts, runs, compares.
 pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outcome> {
-    devices::ready(&args.device)?;
+    let mut target = Target::of(&args.device)?;
+    target.check_gpu(&args.config.gpu)?;
+    let config = ConfigArgs { gpu: target.name().to_owned(), ..args.config.clone() };
     let tolerance = tolerance(&args.tolerance)?;
     // Nobody should profile the machine for a model that it can't run.
     let model = setting::model(places, &args.config.model)?;
     check_executable(
         &model,
-        setting::setup_here(places, LOCAL, &model, &args.config.memory)?.weights,
+        setting::setup_here(places, target.name(), &model, &args.config.memory)?.weights,
     )?;
-    if args.config.gpu != LOCAL {
-        bail!("--gpu {}: only this machine's CPU can run", args.config.gpu);
-    }
-    let configuration = Configuration::resolve(places, &args.config)?;
+    let configuration = Configuration::resolve(places, &config)?;
     let batch = configuration.batch()?;
     let program = configuration.case().program(batch)?;
     local::check_memory(&configuration, &program)?;
@@ -50,7 +49,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     local::check_prefix(prefix.as_ref(), configuration.host.placement.limits.kv_memory)?;
     let wanted = args.weights.weights.as_str();
     let checkpoint = local::checkpoint(places, &args.config.model, wanted)?;
-    let threads = local::threads(&args.config.memory)?;
+    let threads = target.threads(&args.config.memory)?;
     let weights = local::weights(
         places,
         &args.config.model,
@@ -64,7 +63,9 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     let prose = Prose::new(places, checkpoint.as_ref(), configuration.model())?;
     let prompts = prose.prompts(local::requests(&program), configuration.isl);
     drop(checkpoint);
-    let mut executor = local::engine(configuration.model(), weights, threads);
+    let activations = configuration.host.placement.setup.activations;
+    let place = target.label();
+    let mut executor = target.executor(configuration.model(), weights, activations, threads)?;
     let options = RunOptions {
         kv_budget: configuration.host.placement.limits.kv_memory,
         prefix,
@@ -74,7 +75,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     };
     let cost = configuration.host.cost.as_ref();
     let yardsticks = yardsticks(configuration.model(), configuration.host.placement.setup);
-    let before = Pace::now(&mut executor, &yardsticks, cost)?;
+    let before = Pace::now(executor.as_mut(), &yardsticks, cost)?;
     // What the yardsticks took is no part of the run's peak.
     if !machine::reset_peak_rss() {
         remark(
@@ -83,7 +84,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         );
     }
     let mut trial = local::trial(
-        &mut executor,
+        executor.as_mut(),
         &configuration,
         program,
         &prompts,
@@ -91,13 +92,12 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         global,
         &configuration.preset.name,
     )?;
-    let pace = before.between(Pace::now(&mut executor, &yardsticks, cost)?);
+    let pace = before.between(Pace::now(executor.as_mut(), &yardsticks, cost)?);
     let drift = Drift::of(&configuration, &mut trial);
     let comparison = compare(&trial.predicted, &trial.result.timeline);
     let verdict = Verdict::of(&trial, &comparison, pace, tolerance);
     let said = text(&trial, &comparison, &verdict, drift.as_ref(), args.output.markdown);
     if args.output.html.is_some() || args.output.svg.is_some() {
-        let place = machine::processor();
         args.output.write(&report(&trial, &comparison, &said, &place, typed()))?;
     }
     if global.json {

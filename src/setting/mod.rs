@@ -15,7 +15,7 @@ use batchmax_sim::units::{Tokens, parse_tokens};
 
 #[cfg(feature = "exec")]
 pub use host::exact_setup;
-pub use host::{Hosts, Wanted, choice, setup_here, threads};
+pub use host::{Hosts, Wanted, choice, setup_here, threads, threads_on};
 pub use places::Places;
 
 use crate::cli::{ConfigArgs, MemoryArgs, PlacementArgs};

@@ -167,7 +167,11 @@ impl<'d> CudaEngine<'d> {
         let mut interpreter = self.interpreter(run, 0)?;
         interpreter.chunks = chunks;
         interpreter.watched = watch.is_some();
-        run.replay(&mut interpreter, progress, watch.unwrap_or(&mut |_| {}))
+        let mut result = run.replay(&mut interpreter, progress, watch.unwrap_or(&mut |_| {}))?;
+        // All of it was taken before the first step, but for scratch buffers, which stay.
+        let memory = interpreter.device.driver().memory()?;
+        result.peak_rss = Bytes(memory.total.saturating_sub(memory.free));
+        Ok(result)
     }
 
     /// Reads a chunk of text alone.

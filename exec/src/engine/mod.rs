@@ -117,7 +117,7 @@ pub struct RunResult {
     pub kv_decode_peak: Bytes,
     /// What went to slower memory and back.
     pub tier: TierUse,
-    /// Largest resident size of the process.
+    /// Largest resident size of the process; on a device its memory in use at the end of the run, everybody's.
     pub peak_rss: Bytes,
     /// The clock, with samples where they were kept.
     pub clock: Clock,

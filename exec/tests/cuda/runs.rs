@@ -9,9 +9,12 @@ use batchmax_exec::{ExecError, RunOptions, Sampling};
 use batchmax_kernels::cuda::DeviceInfo;
 use batchmax_kernels::cuda::emulated::Settings;
 use batchmax_kernels::cuda::recording::{Call, Fault, Log, Null, Recording};
-use batchmax_sim::load::Schedule;
-use batchmax_sim::op::DType;
+use batchmax_sim::load::{Group, Load, Schedule};
+use batchmax_sim::lower::lower_pass;
+use batchmax_sim::op::{DType, Phase};
+use batchmax_sim::policy::Full;
 
+use super::common::setup;
 use super::{
     Case, compare, device, device_with, engines, engines_of_codes, on_cpu, on_device, tiny,
 };
@@ -185,6 +188,26 @@ fn what_a_device_lacks_is_an_error() {
         .expect_err("no attention over f32")
         .to_string();
     assert!(error.contains("f32") && !error.contains('\n'), "{error}");
+}
+
+/// One decode step over caches that are there, and one chunk behind them: what a profile times.
+#[test]
+fn probes_run_over_caches_that_nobody_read() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    let (_, weights) = engines(&model);
+    let mut cuda = CudaEngine::new(&mut driver, model.clone(), weights, DType::F32).expect("room");
+    for (phase, rows, resident) in [(Phase::Decode, 1, 45), (Phase::Prefill, 8, 64)] {
+        let group = Group { sequences: 2, isl: resident + rows, osl: 2, hit: 0 };
+        let load = Load::new(vec![group], Schedule::Static);
+        let program =
+            lower_pass(&model, &Full::default(), &load, setup(DType::F16), phase, rows, resident);
+        let timeline = cuda.probe(&program, resident).expect("a probe").timeline(&program);
+        let attention = timeline.spans.iter().find(|s| s.family.name().starts_with("attend"));
+        let attention = attention.expect("a layer attends");
+        assert!(attention.launches >= f64::from(model.layers) && attention.time.0 > 0.0);
+        assert!(timeline.phase(phase).0 > 0.0);
+    }
 }
 
 fn null() -> Recording<Null> {

@@ -48,7 +48,7 @@ pub fn run(places: &Places, args: &CalibrateArgs, global: &Global) -> Result<Out
             point.seconds
         ));
     }
-    let fitted = profile::store(places, &measurements)?;
+    let fitted = profile::store(places, &measurements, None)?;
     if global.json {
         answer(&json::document("profile", json!({ "profile": fitted })));
     } else {

@@ -1,0 +1,172 @@
+//! What a command runs on: this machine's CPU, or a GPU of it.
+
+use anyhow::{Context, Result, bail};
+use batchmax_exec::cuda::CudaEngine;
+use batchmax_exec::devices::{self, Driver};
+use batchmax_exec::weights::Weights;
+use batchmax_exec::{Engine, Executor, machine};
+use batchmax_sim::cost::calibrated::{KernelProfile, Point, Provenance};
+use batchmax_sim::op::{DType, Family};
+use batchmax_sim::profile::{Gpu, Model, Peaks};
+use batchmax_sim::units::Bytes;
+
+use crate::cli::{DeviceArgs, MemoryArgs};
+use crate::commands::local;
+use crate::setting::{self, Device, LOCAL};
+
+/// A device that is ready.
+pub struct Target {
+    /// What it is called where devices are named.
+    name: String,
+    /// Its driver, if it is no CPU.
+    driver: Option<Box<dyn Driver>>,
+}
+
+impl Target {
+    /// This machine's CPU.
+    pub fn cpu() -> Self {
+        Self { name: LOCAL.to_owned(), driver: None }
+    }
+
+    /// Opens the device of `--device`. One that fails ends with exit code 3, what can't be meant with 2.
+    pub fn of(args: &DeviceArgs) -> Result<Self> {
+        let text = &args.device;
+        match setting::device(text)? {
+            Device::Cpu => Ok(Self::cpu()),
+            Device::Cuda(_) if !devices::WITH_CUDA => bail!(
+                "--device {text}: this batchmax was built without CUDA; hint: cargo build --release --features cuda"
+            ),
+            Device::Cuda(index) => {
+                let driver = devices::open(index).with_context(|| format!("--device {text}"))?;
+                Ok(Self { name: setting::cuda_name(&driver.device().name), driver: Some(driver) })
+            }
+        }
+    }
+
+    /// What it is called where devices are named.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How people call it.
+    pub fn label(&self) -> String {
+        self.driver.as_ref().map_or_else(machine::processor, |d| d.device().name.clone())
+    }
+
+    /// Holds --gpu to what --device says: the CPU is the default of both.
+    pub fn check_gpu(&self, gpu: &str) -> Result<()> {
+        if gpu == LOCAL || gpu == self.name {
+            return Ok(());
+        }
+        bail!(
+            "--gpu {gpu}: this runs on {}; hint: --device chooses a device of this machine, what-if predicts others",
+            self.name
+        )
+    }
+
+    /// What a run may take where no limit is given: most of the memory.
+    pub fn memory(&mut self) -> Result<Bytes> {
+        match &mut self.driver {
+            None => Ok(local::machine_memory()),
+            Some(driver) => Ok(Bytes(driver.memory()?.total / 10 * 9)),
+        }
+    }
+
+    /// Threads of a run: those of the CPU, which stay on one memory node from now on; one tells a GPU what to do.
+    pub fn threads(&self, memory: &MemoryArgs) -> Result<usize> {
+        if self.driver.is_none() { local::threads(memory) } else { Ok(1) }
+    }
+
+    /// Memory that is in use before there are weights.
+    pub fn in_use(&mut self) -> Result<Bytes> {
+        let Some(driver) = &mut self.driver else { return Ok(machine::rss()) };
+        let memory = driver.memory()?;
+        Ok(Bytes(memory.total.saturating_sub(memory.free)))
+    }
+
+    /// A model with its weights there. `activations` counts on a GPU; threads on a CPU.
+    pub fn executor(
+        &mut self,
+        model: &Model,
+        weights: Weights,
+        activations: DType,
+        threads: usize,
+    ) -> Result<Box<dyn Executor + '_>> {
+        Ok(match &mut self.driver {
+            None => Box::new(Engine::new(model.clone(), weights, threads)),
+            Some(driver) => {
+                Box::new(CudaEngine::new(driver.as_mut(), model.clone(), weights, activations)?)
+            }
+        })
+    }
+
+    /// How it is named in results.
+    pub fn provenance(&self, model: &str, threads: usize, weights: DType) -> Provenance {
+        let (processor, isa) = match &self.driver {
+            None => (machine::processor(), machine::isa()),
+            Some(driver) => {
+                let device = driver.device();
+                let (major, minor) = device.capability;
+                (device.name.clone(), format!("sm_{major}{minor}, driver {}", device.driver))
+            }
+        };
+        Provenance {
+            date: crate::dates::today(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            processor,
+            threads: threads as u32,
+            isa,
+            model: model.to_owned(),
+            weights,
+        }
+    }
+}
+
+/// The device that measurements are of.
+pub fn measured_device(of: &Provenance) -> String {
+    if of.isa.starts_with("sm_") { setting::cuda_name(&of.processor) } else { LOCAL.to_owned() }
+}
+
+/// A device of this machine as a description: its peaks are what its own kernels reached.
+pub fn described(profile: &KernelProfile, target: &mut Target) -> Result<Gpu> {
+    let best = |rate: fn(&Point) -> f64| {
+        profile
+            .families
+            .iter()
+            .filter(|f| matches!(f.family, Family::Gemm | Family::AttendDecode))
+            .flat_map(|f| &f.points)
+            .map(|p| rate(p) / p.seconds)
+            .fold(1.0, f64::max)
+    };
+    let flops = Some(best(|p| p.flops));
+    let mut gpu = Gpu {
+        name: profile.device.clone(),
+        label: profile.measured.processor.clone(),
+        aliases: Vec::new(),
+        arch: std::env::consts::ARCH.to_owned(),
+        memory_bytes: machine::memory().max(Bytes(1)),
+        bandwidth_bytes_per_s: best(|p| p.bytes),
+        peak_flops_per_s: Peaks { f32: flops, ..Peaks::default() },
+        processors: machine::cores() as u32,
+        l2_bytes: machine::last_level_cache(),
+        clock_hz: None,
+        power_w: None,
+        link: None,
+        link_bytes_per_s: None,
+        host_link: None,
+        usd_per_hour: None,
+        source: format!("batchmax profile, {}", profile.measured.date),
+        unsure: Vec::new(),
+    };
+    if let Some(driver) = &mut target.driver {
+        let device = driver.device();
+        gpu.arch = profile.measured.isa.clone();
+        gpu.memory_bytes = Bytes(device.memory.max(1));
+        gpu.processors = device.multiprocessors.max(1);
+        gpu.l2_bytes = None;
+        if profile.measured.weights != DType::F32 {
+            gpu.peak_flops_per_s = Peaks { bf16: flops, ..Peaks::default() };
+        }
+    }
+    Ok(gpu)
+}
