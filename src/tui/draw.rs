@@ -68,11 +68,11 @@ fn header(app: &App, buffer: &mut Buffer, area: Rect) {
     put(buffer, area.x + 1, area.y + 1, room, &shortened(sentence, room), DIM);
 }
 
-/// Without what is in brackets, where the line is too short for it: what is asked stands behind it.
+/// Without the details of a remark in brackets, where the line is too short for them: what is asked stands behind it.
 fn shortened(sentence: String, room: u16) -> String {
     let long = sentence.chars().count() > usize::from(room);
-    match (long, sentence.split_once(" ("), sentence.split_once(')')) {
-        (true, Some((before, _)), Some((_, after))) => format!("{before}{after}"),
+    match (long, sentence.split_once(": "), sentence.split_once(')')) {
+        (true, Some((before, _)), Some((_, after))) => format!("{before}){after}"),
         _ => sentence,
     }
 }
