@@ -46,7 +46,12 @@ pub fn failed_in_the_run(error: &anyhow::Error) -> bool {
     use batchmax_exec::ExecError;
     matches!(
         error.downcast_ref::<ExecError>(),
-        Some(ExecError::PoolFull(_) | ExecError::KvMismatch { .. })
+        Some(
+            ExecError::PoolFull(_)
+                | ExecError::KvMismatch { .. }
+                | ExecError::LongCache { .. }
+                | ExecError::Cuda(_)
+        )
     )
 }
 
