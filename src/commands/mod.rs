@@ -56,7 +56,12 @@ pub fn failed_in_the_run(error: &anyhow::Error) -> bool {
     use batchmax_exec::devices::CudaError;
     matches!(
         error.downcast_ref::<ExecError>(),
-        Some(ExecError::PoolFull(_) | ExecError::KvMismatch { .. } | ExecError::Cuda(_))
+        Some(
+            ExecError::PoolFull(_)
+                | ExecError::KvMismatch { .. }
+                | ExecError::LongCache { .. }
+                | ExecError::Cuda(_)
+        )
     ) || error.is::<CudaError>()
 }
 

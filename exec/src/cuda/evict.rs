@@ -404,10 +404,11 @@ fn plan(main: &Caches, layer: usize, index: usize, stay: &[u32]) -> Plan {
         let halves = needed(packed, narrow, stay.len());
         let bytes = |form: usize| main.layout.bytes(Caches::part(side, form));
         freed += (old.halves[0] - halves[0]) as u64 * bytes(0).0;
-        for form in 1..3 {
-            freed += old.halves[form] as u64 * bytes(form).0;
-            wanted += halves[form] as u64 * bytes(form).0;
-            taken += halves[form] as u64 * bytes(form).1.next_multiple_of(64);
+        for (form, count) in halves.iter().enumerate().skip(1) {
+            let (counted, bytes) = bytes(form);
+            freed += old.halves[form] as u64 * counted;
+            wanted += *count as u64 * counted;
+            taken += *count as u64 * bytes.next_multiple_of(64);
         }
         next.sides[side] = Side { packed, narrow, halves };
     }

@@ -53,12 +53,12 @@ impl Interpreter<'_, '_> {
                     continue;
                 }
                 let bytes = |side, form| self.kv.main.layout.bytes(Caches::part(side, form)).0;
-                for side in 0..2 {
+                for (side, to) in to.into_iter().enumerate() {
                     let of = head.sides[side];
-                    if to[side] > of.packed {
-                        let needed = needed(to[side], to[side].max(of.narrow), head.tokens);
+                    if to > of.packed {
+                        let needed = needed(to, to.max(of.narrow), head.tokens);
                         wanted += (needed[0] - of.halves[0]) as u64 * bytes(side, 0);
-                        let drops = self.drops(layer, index, side, to[side]);
+                        let drops = self.drops(layer, index, side, to);
                         freed +=
                             drops[0] as u64 * bytes(side, 1) + drops[1] as u64 * bytes(side, 2);
                     }
