@@ -136,8 +136,8 @@ fn entries(path: &Path, text: &str) -> Result<Vec<Entry>> {
         let line = line_of(key.span().start);
         let Some(known) = KEYS.into_iter().find(|k| k == key.get_ref()) else {
             let near = |k: &&str| strsim::jaro_winkler(key.get_ref(), k);
-            let nearest = KEYS.into_iter().max_by(|a, b| near(&a).total_cmp(&near(&b)));
-            let hint = match nearest.filter(|k| near(&k) >= NEAR) {
+            let nearest = KEYS.into_iter().max_by(|a, b| near(a).total_cmp(&near(b)));
+            let hint = match nearest.filter(|k| near(k) >= NEAR) {
                 Some(meant) => format!("did you mean \"{meant}\"?"),
                 None => format!("known: {}", KEYS.join(", ")),
             };
