@@ -261,6 +261,21 @@ fn a_device_of_a_file_is_named_by_its_path_in_the_command_at_the_end() {
 }
 
 #[test]
+fn a_policy_that_refuses_one_placement_runs_on_the_others() {
+    // On eight devices each holds one KV head: there is nothing that its heads could share.
+    let args =
+        "--model llama-3.1-70b --gpu h100-sxm --gpus 8 --isl 4k --osl 64 --policy full,adakv";
+    let json = plan(args);
+    let of = |preset: &str, refused: bool| {
+        let all = candidates(&json).iter().filter(|c| c["preset"] == preset);
+        all.filter(|c| (c["bound"] == "refused") == refused).count()
+    };
+    assert!(of("adakv", true) > 0 && of("adakv", false) > 0, "{json}");
+    assert!(of("full", true) == 0 && of("full", false) > 0);
+    refuses("plan --model llama-3.1-70b --gpu h100-sxm --tp 8 --policy adakv", &["one KV head"]);
+}
+
+#[test]
 fn engines_run_what_they_can_and_say_what_they_can_not() {
     let args = format!("{LLAMA_ON_H100} --isl 2k --osl 128");
     let title = |args: &str| {

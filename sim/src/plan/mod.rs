@@ -103,6 +103,8 @@ pub enum Bound {
     Batch,
     /// Not even one sequence.
     NothingFits,
+    /// The policy refuses what a device holds of the model.
+    Refused,
 }
 
 impl Bound {
@@ -118,6 +120,7 @@ impl Bound {
             Self::Sequences => "engine's sequences",
             Self::Batch => "batch",
             Self::NothingFits => "does not fit",
+            Self::Refused => "refused",
         }
     }
 }

@@ -143,13 +143,20 @@ impl Candidate {
 
 /// Candidates, the best first; those that do not fit last.
 ///
+/// A policy that refuses the part of the model that a placement gives a device ([`Bound::Refused`]) runs on others.
+///
 /// # Errors
-/// Where a policy can't be lowered.
+/// Where nothing can be lowered, or a load is one that nothing can serve.
 pub fn plan(query: &Query<'_>) -> Result<Vec<Candidate>, LowerError> {
     let found = in_order(query.hosts.len(), query.threads, Programs::default, |programs, index| {
         search(query, index, programs)
     });
     let mut candidates = found?.concat();
+    if !candidates.is_empty() && candidates.iter().all(|c| c.bound == Bound::Refused) {
+        for index in 0..query.hosts.len() {
+            cases(query, index).try_for_each(|(_, case)| case.lowered().map(|_| ()))?;
+        }
+    }
     let value = |c: &Candidate| c.value(query.objective);
     candidates.sort_by(|a, b| value(b).total_cmp(&value(a)));
     Ok(candidates)
@@ -158,19 +165,27 @@ pub fn plan(query: &Query<'_>) -> Result<Vec<Candidate>, LowerError> {
 /// What was lowered for hosts with the same part of the model in the same types: programs don't depend on the device.
 #[derive(Default)]
 struct Programs<'a> {
-    kinds: Vec<(&'a Placement, Vec<Lowered<'a>>)>,
+    kinds: Vec<(&'a Placement, Vec<Option<Lowered<'a>>>)>,
 }
 
 impl<'a> Programs<'a> {
-    /// One for each policy and schedule, in their order.
-    fn of(&mut self, query: &Query<'a>, index: usize) -> Result<&mut [Lowered<'a>], LowerError> {
+    /// One for each policy and schedule, in their order; none where the policy refuses.
+    fn of(
+        &mut self,
+        query: &Query<'a>,
+        index: usize,
+    ) -> Result<&mut [Option<Lowered<'a>>], LowerError> {
         let placement = &query.hosts[index].placement;
         let same =
             |(p, _): &(&Placement, _)| p.model == placement.model && p.setup == placement.setup;
         let kind = match self.kinds.iter().position(same) {
             Some(kind) => kind,
             None => {
-                let lowered = cases(query, index).map(|(_, case)| case.lowered());
+                let lowered = cases(query, index).map(|(_, case)| match case.lowered() {
+                    Ok(lowered) => Ok(Some(lowered)),
+                    Err(LowerError::Policy(_)) => Ok(None),
+                    Err(error) => Err(error),
+                });
                 self.kinds.push((placement, lowered.collect::<Result<_, _>>()?));
                 self.kinds.len() - 1
             }
@@ -216,6 +231,10 @@ fn search<'a>(
             answer,
             bound,
             missing,
+        };
+        let Some(programs) = programs else {
+            candidates.push(row(None, Bound::Refused, Bytes(0)));
+            continue;
         };
         let (answer, bound, missing) = case.best_of(programs, cost, query.slo, query.batch)?;
         let best = answer.as_ref().map_or(0, |a| a.batch);
