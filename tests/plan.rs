@@ -249,14 +249,14 @@ fn a_device_of_a_file_is_named_by_its_path_in_the_command_at_the_end() {
     let place = Place::new();
     // The least that describes a device.
     place.write(
-        "card.toml",
+        "my-card.toml",
         "name = \"my-card\"\nmemory_bytes = 25757220864\nbandwidth_bytes_per_s = 1008e9\nprocessors = 128\n\
          peak_flops_per_s = { bf16 = 165e12 }\nsource = \"its data sheet\"\n",
     );
-    let args = "plan --model llama-3.2-1b --gpu card.toml --isl 4k --osl 64 --policy full,batch-max:chunk=1k,budget=25%";
+    let args = "plan --model llama-3.2-1b --gpu my-card.toml --isl 4k --osl 64 --policy full,batch-max:chunk=1k,budget=25%";
     let text = place.run(&args.split_whitespace().collect::<Vec<_>>()).answered();
     let command = last_command(&text);
-    assert!(command.contains("--gpu card.toml"), "{command}");
+    assert!(command.contains("--gpu my-card.toml"), "{command}");
     place.run(&command.split_whitespace().collect::<Vec<_>>()).answered();
 }
 

@@ -139,7 +139,7 @@ fn choices_that_can_not_be_are_refused() {
         (["--top-p", "NaN"], "--top-p NaN: expected a probability"),
         (["--weight-dtype", "int4"], "can't run weights in int4 (it has f32, bf16, q8 and q4)"),
         (["--prompt", "Hello"], "--prompt needs the model's tokeniser"),
-        (["--gpu", "h100-sxm"], "only this machine's CPU can run"),
+        (["--gpu", "h100-sxm"], "--gpu h100-sxm: this runs on cpu"),
         (["--batch", "0"], "--batch 0: at least one sequence"),
     ] {
         let error = run(&place, &[&["--isl", "16", "--osl", "2"][..], &args].concat()).refused();

@@ -12,7 +12,7 @@ const EXAMPLES: &[(&str, &[&str])] = &[
         "plan",
         &[
             "batchmax plan --model llama-3.1-8b --gpu h100-sxm --isl 32k --osl 512",
-            "batchmax plan --model llama-3.1-70b --gpu h100-sxm,h200-sxm --gpus 4 --objective cost --tpot 50ms",
+            "batchmax plan --model llama-3.1-70b --gpu h100-sxm,h200-sxm --gpus 8 --objective cost --tpot 50ms",
             "batchmax plan --model qwen2.5-7b --gpu l40s --isl 16k --html plan.html",
         ],
     ),
@@ -34,6 +34,7 @@ const EXAMPLES: &[(&str, &[&str])] = &[
             "batchmax explain --model llama-3.1-8b --gpu h100-sxm --policy batch-max --isl 2k --batch 4",
         ],
     ),
+    ("devices", &["batchmax devices", "batchmax devices --json"]),
     ("fetch", &["batchmax fetch", "batchmax fetch my-model.gguf --name mine"]),
     ("import", &["batchmax import vllm-log serve.log --gpu h100"]),
     (

@@ -141,7 +141,10 @@ impl Catalog {
             return Err(ProfileError::Invalid {
                 origin,
                 key: "name".to_owned(),
-                problem: format!("\"{}\" is not the name of the file", name_of(&described)),
+                problem: format!(
+                    "\"{0}\" is not the name of the file; hint: call the file {0}.toml, or change its name to the file's",
+                    name_of(&described)
+                ),
             });
         }
         Ok(described)
