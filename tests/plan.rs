@@ -266,12 +266,16 @@ fn a_policy_that_refuses_one_placement_runs_on_the_others() {
     let args =
         "--model llama-3.1-70b --gpu h100-sxm --gpus 8 --isl 4k --osl 64 --policy full,adakv";
     let json = plan(args);
-    let of = |preset: &str, refused: bool| {
-        let all = candidates(&json).iter().filter(|c| c["preset"] == preset);
-        all.filter(|c| (c["bound"] == "refused") == refused).count()
+    let on_eight = |preset: &str| {
+        let mut all = candidates(&json).iter().filter(|c| c["preset"] == preset).peekable();
+        assert!(all.peek().is_some(), "{preset}: {json}");
+        all.any(|c| c["tp"] == 8)
     };
-    assert!(of("adakv", true) > 0 && of("adakv", false) > 0, "{json}");
-    assert!(of("full", true) == 0 && of("full", false) > 0);
+    assert!(on_eight("full") && !on_eight("adakv"), "{json}");
+    let left_out = json["left_out"].as_array().expect("a list");
+    let [why] = left_out.as_slice() else { panic!("{left_out:?}") };
+    let why = why.as_str().expect("a reason");
+    assert!(why.starts_with("adakv on h100-sxm, --tp 8: ") && why.contains("one KV head"), "{why}");
     refuses("plan --model llama-3.1-70b --gpu h100-sxm --tp 8 --policy adakv", &["one KV head"]);
 }
 

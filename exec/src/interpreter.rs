@@ -10,13 +10,14 @@ mod lists;
 mod refresh;
 mod settle;
 mod state;
+pub(crate) mod step;
 #[cfg(test)]
 mod tests;
 
 use batchmax_kernels as k;
 use batchmax_kernels::threads::Threads;
 use batchmax_sim::memory::Buffers;
-use batchmax_sim::op::{Branch, Lane, Lanes, Op, OpKind, Phase};
+use batchmax_sim::op::{Lane, Lanes, Op, OpKind, Phase};
 use batchmax_sim::profile::{Activation, Model};
 use batchmax_sim::program::{Pass, StepView};
 use batchmax_sim::units::Layer;
@@ -32,6 +33,7 @@ use crate::weights::Weights;
 use ahead::Foreseen;
 use lists::{Lists, rows_in};
 use refresh::Noted;
+use step::{StepRows, taking_part};
 
 /// The buffers between ops, as large as [`Buffers`] says and no larger.
 pub struct Slots {
@@ -290,23 +292,16 @@ impl Interpreter<'_> {
         Ok(())
     }
 
-    /// The tokens and positions of the step's rows, sequence after sequence.
+    /// The step's rows, sequence after sequence.
     fn gather_rows(&mut self, view: &StepView<'_>, lanes: &Lanes) {
         let slots = &mut self.slots;
-        slots.ids.clear();
-        slots.positions.clear();
-        slots.step_rows.clear();
         slots.chosen.clear();
-        for lane in lanes.as_slice() {
-            for index in lane.first..lane.first + lane.sequences {
-                let sequence = &mut self.sequences[index as usize];
-                // Rows that speculate leave nothing behind.
-                sequence.step = lane.rows - view.pass.ahead.min(lane.rows);
-                slots.step_rows.push((index, slots.ids.len(), lane.rows as usize));
-                sequence.put_ids(view.pass.phase, lane.rows, &mut slots.ids);
-                slots.positions.extend(sequence.seen..sequence.seen + lane.rows);
-            }
+        StepRows {
+            ids: &mut slots.ids,
+            positions: &mut slots.positions,
+            sequences: &mut slots.step_rows,
         }
+        .gather(view, lanes, &mut self.sequences);
     }
 
     fn run(
@@ -316,18 +311,8 @@ impl Interpreter<'_> {
         lanes: &Lanes,
         layer: Option<Layer>,
     ) -> Result<(), ExecError> {
-        let taken;
-        let lanes = match op.branch {
-            Branch::All => lanes,
-            Branch::Stale { .. } => {
-                taken = self.taking_part(lanes, true);
-                &taken
-            }
-            Branch::Fresh { .. } => {
-                taken = self.taking_part(lanes, false);
-                &taken
-            }
-        };
+        let taken = taking_part(op.branch, lanes, &self.slots.stale);
+        let lanes = taken.as_ref().unwrap_or(lanes);
         if lanes.as_slice().is_empty() {
             return Ok(());
         }

@@ -183,19 +183,20 @@ fn weights(_places: &Places, _name: &str) -> Option<String> {
     None
 }
 
-/// GPUs as the driver lists them.
+/// GPUs that could run.
+#[cfg(feature = "exec")]
 fn graphics() -> Check {
-    let cards = std::fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten().flatten();
-    let names: Vec<String> = cards
-        .filter_map(|card| std::fs::read_to_string(card.path().join("information")).ok())
-        .filter_map(|text| {
-            let line = text.lines().find_map(|l| l.strip_prefix("Model:"))?;
-            Some(line.trim().to_owned())
-        })
-        .collect();
-    let found = match names.as_slice() {
-        [] => "none here; predictions for GPUs need none".to_owned(),
-        names => names.join(", "),
+    let found = match batchmax_exec::devices::cuda() {
+        Ok(devices) if !devices.is_empty() => {
+            let names: Vec<String> = devices.into_iter().map(|d| d.name).collect();
+            format!("{} (batchmax devices)", names.join(", "))
+        }
+        _ => "none here; predictions for GPUs need none (batchmax devices says why)".to_owned(),
     };
     Check::note("GPUs", found)
+}
+
+#[cfg(not(feature = "exec"))]
+fn graphics() -> Check {
+    Check::note("GPUs", "predictions for GPUs need none here".to_owned())
 }

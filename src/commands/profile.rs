@@ -123,11 +123,12 @@ pub fn measure(
     if let Err(error) = timed {
         if measurements.done > 0 {
             write_whole(&partial, &serde_json::to_string(&measurements)?)?;
-            bail!(
-                "{error}: {} of {} probes are kept; hint: the same command goes on from there",
-                measurements.done,
-                measurements.probes
+            // What it was decides the exit code.
+            let kept = format!(
+                "{} of {} probes are kept; hint: the same command goes on from there",
+                measurements.done, measurements.probes
             );
+            return Err(anyhow::Error::new(error).context(kept));
         }
         return Err(error.into());
     }
@@ -147,14 +148,14 @@ fn read_partial(path: &Path) -> Option<Measurements> {
 pub fn store(
     places: &Places,
     measurements: &Measurements,
-    target: Option<&mut Target>,
+    target: Option<&Target>,
 ) -> Result<KernelProfile> {
     let device = measured_device(&measurements.measured);
     let profile = calibrate(measurements, &device);
     let threads = measurements.measured.threads as usize;
     let gpu = match target {
-        Some(target) => described(&profile, target)?,
-        None if device == LOCAL => described(&profile, &mut Target::cpu())?,
+        Some(target) => described(&profile, target),
+        None if device == LOCAL => described(&profile, &Target::cpu()),
         None => places.catalog.gpu(&device).with_context(|| {
             format!("measurements of {device}; hint: its description goes to gpus/{device}.toml")
         })?,

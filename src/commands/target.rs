@@ -128,7 +128,7 @@ pub fn measured_device(of: &Provenance) -> String {
 }
 
 /// A device of this machine as a description: its peaks are what its own kernels reached.
-pub fn described(profile: &KernelProfile, target: &mut Target) -> Result<Gpu> {
+pub fn described(profile: &KernelProfile, target: &Target) -> Gpu {
     let best = |rate: fn(&Point) -> f64| {
         profile
             .families
@@ -158,7 +158,7 @@ pub fn described(profile: &KernelProfile, target: &mut Target) -> Result<Gpu> {
         source: format!("batchmax profile, {}", profile.measured.date),
         unsure: Vec::new(),
     };
-    if let Some(driver) = &mut target.driver {
+    if let Some(driver) = &target.driver {
         let device = driver.device();
         gpu.arch = profile.measured.isa.clone();
         gpu.memory_bytes = Bytes(device.memory.max(1));
@@ -168,5 +168,5 @@ pub fn described(profile: &KernelProfile, target: &mut Target) -> Result<Gpu> {
             gpu.peak_flops_per_s = Peaks { bf16: flops, ..Peaks::default() };
         }
     }
-    Ok(gpu)
+    gpu
 }

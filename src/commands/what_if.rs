@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::cli::{Global, WhatIfArgs};
 use crate::commands::{Outcome, scenarios};
 use crate::report::{answer, json, table, typed};
-use crate::setting::{self, Hosts, LOCAL, Places, Wanted};
+use crate::setting::{self, Hosts, Places, Wanted};
 
 mod report;
 
@@ -166,7 +166,8 @@ fn combinations<'a>(
 /// Where a line runs: `h100-sxm`, `2 x h100-sxm · vllm`.
 fn site(line: &Line) -> String {
     let count = if line.tp > 1 { format!("{} x ", line.tp) } else { String::new() };
-    let engine = if line.gpu == LOCAL { String::new() } else { format!(" · {}", line.engine) };
+    let engine =
+        if setting::is_local(&line.gpu) { String::new() } else { format!(" · {}", line.engine) };
     format!("{count}{}{engine}", line.gpu)
 }
 

@@ -30,6 +30,12 @@ pub fn markdown(head: &[&str], rows: &[Vec<String>]) -> String {
     out
 }
 
+/// The weakest of some sources, in words.
+pub fn weakest(sources: impl Iterator<Item = Source>) -> String {
+    let source = sources.max().unwrap_or_default();
+    format!("the weakest source: {} {}.", sign(source), source.name())
+}
+
 /// The sign of a source: how far to trust a number.
 pub fn sign(source: Source) -> &'static str {
     match source {

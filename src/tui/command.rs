@@ -60,8 +60,11 @@ fn one(app: &App, verb: &str) -> Option<Vec<String>> {
     if !app.values.of_flag("kv-dtype").is_empty() {
         flag("kv-dtype", host.kv.to_string());
     }
-    let local = host.gpu == crate::setting::LOCAL;
-    if !local {
+    if crate::setting::is_local(&host.gpu) {
+        if host.gpu != crate::setting::LOCAL {
+            flag("device", "cuda".to_owned());
+        }
+    } else {
         flag("gpu", host.gpu.clone());
         flag("engine", host.engine.clone());
         if host.tp > 1 {
@@ -89,7 +92,7 @@ impl App {
             return Err("no candidate is selected".to_owned());
         };
         let host = found.host(c);
-        if host.gpu != crate::setting::LOCAL {
+        if !crate::setting::is_local(&host.gpu) {
             return Err(format!(
                 "{} is not here: only this machine's CPU runs; hint: set gpu to cpu",
                 host.gpu

@@ -28,11 +28,14 @@ fn stored_from(items: &Items) -> Vec<u32> {
 }
 
 impl Interpreter<'_, '_> {
-    fn staged(&mut self, heads: Heads, rows: usize) -> Result<Rows, ExecError> {
+    /// The sequences of an op and what was brought for all of their tokens, or the room for it.
+    fn brought(&mut self, heads: Heads, lanes: &Lanes) -> Result<(Items, Rows, usize), ExecError> {
+        let items = self.items(lanes)?;
+        let rows = items.list.iter().map(|i| i.lane.keep as usize).sum::<usize>();
         let (kind, width) = (self.kv.main.layout.kind, width(heads) as u32);
         let bytes = rows as u64 * u64::from(width) * kind.bytes();
         let at = self.device.scratch("staged", bytes)?;
-        Ok(Rows { at, kind, width })
+        Ok((items, Rows { at, kind, width }, rows))
     }
 
     /// Brings the caches of the chunks of each sequence, with room for all of its tokens.
@@ -43,9 +46,7 @@ impl Interpreter<'_, '_> {
         lanes: &Lanes,
         layer: usize,
     ) -> Result<(), ExecError> {
-        let items = self.items(lanes)?;
-        let rows: usize = items.list.iter().map(|i| i.lane.keep as usize).sum();
-        let staged = self.staged(heads, rows)?;
+        let (items, staged, _) = self.brought(heads, lanes)?;
         for (item, from) in items.list.iter().zip(stored_from(&items)) {
             let mut row = from as usize;
             let prompt = &self.sequences[item.sequence].prompt;
@@ -66,9 +67,7 @@ impl Interpreter<'_, '_> {
         lanes: &Lanes,
         layer: usize,
     ) -> Result<(), ExecError> {
-        let items = self.items(lanes)?;
-        let rows: usize = items.list.iter().map(|i| i.lane.keep as usize).sum();
-        let staged = self.staged(heads, rows)?;
+        let (items, staged, _) = self.brought(heads, lanes)?;
         let known: Vec<u32> = items.list.iter().map(|i| i.lane.rows).collect();
         let from = self.device.put_words("stored-from", &stored_from(&items))?;
         let known = self.device.put_words("compared", &known)?;
@@ -95,10 +94,8 @@ impl Interpreter<'_, '_> {
         lanes: &Lanes,
         layer: usize,
     ) -> Result<(), ExecError> {
-        let items = self.items(lanes)?;
+        let (items, staged, rows) = self.brought(heads, lanes)?;
         let (kv_heads, begins) = (heads.kv as usize, stored_from(&items));
-        let rows: usize = items.list.iter().map(|i| i.lane.keep as usize).sum();
-        let staged = self.staged(heads, rows)?;
         let mut row_of = vec![u32::MAX; rows];
         for (item, from) in items.list.iter().zip(&begins) {
             for row in item.first..item.first + item.rows {

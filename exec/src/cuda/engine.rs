@@ -22,7 +22,7 @@ use crate::chunks::{ChunkCache, ChunkStore, alone};
 use crate::clock::Clock;
 use crate::engine::{
     Chosen, Kept, Replay, Run, RunOptions, RunResult, kv_budget, kv_needed, layer_count,
-    longest_cache, longest_sequence, no_such_cache, probed, sequences, state_maps,
+    longest_cache, longest_sequence, no_such_cache, probe, probed, sequences, state_maps,
 };
 use crate::error::ExecError;
 use crate::executor::Executor;
@@ -83,25 +83,10 @@ impl<'d> CudaEngine<'d> {
         &self.model
     }
 
-    /// Replays `program` over `prompts`, as [`crate::Engine::run`] does.
+    /// [`Executor::run`], and `watch` sees the logits of every token that is chosen or forced: they are downloaded after each step.
     ///
     /// # Errors
-    /// As there, or what the driver said. What the run took from the device is given back in any case.
-    pub fn run(
-        &mut self,
-        program: &Program,
-        prompts: &[Vec<u32>],
-        options: &RunOptions,
-        stop: &AtomicBool,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<RunResult, ExecError> {
-        self.run_in_memory(&Run { program, prompts, options, stop }, progress, None)
-    }
-
-    /// The same, and `watch` sees the logits of every token that is chosen or forced: they are downloaded after each step.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
+    /// As [`Executor::run`].
     pub fn run_watched(
         &mut self,
         program: &Program,
@@ -114,29 +99,12 @@ impl<'d> CudaEngine<'d> {
         self.run_in_memory(&Run { program, prompts, options, stop }, progress, Some(watch))
     }
 
-    /// Replays a program whose caches already hold `resident` tokens per sequence, as [`crate::Engine::probe`] does.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
-    pub fn probe(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
-        let mark = self.device.mark();
-        let clock = self.probe_in_memory(program, resident);
-        self.device.release(mark);
-        clock
-    }
-
     fn probe_in_memory(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
         let ((prompts, options), never) = (probed(program), AtomicBool::new(false));
         let run = Run { program, prompts: &prompts, options: &options, stop: &never };
         let mut interpreter = self.interpreter(&run, resident)?;
         interpreter.fill(layer_count(program) as usize, resident as usize)?;
-        for sequence in &mut interpreter.sequences {
-            sequence.seen = resident;
-            sequence.generated.push(1);
-        }
-        let mut clock = Clock::new(program, true);
-        program.visit_steps(|view| interpreter.step(&view, &mut clock))?;
-        Ok(clock)
+        probe(&mut interpreter, program, resident)
     }
 
     fn run_in_memory(
@@ -362,11 +330,14 @@ impl Executor for CudaEngine<'_> {
         stop: &AtomicBool,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<RunResult, ExecError> {
-        CudaEngine::run(self, program, prompts, options, stop, progress)
+        self.run_in_memory(&Run { program, prompts, options, stop }, progress, None)
     }
 
     fn probe(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
-        CudaEngine::probe(self, program, resident)
+        let mark = self.device.mark();
+        let clock = self.probe_in_memory(program, resident);
+        self.device.release(mark);
+        clock
     }
 }
 

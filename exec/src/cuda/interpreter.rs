@@ -6,7 +6,7 @@
 use batchmax_kernels::cuda::{Address, Arg};
 use batchmax_kernels::rope::RopeTable;
 use batchmax_sim::memory::Buffers;
-use batchmax_sim::op::{Branch, Lane, Lanes, Op, OpKind, Phase};
+use batchmax_sim::op::{Lane, Lanes, Op, OpKind, Phase};
 use batchmax_sim::profile::{Activation, Model};
 use batchmax_sim::program::{Pass, StepView};
 use batchmax_sim::units::{Layer, Tokens};
@@ -20,6 +20,7 @@ use crate::clock::Clock;
 use crate::engine::Chosen;
 use crate::error::ExecError;
 use crate::interpreter::SequenceState;
+use crate::interpreter::step::{StepRows, taking_part};
 
 /// The buffers between ops, as large as [`Buffers`] says, and what the host knows of the step at work.
 pub(super) struct Slots {
@@ -220,23 +221,16 @@ impl Interpreter<'_, '_> {
         Ok(mark)
     }
 
-    /// The tokens and positions of the step's rows, sequence after sequence.
+    /// The step's rows, sequence after sequence.
     fn gather_rows(&mut self, view: &StepView<'_>, lanes: &Lanes) {
         let slots = &mut self.slots;
-        slots.ids.clear();
-        slots.positions.clear();
-        slots.step_rows.clear();
         slots.chosen.clear();
-        for lane in lanes.as_slice() {
-            for index in lane.first..lane.first + lane.sequences {
-                let sequence = &mut self.sequences[index as usize];
-                // Rows that speculate leave nothing behind.
-                sequence.step = lane.rows - view.pass.ahead.min(lane.rows);
-                slots.step_rows.push((index, slots.ids.len(), lane.rows as usize));
-                sequence.put_ids(view.pass.phase, lane.rows, &mut slots.ids);
-                slots.positions.extend(sequence.seen..sequence.seen + lane.rows);
-            }
+        StepRows {
+            ids: &mut slots.ids,
+            positions: &mut slots.positions,
+            sequences: &mut slots.step_rows,
         }
+        .gather(view, lanes, &mut self.sequences);
     }
 
     /// Counts the step's rows in all heads at once, where every layer appends the same.
@@ -337,18 +331,8 @@ impl Interpreter<'_, '_> {
         lanes: &Lanes,
         layer: Option<Layer>,
     ) -> Result<(), ExecError> {
-        let taken;
-        let lanes = match op.branch {
-            Branch::All => lanes,
-            Branch::Stale { .. } => {
-                taken = self.taking_part(lanes, true);
-                &taken
-            }
-            Branch::Fresh { .. } => {
-                taken = self.taking_part(lanes, false);
-                &taken
-            }
-        };
+        let taken = taking_part(op.branch, lanes, &self.stale);
+        let lanes = taken.as_ref().unwrap_or(lanes);
         if lanes.as_slice().is_empty() {
             return Ok(());
         }

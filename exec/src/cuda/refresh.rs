@@ -1,7 +1,7 @@
 //! Ops on partial caches: what fills them, when, and what reads them.
 
 use batchmax_kernels::cuda::{Address, Arg};
-use batchmax_sim::op::{Heads, Lane, Lanes, Protect};
+use batchmax_sim::op::{Heads, Lanes, Protect};
 use batchmax_sim::units::{Layer, Tokens};
 
 use super::cache::Attended;
@@ -29,16 +29,6 @@ pub(super) struct Noted {
 }
 
 impl Interpreter<'_, '_> {
-    /// The sequences whose partial cache in the layer at work is stale, or the others.
-    pub(super) fn taking_part(&self, lanes: &Lanes, stale: bool) -> Lanes {
-        let one = |l: &Lane, first: u32| Lane { first, sequences: 1, ..*l };
-        let taken: Vec<Lane> = (lanes.as_slice().iter())
-            .flat_map(|l| (l.first..l.first + l.sequences).map(move |s| one(l, s)))
-            .filter(|lane| self.stale.contains(&lane.first) == stale)
-            .collect();
-        Lanes::new(&taken)
-    }
-
     /// The partial caches, made when they are first asked for.
     pub(super) fn parts(&mut self) -> Result<&mut Caches, ExecError> {
         if self.kv.parts.is_none() {

@@ -28,7 +28,7 @@ pub(crate) use checks::{
     sequences, state_maps,
 };
 pub(crate) use outcome::Kept;
-pub(crate) use replay::{Replay, Run};
+pub(crate) use replay::{Replay, Run, probe};
 
 /// A model, its weights and the threads that run it.
 pub struct Engine {
@@ -179,13 +179,7 @@ impl Engine {
             self.interpreter(program, &prompts, &options, &AtomicBool::new(false))?;
         let layers = layer_count(program);
         interpreter.kv.fill(layers, resident)?;
-        for sequence in &mut interpreter.sequences {
-            sequence.seen = resident;
-            sequence.generated.push(1);
-        }
-        let mut clock = Clock::new(program, true);
-        program.visit_steps(|view| interpreter.step(&view, &mut clock))?;
-        Ok(clock)
+        probe(&mut interpreter, program, resident)
     }
 
     pub(crate) fn interpreter(

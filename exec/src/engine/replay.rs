@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use batchmax_sim::memory::{kv_shortfall, kv_spread, kv_trace};
 use batchmax_sim::op::Phase;
 use batchmax_sim::program::{Program, StepView};
-use batchmax_sim::units::Bytes;
+use batchmax_sim::units::{Bytes, Tokens};
 
 use super::outcome::{Kept, finish, note_kept};
 use super::{Chosen, RunOptions, RunResult};
@@ -38,6 +38,21 @@ pub(crate) trait Replay {
     fn take_buffers(&mut self, program: &Program) -> Result<(), ExecError>;
     /// What slower memory was used for.
     fn tier(&self) -> TierUse;
+}
+
+/// Replays a program over caches that `resident` tokens per sequence were put into: one point of a profile.
+pub(crate) fn probe(
+    replay: &mut dyn Replay,
+    program: &Program,
+    resident: Tokens,
+) -> Result<Clock, ExecError> {
+    for sequence in replay.sequences() {
+        sequence.seen = resident;
+        sequence.generated.push(1);
+    }
+    let mut clock = Clock::new(program, true);
+    program.visit_steps(|view| replay.step(&view, &mut clock))?;
+    Ok(clock)
 }
 
 /// A run before it starts.

@@ -34,16 +34,6 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 }
 
 impl Interpreter<'_> {
-    /// The sequences whose partial cache in the layer at work is stale, or the others.
-    pub(super) fn taking_part(&self, lanes: &Lanes, stale: bool) -> Lanes {
-        let one = |l: &Lane, first: u32| Lane { first, sequences: 1, ..*l };
-        let taken: Vec<Lane> = (lanes.as_slice().iter())
-            .flat_map(|l| (l.first..l.first + l.sequences).map(move |s| one(l, s)))
-            .filter(|lane| self.slots.stale.contains(&lane.first) == stale)
-            .collect();
-        Lanes::new(&taken)
-    }
-
     pub(super) fn compare(
         &mut self,
         heads: Heads,

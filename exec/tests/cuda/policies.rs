@@ -87,7 +87,8 @@ fn steps_read_a_choice() {
         "rocketkv:budget=50%,window=8,pool=7",
         "clusterkv:budget=100%,sinks=4,per_cluster=8",
     ]);
-    // A key that is as near to one centre as to another goes to either by a last bit; in these prompts none is.
+    // Prompts of 70 and 80 tokens were 0.04 to 0.08 off with half of the clusters, not with all, nor at other lengths. That would
+    // be so where a key is as near to one centre as to another and goes to either by a last bit; it was not traced to that.
     let clusters = "clusterkv:budget=50%,sinks=4,per_cluster=8";
     all_over(&[clusters], &[61, 97], HALVES);
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use batchmax_exec::cuda::CudaEngine;
 use batchmax_exec::tier::TierPlace;
 use batchmax_exec::weights::Weights;
-use batchmax_exec::{ExecError, RunOptions, Sampling};
+use batchmax_exec::{ExecError, Executor, RunOptions, Sampling};
 use batchmax_kernels::cuda::DeviceInfo;
 use batchmax_kernels::cuda::emulated::Settings;
 use batchmax_kernels::cuda::recording::{Call, Fault, Log, Null, Recording};

@@ -29,6 +29,8 @@ pub struct Plan {
     pub hosts: Vec<Host>,
     /// The best first.
     pub candidates: Vec<Candidate>,
+    /// What was not tried, and why.
+    pub left_out: Vec<String>,
 }
 
 impl Plan {

@@ -3,17 +3,18 @@
 use anyhow::{Result, anyhow, bail};
 use batchmax_sim::engine::Engine;
 use batchmax_sim::load::{Hit, Schedule, Spread};
+use batchmax_sim::lower::LowerError;
 use batchmax_sim::op::DType;
 use batchmax_sim::parallel::in_order;
 use batchmax_sim::place::{Placement, runs_policy};
-use batchmax_sim::plan::{Case, Host, Objective, Query, Slo, plan};
+use batchmax_sim::plan::{Bound, Case, Host, Objective, Query, Slo, plan};
 use batchmax_sim::policy::{Policy, Preset, Request, check_with_prefix};
 use batchmax_sim::profile::{Lost, Model, Quality};
 use batchmax_sim::units::{Bytes, Seconds, Tokens, parse_seconds, parse_tokens};
 
 use super::Plan;
 use crate::cli::PlanArgs;
-use crate::setting::{self, LOCAL, Places, Wanted};
+use crate::setting::{self, Places, Wanted};
 
 /// Chunks that are tried beside the preset's own.
 const CHUNKS: [Tokens; 2] = [1 << 10, 1 << 12];
@@ -221,9 +222,9 @@ impl<'a> Question<'a> {
         Ok(found)
     }
 
-    /// Whether it is about this machine's CPU alone.
+    /// Whether it is about devices of this machine alone.
     pub fn is_local(&self) -> bool {
-        self.gpus.iter().all(|g| g == LOCAL)
+        self.gpus.iter().all(|g| setting::is_local(g))
     }
 
     /// A preset as typed.
@@ -331,8 +332,20 @@ impl<'a> Question<'a> {
             objective: self.objective,
             threads: threads(),
         };
-        let candidates = plan(&query)?;
-        Ok(Plan { hosts, candidates })
+        let (refused, candidates): (Vec<_>, Vec<_>) =
+            plan(&query)?.into_iter().partition(|c| c.bound == Bound::Refused);
+        let mut left_out = self.left_out.clone();
+        for c in refused {
+            let Placement { gpu, setup, .. } = &hosts[c.host].placement;
+            let preset = self.preset(&c.preset)?;
+            let case = self.case(&hosts[c.host].placement, preset.policy.as_ref(), c.schedule);
+            let Err(LowerError::Policy(why)) = case.lowered() else { continue };
+            let line = format!("{} on {}, --tp {}: {}", c.preset, gpu.name, setup.tp, why.problem);
+            if !left_out.contains(&line) {
+                left_out.push(line);
+            }
+        }
+        Ok(Plan { hosts, candidates, left_out })
     }
 }
 

@@ -23,7 +23,7 @@ pub fn report(
     let (head, rows, left) = show::sheet(question, plan, marks);
     let mut text = vec![table::LEGEND.to_owned(), show::FRONT.to_owned()];
     text.extend(Some(show::hidden(question, plan, rows.len())).filter(|t| !t.is_empty()));
-    text.extend(question.left_out.iter().map(|l| format!("left out: {l}")));
+    text.extend(plan.left_out.iter().map(|l| format!("left out: {l}")));
     let mut sections = vec![Section {
         title: "Candidates".to_owned(),
         text,
@@ -115,12 +115,11 @@ fn caches(question: &Question<'_>, plan: &Plan, selected: usize) -> Result<Secti
 /// The weakest source of the predictions, in a line.
 fn source(plan: &Plan) -> String {
     let answers = plan.candidates.iter().filter_map(|c| c.answer.as_ref());
-    let weakest = answers.map(|a| a.metrics.source).max().unwrap_or_default();
+    let weakest = table::weakest(answers.map(|a| a.metrics.source));
     let places: Vec<&str> = plan.hosts.iter().map(|h| h.placement.gpu.name.as_str()).collect();
     let mut distinct = places;
     distinct.dedup();
-    let (sign, name) = (table::sign(weakest), weakest.name());
-    format!("Predictions for {}; the weakest source: {sign} {name}.", distinct.join(", "))
+    format!("Predictions for {}; {weakest}", distinct.join(", "))
 }
 
 fn front(plan: &Plan, marks: &[Marks]) -> Section {

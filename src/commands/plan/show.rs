@@ -9,12 +9,12 @@ use super::advice::{Advice, Change, Crossings};
 use super::question::Question;
 use super::{Plan, WORTH};
 use crate::report::{json, table};
-use crate::setting::LOCAL;
+use crate::setting::{LOCAL, is_local};
 
 /// Head, ranking, advice; the most important lines last.
 pub fn text(question: &Question<'_>, plan: &Plan, marks: &[Marks], advice: &Advice) -> String {
     let mut out = format!("{}\n\n{}\n", head(question, plan), ranking(question, plan, marks));
-    for left in &question.left_out {
+    for left in &plan.left_out {
         out += &format!("left out: {left}\n");
     }
     if !advice.changes.is_empty() {
@@ -380,8 +380,9 @@ fn next_step(question: &Question<'_>, plan: &Plan, best: &Candidate, batch: u32)
             flags += &format!(" --{flag} {value}");
         }
     }
-    if placement.gpu.name == LOCAL {
-        return format!("hint: batchmax validate --model {}{flags}", args.model);
+    if is_local(&placement.gpu.name) {
+        let device = if placement.gpu.name == LOCAL { "" } else { " --device cuda" };
+        return format!("hint: batchmax validate --model {}{device}{flags}", args.model);
     }
     let mut shared = String::new();
     if placement.setup.tp > 1 {
@@ -391,7 +392,7 @@ fn next_step(question: &Question<'_>, plan: &Plan, best: &Candidate, batch: u32)
         shared += &format!(" --pp {}", placement.pp);
     }
     format!(
-        "batchmax runs on this machine's CPU only: batchmax validate --policy {} tries the policy there, not the speed of {}\nhint: batchmax what-if --model {} --gpu {} --engine {}{shared}{flags}",
+        "batchmax runs on this machine only: batchmax validate --policy {} tries the policy there, not the speed of {}\nhint: batchmax what-if --model {} --gpu {} --engine {}{shared}{flags}",
         best.preset,
         placement.gpu.name,
         args.model,
@@ -436,7 +437,7 @@ pub fn document(question: &Question<'_>, plan: &Plan, marks: &[Marks], advice: &
         gpus: question.count,
         isl: question.isl,
         kind: "plan",
-        left_out: &question.left_out,
+        left_out: &plan.left_out,
         model: &question.model.name,
         objective: question.objective,
         osl: question.osl,

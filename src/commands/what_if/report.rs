@@ -99,8 +99,7 @@ fn figure(lines: &[Line]) -> Option<Figure> {
 /// The weakest source of the predictions.
 fn source(lines: &[Line]) -> String {
     let answers = lines.iter().filter_map(|l| l.answer.as_ref().ok());
-    let weakest = answers.map(|(a, _)| a.metrics.source).max().unwrap_or_default();
-    format!("Predictions; the weakest source: {} {}.", table::sign(weakest), weakest.name())
+    format!("Predictions; {}", table::weakest(answers.map(|(a, _)| a.metrics.source)))
 }
 
 /// The caches of the fastest lines of the first few policies.
