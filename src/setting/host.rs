@@ -18,7 +18,7 @@ use crate::cli::{ConfigArgs, MemoryArgs};
 
 /// The engine of GPUs where none is named and it can run what is asked.
 const ENGINE: &str = "vllm";
-/// The engine that runs everything, and exists on this machine's CPU only.
+/// The engine that runs everything, and exists on this machine only.
 const HYPOTHETICAL: &str = "batchmax";
 /// Tokens per cache block of the executor.
 const BLOCK_TOKENS: u32 = 32;

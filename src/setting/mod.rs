@@ -13,9 +13,9 @@ use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::Model;
 use batchmax_sim::units::{Tokens, parse_tokens};
 
+pub use host::{Hosts, Wanted, choice, setup_here, threads};
 #[cfg(feature = "exec")]
-pub use host::exact_setup;
-pub use host::{Hosts, Wanted, choice, setup_here, threads, threads_on};
+pub use host::{exact_setup, threads_on};
 pub use places::Places;
 
 use crate::cli::{ConfigArgs, MemoryArgs, PlacementArgs};
