@@ -84,6 +84,11 @@ impl Clock {
         self.add_step(phase, self.step_start.elapsed().as_secs_f64());
     }
 
+    /// Whether every launch of every op is wanted.
+    pub(crate) fn keeps_samples(&self) -> bool {
+        self.samples.is_some()
+    }
+
     /// Wall time of the steps of a phase.
     #[must_use]
     pub fn phase(&self, phase: Phase) -> Seconds {

@@ -4,6 +4,8 @@
 mod common;
 #[path = "cuda/policies.rs"]
 mod policies;
+#[path = "cuda/recorded.rs"]
+mod recorded;
 #[path = "cuda/runs.rs"]
 mod runs;
 

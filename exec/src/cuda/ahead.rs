@@ -96,7 +96,7 @@ impl Interpreter<'_, '_> {
     pub(super) fn offload(&mut self, lanes: &Lanes, layer: usize) -> Result<(), ExecError> {
         let items = self.kept_items(lanes)?;
         if let Some(sent) = self.slower.sent {
-            self.device.driver().wait(MAIN, sent)?;
+            self.device.driver()?.wait(MAIN, sent)?;
         }
         let (rows, from) = self.rows_out(&items, layer)?;
         let (kv_heads, bytes) = (self.model.kv_heads as usize, self.kv.main.layout.token_bytes());
@@ -113,9 +113,9 @@ impl Interpreter<'_, '_> {
         }
         let side = self.device.side()?;
         let (ready, start) = (self.device.take_event()?, self.device.take_event()?);
-        self.device.driver().record(MAIN, ready)?;
-        self.device.driver().wait(side, ready)?;
-        self.device.driver().record(side, start)?;
+        self.device.driver()?.record(MAIN, ready)?;
+        self.device.driver()?.wait(side, ready)?;
+        self.device.driver()?.record(side, start)?;
         for (n, (sequence, head)) in places.into_iter().enumerate() {
             let slot = self.slot(layer, sequence, head);
             let (to, held) = self.pinned(slot)?;
@@ -123,7 +123,7 @@ impl Interpreter<'_, '_> {
             let source = rows.plus(u64::from(from[n]) * bytes as u64);
             let (offset, size) = ((held * bytes) as u64, (count * bytes) as u64);
             if size > 0 {
-                self.device.driver().copy_out(side, source, to, offset, size)?;
+                self.device.driver()?.copy_out(side, source, to, offset, size)?;
             }
             self.slower.pinned.insert(slot, (to, held + count));
             self.slower.now += size;
@@ -132,7 +132,7 @@ impl Interpreter<'_, '_> {
         let used = &mut self.slower.used;
         used.peak = used.peak.max(Bytes(self.slower.now));
         let sent = self.device.take_event()?;
-        self.device.driver().record(side, sent)?;
+        self.device.driver()?.record(side, sent)?;
         self.device.give_event(ready);
         self.slower.sent = Some(sent);
         self.slower.spans.push((start, sent));
@@ -204,9 +204,9 @@ impl Interpreter<'_, '_> {
         let side = self.device.side()?;
         let (ready, start) = (self.device.take_event()?, self.device.take_event()?);
         // The step at work has read what came for it.
-        self.device.driver().record(MAIN, ready)?;
-        self.device.driver().wait(side, ready)?;
-        self.device.driver().record(side, start)?;
+        self.device.driver()?.record(MAIN, ready)?;
+        self.device.driver()?.wait(side, ready)?;
+        self.device.driver()?.record(side, start)?;
         for (index, list) in wanted {
             let Some((from, held)) = self.slower.pinned.get(&(first + index)).copied() else {
                 return Err(ExecError::TierLost);
@@ -218,11 +218,11 @@ impl Interpreter<'_, '_> {
             for (place, token, count) in stretches(&list) {
                 let to = to.plus(((index * most + place) * bytes) as u64);
                 let (offset, size) = ((token * bytes) as u64, (count * bytes) as u64);
-                self.device.driver().copy_in(side, from, offset, to, size)?;
+                self.device.driver()?.copy_in(side, from, offset, to, size)?;
             }
         }
         let done = self.device.take_event()?;
-        self.device.driver().record(side, done)?;
+        self.device.driver()?.record(side, done)?;
         self.device.give_event(ready);
         self.slower.arrived.insert(layer, done);
         self.slower.spans.push((start, done));
@@ -233,9 +233,9 @@ impl Interpreter<'_, '_> {
     fn wait_for(&mut self, layer: usize) -> Result<(), ExecError> {
         let Some(done) = self.slower.arrived.remove(&layer) else { return Ok(()) };
         let (before, after) = (self.device.take_event()?, self.device.take_event()?);
-        self.device.driver().record(MAIN, before)?;
-        self.device.driver().wait(MAIN, done)?;
-        self.device.driver().record(MAIN, after)?;
+        self.device.driver()?.record(MAIN, before)?;
+        self.device.driver()?.wait(MAIN, done)?;
+        self.device.driver()?.record(MAIN, after)?;
         let [copies, waits] = &mut self.slower.ended;
         waits.push((before, after));
         // Copies follow each other in one queue: all before this one have ended, too.
@@ -249,7 +249,7 @@ impl Interpreter<'_, '_> {
         let mut sums = [0.0; 2];
         for (sum, list) in sums.iter_mut().zip(std::mem::take(&mut self.slower.ended)) {
             for (start, end) in list {
-                *sum += self.device.driver().elapsed(start, end)?;
+                *sum += self.device.driver()?.elapsed(start, end)?;
                 self.device.give_event(start);
                 // The next copy to slower memory waits for the one before.
                 if self.slower.sent != Some(end) {

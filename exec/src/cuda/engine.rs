@@ -15,8 +15,9 @@ use batchmax_sim::units::{Bytes, Tokens};
 use super::ahead::Slower;
 use super::interpreter::{Beside, Interpreter, Item, Most, Slots};
 use super::kv::{Caches, KvStore, Layout, Part};
-use super::memory::{Device, Kind, MAIN, bytes_of, bytes_of_floats};
+use super::memory::{Device, Kind, bytes_of, bytes_of_floats};
 use super::pool::Pool;
+use super::step::Timed;
 use super::weights::{DeviceWeights, upload_maps};
 use crate::chunks::{ChunkCache, ChunkStore, alone};
 use crate::clock::Clock;
@@ -137,7 +138,7 @@ impl<'d> CudaEngine<'d> {
         interpreter.watched = watch.is_some();
         let mut result = run.replay(&mut interpreter, progress, watch.unwrap_or(&mut |_| {}))?;
         // All of it was taken before the first step, but for scratch buffers, which stay.
-        let memory = interpreter.device.driver().memory()?;
+        let memory = interpreter.device.driver()?.memory()?;
         result.peak_rss = Bytes(memory.total.saturating_sub(memory.free));
         Ok(result)
     }
@@ -228,6 +229,7 @@ impl<'d> CudaEngine<'d> {
             stale: Vec::new(),
             slower: Slower::new(options.tier_place.clone()),
             advanced: Vec::new(),
+            timed: Timed::default(),
         })
     }
 }
@@ -349,7 +351,7 @@ impl Interpreter<'_, '_> {
         const BYTE: u8 = 0x38;
         let (pool, main) = (&mut self.kv.pool, &mut self.kv.main);
         let bytes = pool.left();
-        self.device.driver().fill(MAIN, pool.at(), BYTE, bytes)?;
+        self.device.fill(pool.at(), BYTE, bytes)?;
         let mut positions = vec![0; main.plane()];
         for of_head in positions.chunks_mut(main.stride) {
             of_head.iter_mut().zip(0..tokens as u32).for_each(|(at, position)| *at = position);

@@ -8,19 +8,18 @@ use batchmax_kernels::rope::RopeTable;
 use batchmax_sim::memory::Buffers;
 use batchmax_sim::op::{Lane, Lanes, Op, OpKind, Phase};
 use batchmax_sim::profile::{Activation, Model};
-use batchmax_sim::program::{Pass, StepView};
+use batchmax_sim::program::Pass;
 use batchmax_sim::units::{Layer, Tokens};
 
 use super::ahead::Slower;
 use super::kv::KvStore;
-use super::memory::{Device, Kind, MAIN, Rows, bytes_of};
+use super::memory::{Device, Kind, Rows, bytes_of};
 use super::weights::{DeviceMaps, DeviceWeights};
 use crate::chunks::ChunkStore;
-use crate::clock::Clock;
 use crate::engine::Chosen;
 use crate::error::ExecError;
 use crate::interpreter::SequenceState;
-use crate::interpreter::step::{StepRows, taking_part};
+use crate::interpreter::step::taking_part;
 
 /// The buffers between ops, as large as [`Buffers`] says, and what the host knows of the step at work.
 pub(super) struct Slots {
@@ -33,12 +32,12 @@ pub(super) struct Slots {
     gated: Rows,
     sampled: Rows,
     pub(super) logits: Rows,
-    ids: Vec<u32>,
+    pub(super) ids: Vec<u32>,
     pub(super) positions: Vec<u32>,
     /// Sequence, first row and rows of the step at work.
     pub(super) step_rows: Vec<(u32, usize, usize)>,
     /// Sequences whose next token the step at work chose, with the rows of their logits.
-    chosen: Vec<(u32, usize)>,
+    pub(super) chosen: Vec<(u32, usize)>,
     /// The logits of the step at work, where somebody wants them.
     shown: Vec<f32>,
 }
@@ -169,6 +168,7 @@ pub(super) struct Interpreter<'a, 'd> {
     pub(super) slower: Slower,
     /// Layers whose heads the device has counted this step's rows in already.
     pub(super) advanced: Vec<bool>,
+    pub(super) timed: super::step::Timed,
 }
 
 /// Largest numbers of a program.
@@ -181,89 +181,6 @@ pub(super) struct Most {
 }
 
 impl Interpreter<'_, '_> {
-    /// Runs one step and times its ops between marks in the queue.
-    pub(super) fn step(&mut self, view: &StepView<'_>, clock: &mut Clock) -> Result<(), ExecError> {
-        let mut lanes = Lanes::Many(Vec::new());
-        view.pass.before.ops[0].move_lanes(view.step, view.shift, &mut lanes);
-        let mut marks = Vec::new();
-        let start = self.mark()?;
-        self.gather_rows(view, &lanes);
-        self.advance(view.pass, &lanes)?;
-        view.pass.visit(|block, index, layer, op| {
-            op.move_lanes(view.step, view.shift, &mut lanes);
-            self.run(view.pass, op, &lanes, layer)?;
-            marks.push((block, index, self.mark()?));
-            Ok::<(), ExecError>(())
-        })?;
-        view.pass.before.ops[0].move_lanes(view.step, view.shift, &mut lanes);
-        for index in lanes.indices() {
-            let sequence = &mut self.sequences[index as usize];
-            sequence.seen += std::mem::take(&mut sequence.step);
-        }
-        let mut last = start;
-        for (block, index, mark) in &marks {
-            let seconds = self.device.driver().elapsed(last, *mark)?;
-            clock.add(view.pass_index, *block, *index, seconds);
-            last = *mark;
-        }
-        let seconds =
-            if marks.is_empty() { 0.0 } else { self.device.driver().elapsed(start, last)? };
-        clock.add_step(view.pass.phase, seconds);
-        self.count_copies()?;
-        self.device.give_event(start);
-        marks.into_iter().for_each(|(.., mark)| self.device.give_event(mark));
-        Ok(())
-    }
-
-    fn mark(&mut self) -> Result<batchmax_kernels::cuda::Event, ExecError> {
-        let mark = self.device.take_event()?;
-        self.device.driver().record(MAIN, mark)?;
-        Ok(mark)
-    }
-
-    /// The step's rows, sequence after sequence.
-    fn gather_rows(&mut self, view: &StepView<'_>, lanes: &Lanes) {
-        let slots = &mut self.slots;
-        slots.chosen.clear();
-        StepRows {
-            ids: &mut slots.ids,
-            positions: &mut slots.positions,
-            sequences: &mut slots.step_rows,
-        }
-        .gather(view, lanes, &mut self.sequences);
-    }
-
-    /// Counts the step's rows in all heads at once, where every layer appends the same.
-    fn advance(&mut self, pass: &Pass, lanes: &Lanes) -> Result<(), ExecError> {
-        self.advanced.clear();
-        let layers = self.kv.main.layers();
-        let mut appending = 0;
-        for block in &pass.layers {
-            let appends = block.ops.iter().filter(|op| matches!(op.kind, OpKind::Append { .. }));
-            let mut rows = appends.map(|op| op.lanes.rows());
-            // The lanes of all ops move alike from step to step.
-            if rows.next() == Some(pass.before.ops[0].lanes.rows()) && rows.next().is_none() {
-                appending += block.times() as usize;
-            }
-        }
-        if appending != layers || pass.ahead > 0 {
-            return Ok(());
-        }
-        for layer in 0..layers {
-            self.kv.main.sync(self.device, layer)?;
-        }
-        let items = self.kept_items(lanes)?;
-        let args = vec![
-            Arg::At(self.kv.main.heads_at(0)),
-            Arg::At(items.at),
-            Arg::U32(self.model.kv_heads),
-            Arg::U32(self.kv.main.per_layer() as u32),
-        ];
-        self.device.launch("advance_heads", [items.list.len(), layers, 1], (32, 0), args)?;
-        self.advanced = vec![true; layers];
-        Ok(())
-    }
-
     /// The sequences of an op with their rows in the step.
     pub(super) fn items(&mut self, lanes: &Lanes) -> Result<Items, ExecError> {
         self.items_named("items", lanes, |_, rows| rows)
@@ -324,7 +241,7 @@ impl Interpreter<'_, '_> {
         Ok(self.device.put("positions", &bytes_of(&self.slots.positions))?)
     }
 
-    fn run(
+    pub(super) fn run(
         &mut self,
         pass: &Pass,
         op: &Op,

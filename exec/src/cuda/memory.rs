@@ -9,6 +9,8 @@ use batchmax_kernels::cuda::{
     Address, Arg, CudaError, Driver, Event, Launch, Pinned, Product, Stream,
 };
 
+use super::recorded::{Recordings, Work};
+
 /// The queue in which ops run.
 pub(super) const MAIN: Stream = Stream(0);
 
@@ -36,6 +38,7 @@ pub(super) struct Device<'d> {
     events: Vec<Event>,
     free_events: Vec<Event>,
     side: Option<Stream>,
+    recordings: Recordings,
 }
 
 impl Drop for Device<'_> {
@@ -53,6 +56,7 @@ impl<'d> Device<'d> {
             events: Vec::new(),
             free_events: Vec::new(),
             side: None,
+            recordings: Recordings::default(),
         }
     }
 
@@ -64,6 +68,7 @@ impl<'d> Device<'d> {
     /// Gives back what was taken since the mark, and all buffers with names.
     pub(super) fn release(&mut self, mark: usize) {
         // Errors would only hide the one that led here; a driver that fails says so again.
+        let _ = self.recordings.forget(self.driver);
         for (_, named) in self.named.drain() {
             let _ = self.driver.free(named.at);
         }
@@ -76,13 +81,22 @@ impl<'d> Device<'d> {
         self.free_events.clone_from(&self.events);
     }
 
-    pub(super) fn driver(&mut self) -> &mut dyn Driver {
-        self.driver
+    /// The driver, for everything but the work of the main queue; what was held back is started before.
+    pub(super) fn driver(&mut self) -> Result<&mut dyn Driver, CudaError> {
+        self.recordings.flush(self.driver)?;
+        Ok(self.driver)
+    }
+
+    /// Does `work` and starts what it puts into the main queue in stretches, those that come again as recordings.
+    pub(super) fn in_stretches(&mut self, on: bool) -> Result<(), CudaError> {
+        self.recordings.flush(self.driver)?;
+        self.recordings.hold(on);
+        Ok(())
     }
 
     /// Takes memory until the next release.
     pub(super) fn alloc(&mut self, bytes: u64) -> Result<Address, CudaError> {
-        let at = self.driver.alloc(bytes.max(16))?;
+        let at = self.driver()?.alloc(bytes.max(16))?;
         self.taken.push(Taken::Device(at));
         Ok(at)
     }
@@ -90,13 +104,13 @@ impl<'d> Device<'d> {
     /// The same, with every byte zero.
     pub(super) fn alloc_zeroed(&mut self, bytes: u64) -> Result<Address, CudaError> {
         let at = self.alloc(bytes)?;
-        self.driver.fill(MAIN, at, 0, bytes.max(16))?;
+        self.fill(at, 0, bytes.max(16))?;
         Ok(at)
     }
 
     /// Takes pinned memory until the next release.
     pub(super) fn alloc_pinned(&mut self, bytes: u64) -> Result<Pinned, CudaError> {
-        let at = self.driver.alloc_pinned(bytes.max(16))?;
+        let at = self.driver()?.alloc_pinned(bytes.max(16))?;
         self.taken.push(Taken::Pinned(at));
         Ok(at)
     }
@@ -118,12 +132,12 @@ impl<'d> Device<'d> {
             return Ok(named.at);
         }
         if let Some(old) = self.named.remove(name) {
-            self.driver.free(old.at)?;
+            self.driver()?.free(old.at)?;
         }
         // Buffers that grow with the caches don't grow every step.
         let bytes = wanted.next_power_of_two().min(wanted.saturating_add(wanted / 4)).max(wanted);
         let bytes = bytes.next_multiple_of(256);
-        let at = self.driver.alloc(bytes)?;
+        let at = self.driver()?.alloc(bytes)?;
         self.named.insert(name, Named { at, bytes, known: None });
         Ok(at)
     }
@@ -154,14 +168,14 @@ impl<'d> Device<'d> {
 
     /// Copies bytes to the device.
     pub(super) fn upload(&mut self, to: Address, bytes: &[u8]) -> Result<(), CudaError> {
-        if bytes.is_empty() { Ok(()) } else { self.driver.upload(MAIN, to, bytes) }
+        if bytes.is_empty() { Ok(()) } else { self.driver()?.upload(MAIN, to, bytes) }
     }
 
     /// Bytes of the device, once all work before has ended.
     pub(super) fn download(&mut self, from: Address, bytes: usize) -> Result<Vec<u8>, CudaError> {
         let mut out = vec![0; bytes];
         if bytes > 0 {
-            self.driver.download(MAIN, from, &mut out)?;
+            self.driver()?.download(MAIN, from, &mut out)?;
         }
         Ok(out)
     }
@@ -178,7 +192,12 @@ impl<'d> Device<'d> {
 
     /// Copies inside the device.
     pub(super) fn copy(&mut self, from: Address, to: Address, bytes: u64) -> Result<(), CudaError> {
-        if bytes == 0 { Ok(()) } else { self.driver.copy(MAIN, from, to, bytes) }
+        if bytes == 0 { Ok(()) } else { self.work(Work::Copy { from, to, bytes }) }
+    }
+
+    /// Sets every byte.
+    pub(super) fn fill(&mut self, at: Address, byte: u8, bytes: u64) -> Result<(), CudaError> {
+        self.work(Work::Fill { at, byte, bytes })
     }
 
     /// Starts a kernel; an empty grid is no work.
@@ -193,19 +212,28 @@ impl<'d> Device<'d> {
             return Ok(());
         }
         let grid = grid.map(|n| n as u32);
-        self.driver.launch(MAIN, &Launch { kernel, grid, block, shared: shared as u32, args })
+        self.work(Work::Launch(Launch { kernel, grid, block, shared: shared as u32, args }))
     }
 
     pub(super) fn multiply(&mut self, product: &Product) -> Result<(), CudaError> {
-        if product.m == 0 || product.n == 0 { Ok(()) } else { self.driver.multiply(MAIN, product) }
+        if product.m == 0 || product.n == 0 {
+            return Ok(());
+        }
+        self.work(Work::Multiply(*product))
+    }
+
+    fn work(&mut self, work: Work) -> Result<(), CudaError> {
+        self.recordings.add(self.driver, work)
     }
 
     /// The queue beside the main one.
     pub(super) fn side(&mut self) -> Result<Stream, CudaError> {
-        match self.side {
-            Some(side) => Ok(side),
-            None => Ok(*self.side.insert(self.driver.stream()?)),
+        if let Some(side) = self.side {
+            return Ok(side);
         }
+        let side = self.driver()?.stream()?;
+        self.side = Some(side);
+        Ok(side)
     }
 
     /// A mark that nobody uses; [`Self::give_event`] brings it back.
@@ -213,7 +241,7 @@ impl<'d> Device<'d> {
         if let Some(event) = self.free_events.pop() {
             return Ok(event);
         }
-        let event = self.driver.event()?;
+        let event = self.driver()?.event()?;
         self.events.push(event);
         Ok(event)
     }

@@ -2,10 +2,11 @@
 //! [`batchmax_kernels::cuda::Driver`] there is.
 //!
 //! - [`engine`]: whole runs;
-//! - `interpreter` and the files beside it, by the stems of the CPU's: which kernels make up an op;
+//! - `step`, `interpreter` and the files beside it, by the stems of the CPU's: which kernels make up an op;
 //! - `kv`, `pool`: the caches under their hard budget, with counts and tables on the host;
 //! - `weights`: what is uploaded;
-//! - `memory`: who took what from the device, so that everything is given back.
+//! - `memory`: who took what from the device, so that everything is given back;
+//! - `recorded`: work that comes again, started at once.
 
 mod ahead;
 mod blend;
@@ -20,9 +21,11 @@ mod kv;
 mod memory;
 mod pool;
 mod rank;
+mod recorded;
 mod refresh;
 mod settle;
 mod state;
+mod step;
 mod weights;
 
 pub use engine::CudaEngine;

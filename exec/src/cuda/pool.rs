@@ -33,7 +33,7 @@ impl Pool {
         let Ok(units) = u32::try_from(units) else {
             return Err(CudaError::OutOfMemory {
                 wanted: units * UNIT,
-                free: device.driver().memory()?.free,
+                free: device.driver()?.memory()?.free,
             }
             .into());
         };

@@ -4,7 +4,6 @@ use batchmax_kernels::cuda::Arg;
 use batchmax_sim::op::{Choice, Heads, Lanes, Protect};
 
 use super::interpreter::{Interpreter, Items};
-use super::memory::MAIN;
 use crate::error::ExecError;
 
 impl Interpreter<'_, '_> {
@@ -26,7 +25,7 @@ impl Interpreter<'_, '_> {
                     let place = self.kv.pool.take_behind(bytes, bytes)?;
                     self.kv.main.change(layer, index).state = Some(place);
                     let at = self.kv.pool.address(place);
-                    self.device.driver().fill(MAIN, at, 0, bytes)?;
+                    self.device.fill(at, 0, bytes)?;
                 }
             }
         }
