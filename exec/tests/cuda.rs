@@ -18,8 +18,8 @@ use batchmax_exec::{Engine, RunOptions, load_of};
 use batchmax_kernels::cuda::CudaError;
 use batchmax_kernels::cuda::emulated::{Emulated, Settings};
 use batchmax_kernels::gemm::{Packed, WeightFormat};
-use batchmax_sim::load::Schedule;
-use batchmax_sim::lower::lower;
+use batchmax_sim::load::{Hit, Load, Schedule};
+use batchmax_sim::lower::{lower, lower_prefix};
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::{Catalog, Model};
@@ -68,16 +68,34 @@ impl Case<'_> {
         self.prompts.iter().zip(5..).map(|(n, seed)| made_up(*n, seed, vocab)).collect()
     }
 
-    pub(crate) fn program(&self, model: &Model) -> Program {
-        let catalog = Catalog::built_in();
-        let preset =
-            Preset::parse(&catalog, self.policy).unwrap_or_else(|e| panic!("{}: {e}", self.policy));
-        let mut load = load_of(&self.prompts(model.vocab), self.osl, self.schedule);
+    fn load(&self, vocab: u32) -> Load {
+        let mut load = load_of(&self.prompts(vocab), self.osl, self.schedule);
         if matches!(self.schedule, Schedule::Continuous { .. }) {
             load.admission.places = Some(2);
         }
-        lower(model, preset.policy.as_ref(), &load, setup(self.kv))
+        load
+    }
+
+    fn preset(&self) -> Preset {
+        let catalog = Catalog::built_in();
+        Preset::parse(&catalog, self.policy).unwrap_or_else(|e| panic!("{}: {e}", self.policy))
+    }
+
+    pub(crate) fn program(&self, model: &Model) -> Program {
+        self.lowered(model, &self.load(model.vocab))
+    }
+
+    fn lowered(&self, model: &Model, load: &Load) -> Program {
+        lower(model, self.preset().policy.as_ref(), load, setup(self.kv))
             .unwrap_or_else(|e| panic!("{}: {e}", self.policy))
+    }
+
+    /// The program over prompts whose first `hit` tokens are cached, and the one that brings them there.
+    pub(crate) fn behind_prefixes(&self, model: &Model, hit: u32) -> (Program, Program) {
+        let load = self.load(model.vocab).with_hit(Hit::Tokens(hit));
+        let policy = self.preset().policy;
+        let prefix = lower_prefix(model, policy.as_ref(), &load, setup(self.kv));
+        (self.lowered(model, &load), prefix.expect("prompts have prefixes"))
     }
 }
 
@@ -88,16 +106,17 @@ pub(crate) type Logits = Vec<((usize, usize), Vec<f32>)>;
 pub(crate) fn on_cpu(
     engine: &Engine,
     case: &Case<'_>,
+    program: &Program,
     options: &RunOptions,
 ) -> (RunResult, Logits) {
-    let (program, prompts) = (case.program(&engine.model), case.prompts(engine.model.vocab));
+    let prompts = case.prompts(engine.model.vocab);
     let mut logits = Vec::new();
     let mut watch = |c: batchmax_exec::Chosen<'_>| {
         logits.push(((c.sequence, c.index), c.logits.to_vec()));
     };
     let stop = AtomicBool::new(false);
     let result = engine
-        .run_watched(&program, &prompts, options, &stop, &mut |_, _| {}, &mut watch)
+        .run_watched(program, &prompts, options, &stop, &mut |_, _| {}, &mut watch)
         .unwrap_or_else(|e| panic!("{} on the CPU: {e}", case.policy));
     (result, logits)
 }
@@ -106,16 +125,17 @@ pub(crate) fn on_cpu(
 pub(crate) fn on_device(
     engine: &mut CudaEngine<'_>,
     case: &Case<'_>,
+    program: &Program,
     options: &RunOptions,
 ) -> (RunResult, Logits) {
-    let (program, prompts) = (case.program(engine.model()), case.prompts(engine.model().vocab));
+    let prompts = case.prompts(engine.model().vocab);
     let mut logits = Vec::new();
     let mut watch = |c: batchmax_exec::Chosen<'_>| {
         logits.push(((c.sequence, c.index), c.logits.to_vec()));
     };
     let stop = AtomicBool::new(false);
     let result = engine
-        .run_watched(&program, &prompts, options, &stop, &mut |_, _| {}, &mut watch)
+        .run_watched(program, &prompts, options, &stop, &mut |_, _| {}, &mut watch)
         .unwrap_or_else(|e| panic!("{} on the device: {e}", case.policy));
     (result, logits)
 }
@@ -128,11 +148,21 @@ fn best(logits: &[f32]) -> (usize, f32) {
 
 /// Runs a case on both, the device with the CPU's tokens, and compares all that can be seen. The worst logit's difference.
 pub(crate) fn compare(engine: &Engine, device: &mut CudaEngine<'_>, case: &Case<'_>) -> f32 {
+    compare_programs(engine, device, case, (&case.program(&engine.model), None))
+}
+
+/// The same over a program, behind one that fills the caches.
+pub(crate) fn compare_programs(
+    engine: &Engine,
+    device: &mut CudaEngine<'_>,
+    case: &Case<'_>,
+    (program, prefix): (&Program, Option<Program>),
+) -> f32 {
     let what = format!("{} {} {:?}", case.policy, case.schedule, case.prompts);
-    let options = RunOptions { keep_details: true, ..RunOptions::default() };
-    let (cpu, expected) = on_cpu(engine, case, &options);
+    let options = RunOptions { keep_details: true, prefix, ..RunOptions::default() };
+    let (cpu, expected) = on_cpu(engine, case, program, &options);
     let forced = cpu.sequences.iter().map(|s| s.generated.clone()).collect();
-    let (gpu, found) = on_device(device, case, &RunOptions { forced, ..options });
+    let (gpu, found) = on_device(device, case, program, &RunOptions { forced, ..options });
     assert_eq!(found.len(), expected.len(), "{what}: tokens");
     let mut worst = 0.0f32;
     for ((place, found), (other, expected)) in found.iter().zip(&expected) {

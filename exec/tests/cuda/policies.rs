@@ -1,10 +1,11 @@
 //! Every policy, its parameters cut down to prompts that the emulated device can read.
 
 use batchmax_exec::cuda::CudaEngine;
+use batchmax_exec::{Engine, RunOptions};
 use batchmax_sim::load::Schedule;
 use batchmax_sim::op::DType;
 
-use super::{Case, compare, device, engines, tiny};
+use super::{Case, Logits, compare, device, engines, on_cpu, on_device, tiny};
 
 /// The same numbers in another order differ by a few units in the last place of single precision; where that tips a rounding
 /// to a half, a key or a value changes by 2^-11 of itself, and a logit, which is a sum over 64 channels of size one behind
@@ -87,10 +88,49 @@ fn steps_read_a_choice() {
         "rocketkv:budget=50%,window=8,pool=7",
         "clusterkv:budget=100%,sinks=4,per_cluster=8",
     ]);
-    // Prompts of 70 and 80 tokens were 0.04 to 0.08 off with half of the clusters, not with all, nor at other lengths. That would
-    // be so where a key is as near to one centre as to another and goes to either by a last bit; it was not traced to that.
-    let clusters = "clusterkv:budget=50%,sinks=4,per_cluster=8";
-    all_over(&[clusters], &[61, 97], HALVES);
+    all_over(&[CLUSTERS], &[61, 97], HALVES);
+}
+
+const CLUSTERS: &str = "clusterkv:budget=50%,sinks=4,per_cluster=8";
+
+/// At these lengths a key is as near to one centre as to another (on a CPU with AVX2), and a last bit decides which cluster it is in, so that other
+/// tokens are read. Which they are is no fault of the device: the CPU does the same once its norms are a millionth larger or
+/// smaller.
+#[test]
+fn keys_between_two_centres_go_to_either() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    let (engine, weights) = engines(&model);
+    let nudged = [-1e-6f32, 1e-6, 3e-7, -3e-7, 5e-6].map(|by| {
+        let (_, mut weights) = engines(&model);
+        let norms = weights.layers.iter_mut().flat_map(|layer| &mut layer.attention_norm);
+        norms.for_each(|x| *x *= 1.0 + by);
+        Engine::new(model.clone(), weights, 1)
+    });
+    let mut cuda =
+        CudaEngine::new(&mut driver, model.clone(), weights, DType::F32).expect("room for weights");
+    for length in [64, 70, 72, 80] {
+        let (kv, schedule) = (DType::F16, Schedule::Static);
+        let prompts = &[length][..];
+        let case = Case { policy: CLUSTERS, prompts, osl: 6, schedule, kv, tolerance: HALVES };
+        let program = case.program(&model);
+        let (cpu, expected) = on_cpu(&engine, &case, &program, &RunOptions::default());
+        let forced = cpu.sequences.iter().map(|s| s.generated.clone()).collect();
+        let options = RunOptions { forced, ..RunOptions::default() };
+        let (_, found) = on_device(&mut cuda, &case, &program, &options);
+        if apart(&found, &expected) <= HALVES {
+            continue;
+        }
+        let others = nudged.iter().map(|engine| on_cpu(engine, &case, &program, &options).1);
+        let nearest = others.map(|other| apart(&found, &other)).fold(f32::INFINITY, f32::min);
+        assert!(nearest <= HALVES, "{length} tokens: {nearest} from the nearest");
+    }
+}
+
+/// The largest difference of a logit.
+fn apart(a: &Logits, b: &Logits) -> f32 {
+    let pairs = a.iter().zip(b).flat_map(|(a, b)| a.1.iter().zip(&b.1));
+    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 #[test]

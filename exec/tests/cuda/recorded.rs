@@ -41,9 +41,10 @@ fn recordings_change_nothing() {
         let case = case(policy, if policy.starts_with("refreshkv") { 14 } else { 8 });
         // A profile wants every op of every step timed, which leaves nothing to record.
         let timed = RunOptions { keep_samples: true, ..RunOptions::default() };
-        let (_, expected) = on_device(&mut cuda, &case, &timed);
+        let program = case.program(cuda.model());
+        let (_, expected) = on_device(&mut cuda, &case, &program, &timed);
         assert_eq!(recordings(&log.calls()), 0, "{policy}");
-        let (_, found) = on_device(&mut cuda, &case, &RunOptions::default());
+        let (_, found) = on_device(&mut cuda, &case, &program, &RunOptions::default());
         assert!(found == expected, "{policy}: the same logits to the bit");
         assert!(recordings(&log.calls()) > 0, "{policy}: nothing came again");
     }

@@ -16,7 +16,8 @@ use batchmax_sim::policy::Full;
 
 use super::common::setup;
 use super::{
-    Case, compare, device, device_with, engines, engines_of_codes, on_cpu, on_device, tiny,
+    Case, compare, compare_programs, device, device_with, engines, engines_of_codes, on_cpu,
+    on_device, tiny,
 };
 
 #[test]
@@ -30,8 +31,9 @@ fn free_runs_give_the_same_tokens() {
     let sampled = Sampling { temperature: 0.7, top_p: 0.9, seed: 11 };
     for sampling in [Sampling::default(), sampled] {
         let options = RunOptions { sampling, ..RunOptions::default() };
-        let (cpu, _) = on_cpu(&engine, &case, &options);
-        let (gpu, _) = on_device(&mut cuda, &case, &options);
+        let program = case.program(&engine.model);
+        let (cpu, _) = on_cpu(&engine, &case, &program, &options);
+        let (gpu, _) = on_device(&mut cuda, &case, &program, &options);
         for (a, b) in gpu.sequences.iter().zip(&cpu.sequences) {
             assert_eq!(a.generated, b.generated, "{sampling:?}");
             assert!(a.gaps.iter().zip(&b.gaps).all(|(a, b)| (a - b).abs() < 0.02));
@@ -103,12 +105,40 @@ fn slower_memory_may_be_files() {
     let folder = tempfile::tempdir().expect("a folder");
     let files = TierPlace::Directory(folder.path().to_path_buf());
     let of = |cuda: &mut CudaEngine<'_>, tier_place| {
-        on_device(cuda, &case, &RunOptions { tier_place, ..RunOptions::default() })
+        let program = case.program(cuda.model());
+        on_device(cuda, &case, &program, &RunOptions { tier_place, ..RunOptions::default() })
     };
     let (pinned, a) = of(&mut cuda, TierPlace::Memory);
     let (filed, b) = of(&mut cuda, files);
     assert!(a == b, "the same logits to the bit");
     assert!(pinned.tier.fetched.0 > 0 && pinned.tier.fetched == filed.tier.fetched);
+}
+
+/// Prompts whose beginning was read before the clock starts.
+#[test]
+fn prefixes_are_read_first() {
+    let Some(mut driver) = device() else { return };
+    let model = tiny();
+    let (engine, weights) = engines(&model);
+    let mut cuda = CudaEngine::new(&mut driver, model, weights, DType::F32).expect("room");
+    for policy in [
+        "full",
+        "streaming-llm:budget=40,chunk=32,slack=2",
+        "batch-max:budget=40,chunk=32,recent=8,slack=2",
+        "h2o:budget=40,slack=2",
+        "snapkv:budget=50%,window=8",
+        "kivi:residual=32",
+        "quest:budget=32,page=16",
+        "refreshkv:budget=25%,every=2",
+        "less:budget=50%,rank=4,hidden=16",
+    ] {
+        for schedule in [Schedule::Static, Schedule::Staggered { prefill_batch: 1 }] {
+            let kv = DType::F16;
+            let case = Case { policy, prompts: &[70, 64], osl: 4, schedule, kv, tolerance: 0.01 };
+            let (program, prefix) = case.behind_prefixes(&engine.model, 32);
+            compare_programs(&engine, &mut cuda, &case, (&program, Some(prefix)));
+        }
+    }
 }
 
 #[test]
