@@ -1,6 +1,6 @@
 //! The CUDA devices of this machine.
 
-pub use batchmax_kernels::cuda::{CudaError, DeviceInfo, Driver};
+pub use batchmax_kernels::cuda::{Conditions, CudaError, DeviceInfo, Driver};
 
 /// Whether this program can use CUDA devices at all: the feature `cuda`.
 pub const WITH_CUDA: bool = cfg!(feature = "cuda");
@@ -19,6 +19,20 @@ pub fn cuda() -> Result<Vec<DeviceInfo>, CudaError> {
         Err(CudaError::Unavailable {
             why: "built without CUDA; hint: cargo build --release --features cuda".into(),
         })
+    }
+}
+
+/// At what the device of an index runs now, if that can be known.
+#[must_use]
+pub fn conditions(index: u32) -> Option<Conditions> {
+    #[cfg(feature = "cuda")]
+    {
+        batchmax_kernels::cuda::device::conditions(index)
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = index;
+        None
     }
 }
 

@@ -14,11 +14,41 @@ use batchmax_sim::timeline::Timeline;
 use batchmax_sim::units::{Bytes, Seconds};
 use serde::{Deserialize, Serialize};
 
+use crate::devices::Conditions;
 use crate::error::ExecError;
 use crate::executor::Executor;
 
 /// Passes of a yardstick that count.
 const YARDSTICK_ROUNDS: usize = 5;
+
+/// At what a GPU ran; what is not known is left out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Condition {
+    /// Probes done by then.
+    pub done: usize,
+    /// Version of the driver.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
+    /// Clock of the multiprocessors in MHz.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clock_mhz: Option<u32>,
+    /// Clock of the memory in MHz.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_clock_mhz: Option<u32>,
+    /// Temperature in degrees Celsius.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature_c: Option<u32>,
+}
+
+impl Condition {
+    /// What was found after so many probes.
+    #[must_use]
+    pub fn of(done: usize, found: Conditions) -> Self {
+        let Conditions { driver, clock_mhz, memory_clock_mhz, temperature_c } = found;
+        Self { done, driver, clock_mhz, memory_clock_mhz, temperature_c }
+    }
+}
 
 /// What a profile has measured so far.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -32,6 +62,9 @@ pub struct Measurements {
     pub done: usize,
     /// Bytes of the process before any weights.
     pub runtime_bytes: Bytes,
+    /// At what a GPU ran on the way: clocks that fall say that it throttled.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
     /// Seconds of each timed step beyond its ops.
     pub overheads_s: Vec<f64>,
     /// The points.
@@ -47,6 +80,7 @@ impl Measurements {
             probes,
             done: 0,
             runtime_bytes,
+            conditions: Vec::new(),
             overheads_s: Vec::new(),
             points: Vec::new(),
         }

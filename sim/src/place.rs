@@ -76,7 +76,7 @@ impl Placement {
         }
         if choice.pp > whole.layers {
             return Err(format!(
-                "{} groups of devices can't share the {} layers of {}",
+                "{} groups of devices can't share the {1} layers of {2}; hint: at most {1} groups",
                 choice.pp, whole.layers, whole.name
             ));
         }

@@ -13,7 +13,7 @@ const DEFAULT: &str = "smollm2-135m";
 /// Fetches or registers.
 #[cfg(feature = "exec")]
 pub fn run(places: &Places, args: &FetchArgs, global: &Global) -> Result<Outcome> {
-    use crate::report::{answer, remark};
+    use crate::report::{answer, json, remark};
     use std::path::Path;
 
     let path = if args.what == DEFAULT {
@@ -33,7 +33,11 @@ pub fn run(places: &Places, args: &FetchArgs, global: &Global) -> Result<Outcome
             args.what
         );
     };
-    answer(&path.display().to_string());
+    if global.json {
+        answer(&json::document("fetch", serde_json::json!({ "path": path })));
+    } else {
+        answer(&path.display().to_string());
+    }
     Ok(Outcome::Answered)
 }
 

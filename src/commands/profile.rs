@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use batchmax_exec::profile::{Measurements, calibrate};
+use batchmax_exec::devices;
+use batchmax_exec::profile::{Condition, Measurements, calibrate};
 use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_sim::cost::calibrated::KernelProfile;
 use batchmax_sim::policy::Preset;
@@ -19,6 +20,8 @@ use crate::setting::{self, LOCAL, Places};
 
 /// Layers of the synthetic model that is timed: enough that no weight stays in the caches between two uses.
 const LAYERS: u32 = 12;
+/// How often a GPU is asked at what it runs.
+const CONDITIONS: usize = 16;
 
 /// Profiles and calibrates.
 pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outcome> {
@@ -102,6 +105,7 @@ pub fn measure(
         }
         _ => Measurements::new(provenance, probes.len(), runtime),
     };
+    let index = target.index();
     let weights = Weights::synthetic_with_head(&model, setup.weights, setup.head)?;
     let label = format!("profiling {}", target.label());
     let mut executor = target.executor(&model, weights, setup.activations, threads)?;
@@ -114,12 +118,20 @@ pub fn measure(
         })
         .collect();
     let bar = progress::bar(global, 1000, &label);
+    // Asked between probes, when the clocks are still those of the work.
+    let mut conditions = Vec::new();
     let timed = measurements.go_on(executor.as_mut(), &probes, local::interrupted(), &mut |now| {
         let thousandths = (1000.0 * done[now.done - 1] / total) as u64;
         bar.set_position(thousandths);
+        if now.done % now.probes.div_ceil(CONDITIONS).max(1) == 0 {
+            let found = index.and_then(devices::conditions);
+            conditions.extend(found.map(|found| Condition::of(now.done, found)));
+        }
         local::progress_line(global, thousandths, 1000, "timing this machine");
     });
     bar.finish_and_clear();
+    drop(executor);
+    measurements.conditions.extend(conditions);
     if let Err(error) = timed {
         if measurements.done > 0 {
             write_whole(&partial, &serde_json::to_string(&measurements)?)?;
@@ -134,7 +146,6 @@ pub fn measure(
     }
     write_whole(path, &serde_json::to_string_pretty(&measurements)?)?;
     std::fs::remove_file(&partial).ok();
-    drop(executor);
     store(places, &measurements, Some(target))
 }
 

@@ -84,6 +84,11 @@ impl Target {
         Ok(Bytes(memory.total.saturating_sub(memory.free)))
     }
 
+    /// The index of a GPU.
+    pub fn index(&self) -> Option<u32> {
+        self.driver.as_ref().map(|driver| driver.device().index)
+    }
+
     /// A model with its weights there. `activations` counts on a GPU; threads on a CPU.
     pub fn executor(
         &mut self,

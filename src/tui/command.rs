@@ -94,7 +94,7 @@ impl App {
         let host = found.host(c);
         if !crate::setting::is_local(&host.gpu) {
             return Err(format!(
-                "{} is not here: only this machine's CPU runs; hint: set gpu to cpu",
+                "{} is not here: runs are on this machine; hint: set gpu to cpu",
                 host.gpu
             ));
         }

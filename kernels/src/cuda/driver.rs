@@ -47,6 +47,19 @@ pub struct DeviceInfo {
     pub driver: u32,
 }
 
+/// What a device runs at; what is not known is none.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Conditions {
+    /// Version of the driver, 550.54.15.
+    pub driver: Option<String>,
+    /// Clock of the multiprocessors in MHz.
+    pub clock_mhz: Option<u32>,
+    /// Clock of the memory in MHz.
+    pub memory_clock_mhz: Option<u32>,
+    /// Temperature in degrees Celsius.
+    pub temperature_c: Option<u32>,
+}
+
 /// An argument of a kernel.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Arg {

@@ -11,6 +11,6 @@ pub mod recording;
 mod table;
 
 pub use driver::{
-    Address, Arg, CudaError, DeviceInfo, DeviceMemory, Driver, Element, Event, Graph, Launch,
-    Pinned, Product, Stream,
+    Address, Arg, Conditions, CudaError, DeviceInfo, DeviceMemory, Driver, Element, Event, Graph,
+    Launch, Pinned, Product, Stream,
 };

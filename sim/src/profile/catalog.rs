@@ -281,9 +281,13 @@ pub fn parse_toml<T: DeserializeOwned>(origin: &str, text: &str) -> Result<T, Pr
     })
 }
 
-/// What serde said, in one line; of the fields it would have expected only the one that was meant, where that is clear.
+/// What serde said, in one line, and what to do; of the fields it would have expected only the one that was meant, where that
+/// is clear.
 pub(crate) fn explained(message: &str) -> String {
     let problem = message.trim().replace('\n', " ");
+    if let Some(field) = problem.strip_prefix("missing field ") {
+        return format!("{problem}; hint: add {field}");
+    }
     match (suggestion(&problem), problem.split_once(", expected")) {
         (Some(meant), Some((unknown, _))) => format!("{unknown}; did you mean `{meant}`?"),
         _ => problem,

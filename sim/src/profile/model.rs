@@ -233,7 +233,7 @@ impl Model {
         }
         if !self.heads.is_multiple_of(tp) {
             return Err(format!(
-                "{tp} devices can't share the {} heads of {}",
+                "{tp} devices can't share the {0} heads of {1}; hint: a number that divides {0}",
                 self.heads, self.name
             ));
         }

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use batchmax_sim::cost::calibrated::{Point, Provenance};
-use batchmax_sim::op::Family;
+use batchmax_sim::op::{DType, Family};
 use batchmax_sim::profile::{Catalog, Model};
 use serde::Deserialize;
 
@@ -19,8 +19,6 @@ use super::sheet::read_file;
 use super::summary::{Summary, tame};
 
 const SOURCE: &str = "batchmax";
-/// The executor computes in 32-bit floats, whatever it stores.
-const COMPUTED: &str = "fp32";
 /// Added to prefixes before the logarithm, so that short ones are alike.
 const TILE: f64 = 32.0;
 
@@ -53,7 +51,8 @@ pub fn import(
     let shapes = Shapes {
         gpu: &args.gpu,
         version: tame(&measured.version),
-        kernel: format!("cpu-{}-{}t", tame(&measured.isa), measured.threads),
+        kernel: kernel(&measured),
+        computed: computed(&measured),
         model: model.as_ref(),
     };
     let mut tables: BTreeMap<Table, Points> = BTreeMap::new();
@@ -85,11 +84,31 @@ pub fn import(
     files.finish(summary)
 }
 
+/// Whether a GPU was timed: `sm_90, driver 12040`.
+fn on_gpu(measured: &Provenance) -> bool {
+    measured.isa.starts_with("sm_")
+}
+
+/// What the timed kernels are called.
+fn kernel(measured: &Provenance) -> String {
+    match measured.isa.split_once(',') {
+        Some((architecture, _)) if on_gpu(measured) => format!("cuda-{}", tame(architecture)),
+        _ => format!("cpu-{}-{}t", tame(&measured.isa), measured.threads),
+    }
+}
+
+/// The type of activations: a CPU computes in single precision, whatever it stores; a GPU in brain floats unless its weights are
+/// in single precision.
+fn computed(measured: &Provenance) -> &'static str {
+    if on_gpu(measured) && measured.weights != DType::F32 { "bf16" } else { "fp32" }
+}
+
 /// What the points of a file share.
 struct Shapes<'a> {
     gpu: &'a str,
     version: String,
     kernel: String,
+    computed: &'static str,
     model: Option<&'a Model>,
 }
 
@@ -101,7 +120,7 @@ impl Shapes<'_> {
             Family::Gemm => {
                 let mut key: Vec<Cell> = vec![
                     self.gpu.into(),
-                    dtype(c)?.into(),
+                    self.dtype(c)?.into(),
                     "batchmax".into(),
                     self.version.as_str().into(),
                 ];
@@ -140,14 +159,29 @@ impl Shapes<'_> {
         }
     }
 
+    /// Only the bits are known. Of the 16-bit types a CPU stores binary16 unless told otherwise, a GPU what it computes in.
+    fn dtype(&self, bits: u64) -> Result<&'static str, &'static str> {
+        match bits {
+            32 => Ok("fp32"),
+            16 if self.computed == "bf16" => Ok("bf16"),
+            16 => Ok("fp16"),
+            8 => Ok("int8"),
+            4 => Ok("int4"),
+            // Codes with their scales.
+            9 => Ok("q8"),
+            5 => Ok("q4"),
+            _ => Err("a type of unknown width"),
+        }
+    }
+
     fn attention(&self, point: &Point) -> Result<Vec<Cell>, &'static str> {
-        let cache = dtype(u64::from(point.key[3]))?;
+        let cache = self.dtype(u64::from(point.key[3]))?;
         Ok(vec![
             self.gpu.into(),
             "batchmax".into(),
             self.version.as_str().into(),
             self.kernel.as_str().into(),
-            COMPUTED.into(),
+            self.computed.into(),
             cache.into(),
         ])
     }
@@ -160,7 +194,7 @@ impl Shapes<'_> {
     ) -> Result<(Table, Vec<Cell>), &'static str> {
         Ok((
             Table::Memops,
-            vec![self.gpu.into(), op.into(), COMPUTED.into(), tokens.into(), width.into()],
+            vec![self.gpu.into(), op.into(), self.computed.into(), tokens.into(), width.into()],
         ))
     }
 
@@ -191,20 +225,6 @@ fn size(log2: f64) -> Result<u64, &'static str> {
     if (1.0..1e12).contains(&value) { Ok(value as u64) } else { Err("a size is out of range") }
 }
 
-/// Only the bits are known; of the 16-bit types the executor stores binary16 unless told otherwise.
-fn dtype(bits: u64) -> Result<&'static str, &'static str> {
-    match bits {
-        32 => Ok("fp32"),
-        16 => Ok("fp16"),
-        8 => Ok("int8"),
-        4 => Ok("int4"),
-        // Codes with their scales.
-        9 => Ok("q8"),
-        5 => Ok("q4"),
-        _ => Err("a type of unknown width"),
-    }
-}
-
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
@@ -230,6 +250,22 @@ mod tests {
         let mut summary = Summary::default();
         import(&Catalog::built_in(), &args, &dir.path().join("out"), &mut summary)?;
         Ok((dir, summary))
+    }
+
+    #[test]
+    fn timings_of_a_gpu_are_not_those_of_a_cpu() {
+        let measured = |isa: &str, weights: &str| -> Provenance {
+            serde_json::from_value(serde_json::json!({
+                "date": "2026-01-01", "version": "0.1.0", "processor": "p", "threads": 1,
+                "isa": isa, "model": "m", "weights": weights,
+            }))
+            .unwrap()
+        };
+        let card = measured("sm_90, driver 12040", "bf16");
+        assert_eq!((kernel(&card).as_str(), computed(&card)), ("cuda-sm_90", "bf16"));
+        assert_eq!(computed(&measured("sm_90, driver 12040", "f32")), "fp32");
+        let cpu = measured("AVX2", "bf16");
+        assert_eq!((kernel(&cpu).as_str(), computed(&cpu)), ("cpu-AVX2-1t", "fp32"));
     }
 
     #[test]

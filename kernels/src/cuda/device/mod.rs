@@ -5,6 +5,7 @@
 //!
 //! Nothing here has run on a device yet.
 
+mod conditions;
 mod found;
 mod modules;
 mod product;
@@ -15,6 +16,7 @@ use std::ffi::c_void;
 
 use cudarc::driver::{result, sys};
 
+pub use self::conditions::conditions;
 pub use self::found::devices;
 use self::modules::Modules;
 use self::product::{Products, WORKSPACE};
