@@ -35,6 +35,29 @@ pub struct Series {
     pub marked: bool,
 }
 
+impl Series {
+    /// Its line and its mark in a field of 18 by 10, as SVG; `index` is its place among all.
+    fn sample(&self, index: usize) -> String {
+        let RGBColor(r, g, b) = COLOURS[index % COLOURS.len()];
+        let colour = format!("#{r:02x}{g:02x}{b:02x}");
+        let line = |path: &str| {
+            format!("<path d=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>")
+        };
+        let mut sample = if self.joined { line("M0 5H18") } else { String::new() };
+        if self.marked {
+            // As the points are drawn.
+            sample += &match index % 3 {
+                0 => format!(
+                    "<path d=\"M5.5 5a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0\" fill=\"{colour}\"/>"
+                ),
+                1 => format!("<path d=\"M9 1L13.5 9H4.5Z\" fill=\"{colour}\"/>"),
+                _ => line("M5 1L13 9M13 1L5 9"),
+            };
+        }
+        sample
+    }
+}
+
 /// A plot.
 #[derive(Clone, Debug)]
 pub struct Figure {
@@ -138,35 +161,39 @@ impl Figure {
         Ok(())
     }
 
-    /// Its names beside their colours, for a page.
+    /// The series of which something is seen, with their places among all.
+    fn seen(&self) -> impl Iterator<Item = (usize, &Series)> {
+        self.series.iter().enumerate().filter(|(_, s)| s.points.iter().any(|p| self.shows(p)))
+    }
+
+    /// Its names beside their lines and marks, for a page.
     pub fn legend(&self) -> String {
         let entry = |(i, s): (usize, &Series)| {
-            let RGBColor(r, g, b) = COLOURS[i % COLOURS.len()];
             let name = escaped(&s.name);
-            format!("<span><i style=\"background:#{r:02x}{g:02x}{b:02x}\"></i>{name}</span>")
+            format!("<span><svg width=\"18\" height=\"10\">{}</svg>{name}</span>", s.sample(i))
         };
-        self.series.iter().enumerate().map(entry).collect()
+        self.seen().map(entry).collect()
     }
 
     /// As a picture of its own, legend included.
     pub fn alone(&self) -> Result<Option<String>> {
         let Some(svg) = self.svg()? else { return Ok(None) };
-        let extra = 22 * self.series.len() as u32 + 62;
+        let lines = self.seen().count() as u32;
+        let extra = 22 * lines + 62;
         let (wide, high) = (SIZE.0, SIZE.1 + extra);
         let mut legend = String::new();
-        for (i, series) in self.series.iter().enumerate() {
-            let RGBColor(r, g, b) = COLOURS[i % COLOURS.len()];
-            let y = SIZE.1 + 22 * i as u32 + 20;
+        for (line, (i, series)) in (0..).zip(self.seen()) {
+            let y = SIZE.1 + 22 * line + 20;
             legend += &format!(
-                "<rect x=\"84\" y=\"{}\" width=\"18\" height=\"4\" fill=\"#{r:02x}{g:02x}{b:02x}\"/>\
-                 <text x=\"110\" y=\"{}\" font-family=\"sans-serif\" font-size=\"13\" fill=\"#222\">{}</text>\n",
-                y - 7,
-                y,
+                "<g transform=\"translate(84 {})\">{}</g>\
+                 <text x=\"110\" y=\"{y}\" font-family=\"sans-serif\" font-size=\"13\" fill=\"#222\">{}</text>\n",
+                y - 10,
+                series.sample(i),
                 escaped(&series.name)
             );
         }
         let title = escaped(&self.title);
-        let source_at = SIZE.1 + 22 * self.series.len() as u32 + 26;
+        let source_at = SIZE.1 + 22 * lines + 26;
         legend += &format!(
             "<text x=\"84\" y=\"{source_at}\" font-family=\"sans-serif\" font-size=\"12\" fill=\"#555\">{}</text>\n",
             escaped(&self.source)
@@ -253,6 +280,10 @@ mod tests {
         let svg = figure(vec![(2.0, 3.0)]).alone().expect("drawn").expect("points");
         assert!(svg.contains("a &lt;b&gt; &amp; &quot;c&quot;") && !svg.contains("currentColor"));
         assert!(svg.contains("made up"), "and says where its numbers come from");
+        // A line and a circle; a series of which nothing is seen has no name there.
+        let legend = figure(vec![(2.0, 3.0)]).legend();
+        assert!(legend.contains("M0 5H18") && legend.contains("a3.5 3.5"), "{legend}");
+        assert_eq!(figure(vec![(0.0, 3.0)]).legend(), "");
     }
 
     #[test]

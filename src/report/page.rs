@@ -53,10 +53,10 @@ h1{font-size:1.4rem;margin:0 0 .75rem}h2{font-size:1.1rem;margin:2.25rem 0 .5rem
 .verdict{background:var(--card);border-left:4px solid var(--accent);padding:.75rem 1rem;border-radius:4px}
 .verdict p{margin:.15rem 0}
 p{margin:.4rem 0}.soft,footer{color:var(--soft);font-size:.88rem}
-figure{margin:1rem 0}figure svg{display:block;width:100%;max-width:64rem;height:auto}
+figure{margin:1rem 0}figure>svg{display:block;width:100%;max-width:64rem;height:auto}
 figcaption p{flex-basis:100%;margin:.1rem 0;color:var(--soft)}figcaption .t{color:var(--ink);font-weight:600}
 figcaption{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;font-size:.88rem}
-figcaption i{display:inline-block;width:1.1rem;height:.25rem;margin-right:.4rem;vertical-align:middle;border-radius:2px}
+figcaption svg{margin-right:.4rem;vertical-align:middle;overflow:visible}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.84rem;font-variant-numeric:tabular-nums;white-space:nowrap}
 th,td{padding:.25rem .7rem .25rem 0;text-align:right;border-bottom:1px solid var(--line)}
