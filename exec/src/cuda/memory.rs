@@ -68,6 +68,7 @@ impl<'d> Device<'d> {
     /// Gives back what was taken since the mark, and all buffers with names.
     pub(super) fn release(&mut self, mark: usize) {
         // Errors would only hide the one that led here; a driver that fails says so again.
+        self.recordings.hold(false);
         let _ = self.recordings.forget(self.driver);
         for (_, named) in self.named.drain() {
             let _ = self.driver.free(named.at);
@@ -87,7 +88,7 @@ impl<'d> Device<'d> {
         Ok(self.driver)
     }
 
-    /// Does `work` and starts what it puts into the main queue in stretches, those that come again as recordings.
+    /// From here on work of the main queue is started in stretches, those that come again as recordings; or at once, as before.
     pub(super) fn in_stretches(&mut self, on: bool) -> Result<(), CudaError> {
         self.recordings.flush(self.driver)?;
         self.recordings.hold(on);

@@ -54,7 +54,7 @@ pub(super) struct Recordings {
 }
 
 impl Recordings {
-    /// From here on work is held back, or no more; what is pending has to be started before.
+    /// From here on work is held back, or no more; what is pending has to be started or dropped.
     pub(super) fn hold(&mut self, on: bool) {
         self.on = on;
     }
@@ -103,7 +103,7 @@ impl Recordings {
     /// Drops what is pending and gives all recordings back; the first error, once all are given back.
     pub(super) fn forget(&mut self, driver: &mut dyn Driver) -> Result<(), CudaError> {
         self.pending.clear();
-        (self.on, self.next) = (false, 0);
+        self.next = 0;
         let graphs = self.known.drain(..).filter_map(|stretch| stretch.graph);
         graphs.map(|graph| driver.free_graph(graph)).fold(Ok(()), Result::and)
     }
@@ -123,5 +123,48 @@ fn record(driver: &mut dyn Driver, works: &[Work]) -> Result<Graph, CudaError> {
             Err(why)
         }
         (Err(why), Err(_)) => Err(why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use batchmax_kernels::cuda::DeviceInfo;
+    use batchmax_kernels::cuda::recording::{Call, Null, Recording};
+
+    use super::*;
+
+    #[test]
+    fn what_comes_again_is_recorded_also_after_too_much_was_remembered() {
+        let mut driver = Recording::new(Null::new(DeviceInfo {
+            name: "none".into(),
+            index: 0,
+            capability: (8, 0),
+            memory: 1 << 20,
+            multiprocessors: 1,
+            driver: 0,
+        }));
+        let log = driver.log();
+        let at = driver.alloc(1 << 16).expect("room");
+        let mut recordings = Recordings::default();
+        recordings.hold(true);
+        let mut does = |n: usize| {
+            for byte in 0..SHORTEST as u8 {
+                let work = Work::Fill { at: at.plus(n as u64), byte, bytes: 1 };
+                recordings.add(&mut driver, work).expect("held back");
+            }
+            recordings.flush(&mut driver).expect("started");
+        };
+        let starts = || {
+            let calls = log.calls();
+            calls.iter().filter(|call| matches!(call, Call::LaunchGraph { .. })).count()
+        };
+        (0..3).for_each(|_| does(0));
+        assert_eq!(starts(), 2, "the first time piece by piece");
+        (1..=MOST).for_each(&mut does);
+        assert!(log.calls().iter().any(|call| matches!(call, Call::FreeGraph { .. })));
+        (0..2).for_each(|_| does(0));
+        assert_eq!(starts(), 3, "forgotten, and recorded anew");
+        does(MOST);
+        assert_eq!(starts(), 4, "the last stretch came behind what was forgotten");
     }
 }

@@ -50,7 +50,7 @@ fn recordings_change_nothing() {
     }
 }
 
-/// The calls of the decode steps of a run, and its result.
+/// All calls of a run that generates so many tokens.
 fn decode(osl: u32) -> Vec<Call> {
     let mut driver = null();
     let log = driver.log();
