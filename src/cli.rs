@@ -372,8 +372,9 @@ pub struct WeightArgs {
 #[cfg(feature = "exec")]
 #[derive(Args, Clone, Debug)]
 pub struct DeviceArgs {
-    /// What of this machine runs: cpu, cuda (its first GPU) or cuda:N, as `batchmax devices` lists them
-    #[arg(long, value_name = "cpu|cuda|cuda:N", default_value = "cpu")]
+    /// What of this machine runs: cpu, cuda (its first GPU), cuda:N as `batchmax devices` lists them, or cuda:N,M, which share
+    /// each layer
+    #[arg(long, value_name = "cpu|cuda|cuda:N,M", default_value = "cpu")]
     pub device: String,
 }
 

@@ -1,6 +1,6 @@
 //! The CUDA devices of this machine.
 
-pub use batchmax_kernels::cuda::{Conditions, CudaError, DeviceInfo, Driver};
+pub use batchmax_kernels::cuda::{Conditions, CudaError, DeviceInfo, DeviceMemory, Driver};
 
 /// Whether this program can use CUDA devices at all: the feature `cuda`.
 pub const WITH_CUDA: bool = cfg!(feature = "cuda");
@@ -36,18 +36,23 @@ pub fn conditions(index: u32) -> Option<Conditions> {
     }
 }
 
-/// Opens one of them.
+/// Opens one of them, or several that share layers.
 ///
 /// # Errors
-/// As [`cuda`]; `NoDevice` where there is none of that index.
-pub fn open(index: u32) -> Result<Box<dyn Driver>, CudaError> {
+/// As [`cuda`]; `NoDevice` where there is none of an index; `Unavailable` where several can't work together.
+pub fn open(indices: &[u32]) -> Result<Vec<Box<dyn Driver>>, CudaError> {
     #[cfg(feature = "cuda")]
     {
-        Ok(Box::new(batchmax_kernels::cuda::device::Device::open(index)?))
+        use batchmax_kernels::cuda::device::Device;
+        if let [index] = indices {
+            return Ok(vec![Box::new(Device::open(*index)?)]);
+        }
+        let boxed = |device| Box::new(device) as Box<dyn Driver>;
+        Ok(Device::open_together(indices)?.into_iter().map(boxed).collect())
     }
     #[cfg(not(feature = "cuda"))]
     {
-        let _ = index;
+        let index = indices.first().copied().unwrap_or(0);
         Err(cuda().err().unwrap_or(CudaError::NoDevice { index, count: 0 }))
     }
 }

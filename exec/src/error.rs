@@ -25,6 +25,14 @@ pub enum ExecError {
     /// The device or its driver failed.
     #[error(transparent)]
     Cuda(#[from] CudaError),
+    /// Devices can't share the layers of a model.
+    #[error("{0}")]
+    NotShared(String),
+    /// Devices that run the same program chose other tokens, so that their caches no longer belong together.
+    #[error(
+        "two devices that share layers chose different tokens; hint: run on one device, and please report it with the command"
+    )]
+    DevicesDisagree,
     /// A cache got longer than its program says, so that its tables have no room.
     #[error(
         "a cache holds more than the {tokens} tokens that were planned for; please report it with the command"

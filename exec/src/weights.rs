@@ -1,6 +1,7 @@
 //! A model's weights, packed for the kernels: read from a checkpoint, kept packed from an earlier run, or made up.
 
 mod kept;
+mod part;
 
 use batchmax_kernels::gemm::{CodeRow, Packed, WeightFormat};
 use batchmax_kernels::rope::{RopeLayout, RopeTable};
@@ -11,6 +12,7 @@ use batchmax_sim::units::Bytes;
 use crate::error::ExecError;
 use crate::load::{Checkpoint, Role};
 pub use kept::Keeping;
+pub use part::Rank;
 
 /// One decoder layer.
 pub struct LayerWeights {

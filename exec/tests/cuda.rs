@@ -4,10 +4,14 @@
 mod common;
 #[path = "cuda/policies.rs"]
 mod policies;
+#[path = "cuda/real.rs"]
+mod real;
 #[path = "cuda/recorded.rs"]
 mod recorded;
 #[path = "cuda/runs.rs"]
 mod runs;
+#[path = "cuda/together.rs"]
+mod together;
 
 use std::sync::atomic::AtomicBool;
 
@@ -19,7 +23,7 @@ use batchmax_kernels::cuda::CudaError;
 use batchmax_kernels::cuda::emulated::{Emulated, Settings};
 use batchmax_kernels::gemm::{Packed, WeightFormat};
 use batchmax_sim::load::{Hit, Load, Schedule};
-use batchmax_sim::lower::{lower, lower_prefix};
+use batchmax_sim::lower::{Setup, lower, lower_prefix};
 use batchmax_sim::op::DType;
 use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::{Catalog, Model};
@@ -68,7 +72,7 @@ impl Case<'_> {
         self.prompts.iter().zip(5..).map(|(n, seed)| made_up(*n, seed, vocab)).collect()
     }
 
-    fn load(&self, vocab: u32) -> Load {
+    pub(crate) fn load(&self, vocab: u32) -> Load {
         let mut load = load_of(&self.prompts(vocab), self.osl, self.schedule);
         if matches!(self.schedule, Schedule::Continuous { .. }) {
             load.admission.places = Some(2);
@@ -86,7 +90,11 @@ impl Case<'_> {
     }
 
     fn lowered(&self, model: &Model, load: &Load) -> Program {
-        lower(model, self.preset().policy.as_ref(), load, setup(self.kv))
+        self.lowered_with(model, load, setup(self.kv))
+    }
+
+    pub(crate) fn lowered_with(&self, model: &Model, load: &Load, setup: Setup) -> Program {
+        lower(model, self.preset().policy.as_ref(), load, setup)
             .unwrap_or_else(|e| panic!("{}: {e}", self.policy))
     }
 

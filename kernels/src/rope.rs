@@ -27,6 +27,7 @@ impl RopeLayout {
 const PAGE: usize = 256;
 
 /// Cosines and sines by position, worked out in double precision.
+#[derive(Clone)]
 pub struct RopeTable {
     inverse: Vec<f32>,
     factor: f32,

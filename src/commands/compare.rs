@@ -47,20 +47,20 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
     let first = &configurations[0];
     let wanted = args.weights.weights.as_str();
     let checkpoint = local::checkpoint(places, &args.model, wanted)?;
-    let prose = Prose::new(places, checkpoint.as_ref(), first.model())?;
+    let prose = Prose::new(places, checkpoint.as_ref(), &model)?;
     let threads = target.threads(&memory)?;
     let weights = local::weights(
         places,
         &args.model,
         wanted,
         checkpoint.as_ref(),
-        first.model(),
+        &model,
         first.host.placement.setup,
         global,
     )?;
     drop(checkpoint);
     let activations = first.host.placement.setup.activations;
-    let mut executor = target.executor(first.model(), weights, activations, threads)?;
+    let mut executor = target.executor(&model, weights, activations, threads)?;
     let mut rows = Vec::new();
     for (configuration, (name, batch)) in configurations.iter().zip(&chosen) {
         let prompts = prose.prompts(*batch, configuration.isl);

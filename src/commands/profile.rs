@@ -81,7 +81,8 @@ pub fn measure(
     check_executable(&model, setup.weights)?;
     let runtime = target.in_use()?;
     model.layers = model.layers.min(LAYERS);
-    let weights = setup.weights.bytes(model.parameters());
+    let part = setting::part(target.name(), &model)?;
+    let weights = setup.weights.bytes(part.parameters());
     let most = target.memory()?;
     if weights > most {
         bail!(
@@ -90,7 +91,7 @@ pub fn measure(
             target.label(),
         );
     }
-    let grid = || grid(&model, setup, GridLimits::default(), &policies);
+    let grid = || grid(&part, setup, GridLimits::default(), &policies);
     let probes: Vec<Probe> = (0..wanted.rounds).flat_map(|_| grid()).collect();
     let provenance = target.provenance(&model.name, threads, setup.weights);
     let partial = path.with_extension("partial.json");

@@ -38,6 +38,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     let checkpoint = local::checkpoint(places, &config.model, wanted)?;
     let setup = setting::setup_here(places, target.name(), &model, &config.memory)?;
     check_executable(&model, setup.weights)?;
+    let part = setting::part(target.name(), &model)?;
     check_sampling(args)?;
     let most = target.memory()?;
     let preset = batchmax_sim::policy::Preset::parse(&places.catalog, &config.policy)?;
@@ -74,8 +75,8 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
             let why_not = |batch| {
                 let load =
                     Load::uniform(batch, isl, osl, schedule).with_hit(hit).with_spread(spread);
-                let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
-                Ok::<_, anyhow::Error>(refuse(args, most, &model, &program, budget).err())
+                let program = lower(&part, preset.policy.as_ref(), &load, setup)?;
+                Ok::<_, anyhow::Error>(refuse(args, most, &part, &program, budget).err())
             };
             match largest(LARGEST_BATCH, None, why_not)? {
                 (0, Some(why)) => return Err(why),
@@ -102,9 +103,9 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     }
     .with_hit(hit)
     .with_spread(spread);
-    let program = lower(&model, preset.policy.as_ref(), &load, setup)?;
-    let prefix = lower_prefix(&model, preset.policy.as_ref(), &load, setup);
-    refuse(args, most, &model, &program, budget)?;
+    let program = lower(&part, preset.policy.as_ref(), &load, setup)?;
+    let prefix = lower_prefix(&part, preset.policy.as_ref(), &load, setup);
+    refuse(args, most, &part, &program, budget)?;
     refuse_offloaded(&program, tier_budget)?;
     local::check_prefix(prefix.as_ref(), budget)?;
     let prompts = match given {

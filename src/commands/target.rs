@@ -1,8 +1,8 @@
-//! What a command runs on: this machine's CPU, or a GPU of it.
+//! What a command runs on: this machine's CPU, a GPU of it, or several that share each layer.
 
 use anyhow::{Context, Result, bail};
-use batchmax_exec::cuda::CudaEngine;
-use batchmax_exec::devices::{self, Driver};
+use batchmax_exec::cuda::{CudaEngine, CudaGroup};
+use batchmax_exec::devices::{self, DeviceInfo, DeviceMemory, Driver};
 use batchmax_exec::weights::Weights;
 use batchmax_exec::{Engine, Executor, machine};
 use batchmax_sim::cost::calibrated::{KernelProfile, Point, Provenance};
@@ -18,14 +18,14 @@ use crate::setting::{self, Device, LOCAL};
 pub struct Target {
     /// What it is called where devices are named.
     name: String,
-    /// Its driver, if it is no CPU.
-    driver: Option<Box<dyn Driver>>,
+    /// Drivers of GPUs; none is the CPU.
+    drivers: Vec<Box<dyn Driver>>,
 }
 
 impl Target {
     /// This machine's CPU.
     pub fn cpu() -> Self {
-        Self { name: LOCAL.to_owned(), driver: None }
+        Self { name: LOCAL.to_owned(), drivers: Vec::new() }
     }
 
     /// Opens the device of `--device`. One that fails ends with exit code 3, what can't be meant with 2.
@@ -36,11 +36,19 @@ impl Target {
             Device::Cuda(_) if !devices::WITH_CUDA => bail!(
                 "--device {text}: this batchmax was built without CUDA; hint: cargo build --release --features cuda"
             ),
-            Device::Cuda(index) => {
-                let driver = devices::open(index).with_context(|| format!("--device {text}"))?;
-                Ok(Self { name: setting::cuda_name(&driver.device().name), driver: Some(driver) })
+            Device::Cuda(indices) => {
+                let drivers =
+                    devices::open(&indices).with_context(|| format!("--device {text}"))?;
+                let mut target = Self { name: String::new(), drivers };
+                target.name = setting::cuda_name(&target.label());
+                Ok(target)
             }
         }
+    }
+
+    /// The GPU, or the first of several: they are alike.
+    fn gpu(&self) -> Option<&DeviceInfo> {
+        self.drivers.first().map(|driver| driver.device())
     }
 
     /// What it is called where devices are named.
@@ -50,7 +58,11 @@ impl Target {
 
     /// How people call it.
     pub fn label(&self) -> String {
-        self.driver.as_ref().map_or_else(machine::processor, |d| d.device().name.clone())
+        match (self.gpu(), self.drivers.len()) {
+            (None, _) => machine::processor(),
+            (Some(gpu), 1) => gpu.name.clone(),
+            (Some(gpu), count) => format!("{count}x {}", gpu.name),
+        }
     }
 
     /// Holds --gpu to what --device says: the CPU is the default of both.
@@ -64,32 +76,45 @@ impl Target {
         )
     }
 
-    /// What a run may take where no limit is given: most of the memory.
+    /// What a run may take where no limit is given, on each device: most of the memory.
     pub fn memory(&mut self) -> Result<Bytes> {
-        match &mut self.driver {
+        match self.memory_of(|memory| memory.total, u64::min)? {
             None => Ok(local::machine_memory()),
-            Some(driver) => Ok(Bytes(driver.memory()?.total / 10 * 9)),
+            Some(total) => Ok(Bytes(total / 10 * 9)),
         }
+    }
+
+    /// A figure of the devices' memory, the one that counts of two; none of a CPU.
+    fn memory_of(
+        &mut self,
+        figure: fn(&DeviceMemory) -> u64,
+        counts: fn(u64, u64) -> u64,
+    ) -> Result<Option<u64>> {
+        let mut found = None;
+        for driver in &mut self.drivers {
+            let one = figure(&driver.memory()?);
+            found = Some(found.map_or(one, |other| counts(one, other)));
+        }
+        Ok(found)
     }
 
     /// Threads of a run: those of the CPU, which stay on one memory node from now on; one tells a GPU what to do.
     pub fn threads(&self, memory: &MemoryArgs) -> Result<usize> {
-        if self.driver.is_none() { local::threads(memory) } else { Ok(1) }
+        if self.drivers.is_empty() { local::threads(memory) } else { Ok(1) }
     }
 
     /// Memory that is in use before there are weights.
     pub fn in_use(&mut self) -> Result<Bytes> {
-        let Some(driver) = &mut self.driver else { return Ok(machine::rss()) };
-        let memory = driver.memory()?;
-        Ok(Bytes(memory.total.saturating_sub(memory.free)))
+        let used = |memory: &DeviceMemory| memory.total.saturating_sub(memory.free);
+        Ok(self.memory_of(used, u64::max)?.map_or_else(machine::rss, Bytes))
     }
 
     /// The index of a GPU.
     pub fn index(&self) -> Option<u32> {
-        self.driver.as_ref().map(|driver| driver.device().index)
+        self.gpu().map(|gpu| gpu.index)
     }
 
-    /// A model with its weights there. `activations` counts on a GPU; threads on a CPU.
+    /// A model with its weights there, both whole. `activations` counts on a GPU; threads on a CPU.
     pub fn executor(
         &mut self,
         model: &Model,
@@ -97,24 +122,25 @@ impl Target {
         activations: DType,
         threads: usize,
     ) -> Result<Box<dyn Executor + '_>> {
-        Ok(match &mut self.driver {
-            None => Box::new(Engine::new(model.clone(), weights, threads)),
-            Some(driver) => {
+        Ok(match &mut self.drivers[..] {
+            [] => Box::new(Engine::new(model.clone(), weights, threads)),
+            [driver] => {
                 Box::new(CudaEngine::new(driver.as_mut(), model.clone(), weights, activations)?)
+            }
+            several => {
+                let drivers = several.iter_mut().map(|driver| driver.as_mut() as &mut dyn Driver);
+                Box::new(CudaGroup::new(drivers, model, &weights, activations)?)
             }
         })
     }
 
     /// How it is named in results.
     pub fn provenance(&self, model: &str, threads: usize, weights: DType) -> Provenance {
-        let (processor, isa) = match &self.driver {
-            None => (machine::processor(), machine::isa()),
-            Some(driver) => {
-                let device = driver.device();
-                let (major, minor) = device.capability;
-                (device.name.clone(), format!("sm_{major}{minor}, driver {}", device.driver))
-            }
-        };
+        let isa = self.gpu().map_or_else(machine::isa, |device| {
+            let (major, minor) = device.capability;
+            format!("sm_{major}{minor}, driver {}", device.driver)
+        });
+        let processor = self.label();
         Provenance {
             date: crate::dates::today(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -163,8 +189,7 @@ pub fn described(profile: &KernelProfile, target: &Target) -> Gpu {
         source: format!("batchmax profile, {}", profile.measured.date),
         unsure: Vec::new(),
     };
-    if let Some(driver) = &target.driver {
-        let device = driver.device();
+    if let Some(device) = target.gpu() {
         gpu.arch = profile.measured.isa.clone();
         gpu.memory_bytes = Bytes(device.memory.max(1));
         gpu.processors = device.multiprocessors.max(1);

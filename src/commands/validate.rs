@@ -55,17 +55,17 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
         &args.config.model,
         wanted,
         checkpoint.as_ref(),
-        configuration.model(),
+        &model,
         configuration.host.placement.setup,
         global,
     )?;
     let synthetic = weights.synthetic;
-    let prose = Prose::new(places, checkpoint.as_ref(), configuration.model())?;
+    let prose = Prose::new(places, checkpoint.as_ref(), &model)?;
     let prompts = prose.prompts(local::requests(&program), configuration.isl);
     drop(checkpoint);
     let activations = configuration.host.placement.setup.activations;
     let place = target.label();
-    let mut executor = target.executor(configuration.model(), weights, activations, threads)?;
+    let mut executor = target.executor(&model, weights, activations, threads)?;
     let options = RunOptions {
         kv_budget: configuration.host.placement.limits.kv_memory,
         prefix,

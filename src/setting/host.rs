@@ -13,7 +13,7 @@ use batchmax_sim::policy::Preset;
 use batchmax_sim::profile::{Gpu, Model};
 use batchmax_sim::units::{Bytes, parse_bytes};
 
-use super::{LOCAL, Places, dtype, is_local, tp_list};
+use super::{LOCAL, Places, devices_of, dtype, is_local, part, tp_list};
 use crate::cli::{ConfigArgs, MemoryArgs};
 
 /// The engine of GPUs where none is named and it can run what is asked.
@@ -54,7 +54,10 @@ pub fn setup_here(
     model: &Model,
     memory: &MemoryArgs,
 ) -> Result<Setup> {
-    if device == LOCAL { local_setup(places, model, memory) } else { cuda_setup(model, memory) }
+    if device == LOCAL {
+        return local_setup(places, model, memory);
+    }
+    Ok(Setup { tp: devices_of(device), ..cuda_setup(model, memory)? })
 }
 
 /// On a GPU of this machine: brain floats unless the model's weights are in single precision or codes are asked for.
@@ -214,7 +217,7 @@ impl<'a> Wanted<'a> {
         Ok(Placement {
             gpu,
             engine: None,
-            model: self.model.clone(),
+            model: part(self.gpu, self.model)?,
             setup,
             pp: 1,
             limits: Limits {
@@ -229,7 +232,9 @@ impl<'a> Wanted<'a> {
 /// This machine's CPU is one device under one engine.
 pub fn check_local(engine: Option<&str>, tp: u32, pp: u32) -> Result<()> {
     if tp > 1 || pp > 1 {
-        bail!("--tp, --pp: this machine runs on one device; hint: name a GPU with --gpu");
+        bail!(
+            "--tp, --pp: this machine shares layers over what --device names (cuda:0,1); hint: name a GPU with --gpu"
+        );
     }
     if let Some(other) = engine.filter(|e| *e != HYPOTHETICAL) {
         bail!(

@@ -32,7 +32,19 @@ pub fn is_local(device: &str) -> bool {
     device == LOCAL || device.starts_with(CUDA)
 }
 
-/// What a GPU of this machine is called where devices are named: `cuda-nvidia-h100-80gb-hbm3`.
+/// GPUs of this machine that share each layer under a name: 2 of `cuda-2x-nvidia-h100-80gb-hbm3`.
+pub fn devices_of(device: &str) -> u32 {
+    let count = device.strip_prefix(CUDA).and_then(|rest| rest.split_once("x-"));
+    count.and_then(|(count, _)| count.parse().ok()).unwrap_or(1)
+}
+
+/// The part of a model that each device of a name has.
+pub fn part(device: &str, model: &Model) -> Result<Model> {
+    model.shard_layers(devices_of(device)).map_err(|why| anyhow!("--device: {why}"))
+}
+
+/// What a GPU of this machine is called where devices are named: `cuda-nvidia-h100-80gb-hbm3`; several that share each layer,
+/// `2x NVIDIA H100 80GB HBM3`, are `cuda-2x-...`.
 #[cfg(feature = "exec")]
 pub fn cuda_name(card: &str) -> String {
     let words = card.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty());
@@ -156,28 +168,34 @@ pub fn refuse_devices(placement: &PlacementArgs) -> Result<()> {
 
 /// What of this machine runs.
 #[cfg(feature = "exec")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Device {
     /// Its processor.
     Cpu,
-    /// A GPU, by its index.
-    Cuda(u32),
+    /// GPUs, by their indices; several share each layer.
+    Cuda(Vec<u32>),
 }
 
-/// `cpu`, `cuda` or `cuda:1`.
+/// `cpu`, `cuda`, `cuda:1` or `cuda:0,1`.
 #[cfg(feature = "exec")]
 pub fn device(text: &str) -> Result<Device> {
-    let index = match text.split_once(':') {
+    let indices = match text.split_once(':') {
         None if text == LOCAL => return Ok(Device::Cpu),
-        None if text == "cuda" => Some(0),
-        Some(("cuda", index)) => index.parse().ok(),
+        None if text == "cuda" => Some(vec![0]),
+        Some(("cuda", indices)) => indices.split(',').map(|i| i.parse().ok()).collect(),
         _ => None,
     };
-    index.map(Device::Cuda).ok_or_else(|| {
-        anyhow!(
-            "--device {text}: expected cpu, cuda or cuda:N; hint: batchmax devices lists what there is"
+    let Some(indices) = indices else {
+        bail!(
+            "--device {text}: expected cpu, cuda, cuda:N or cuda:N,M; hint: batchmax devices lists what there is"
         )
-    })
+    };
+    let mut sorted = indices.clone();
+    sorted.sort_unstable();
+    match sorted.windows(2).find(|two| two[0] == two[1]) {
+        Some(two) => bail!("--device {text}: cuda:{} is named twice", two[0]),
+        None => Ok(Device::Cuda(indices)),
+    }
 }
 
 /// How much of each prompt is cached.
@@ -332,8 +350,14 @@ mod tests {
     #[test]
     fn devices() {
         assert_eq!(device("cpu").expect("cpu"), Device::Cpu);
-        assert_eq!(device("cuda").expect("cuda"), Device::Cuda(0));
-        assert_eq!(device("cuda:12").expect("cuda"), Device::Cuda(12));
+        assert_eq!(device("cuda").expect("cuda"), Device::Cuda(vec![0]));
+        assert_eq!(device("cuda:12").expect("cuda"), Device::Cuda(vec![12]));
+        assert_eq!(device("cuda:1,0").expect("two"), Device::Cuda(vec![1, 0]));
+        assert_eq!(devices_of(&cuda_name("2x NVIDIA H100 80GB HBM3")), 2);
+        assert_eq!(devices_of(&cuda_name("NVIDIA H100 80GB HBM3")), 1);
+        assert_eq!(devices_of(LOCAL), 1);
+        let twice = device("cuda:3,1,3").expect_err("twice").to_string();
+        assert!(twice.contains("cuda:3 is named twice"), "{twice}");
         for wrong in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "h100-sxm"] {
             assert!(device(wrong).is_err(), "{wrong}");
         }

@@ -84,6 +84,11 @@ impl<'d> CudaEngine<'d> {
         &self.model
     }
 
+    /// Tells the devices that share its layers not to wait for it.
+    pub(super) fn leave(&mut self) {
+        self.device.leave();
+    }
+
     /// [`Executor::run`], and `watch` sees the logits of every token that is chosen or forced: they are downloaded after each step.
     ///
     /// # Errors

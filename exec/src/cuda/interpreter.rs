@@ -296,10 +296,7 @@ impl Interpreter<'_, '_> {
             OpKind::Trim { heads } => self.trim(heads, lanes, index),
             OpKind::PruneChannels { heads } => self.prune_channels(heads, lanes, index),
             OpKind::Forward { width, recent } => self.forward(width, recent, lanes, index),
-            OpKind::AllReduce { .. } => Err(ExecError::NotExecutable {
-                model: self.model.name.clone(),
-                part: "layers that several devices share".to_owned(),
-            }),
+            OpKind::AllReduce { .. } => self.all_reduce(rows),
             OpKind::Gated { .. } => self.gated(rows),
             OpKind::Softcap { width } => self.softcap(rows * width as usize),
             OpKind::Sample { .. } => self.sample(pass, lanes.as_slice(), rows),
@@ -401,6 +398,8 @@ impl Interpreter<'_, '_> {
             return Ok(head.multiply(self.device, (x, rows), head.n, none, accumulate, y)?);
         };
         let layer = &weights.layers[layer as usize];
+        // Devices that share the layer are about to add up: one of them brings the residual.
+        let adds = accumulate && self.device.rank().0 == 0;
         let out = if accumulate { slots.residual } else { slots.normed };
         let (x, w, bias, y) = match name {
             "query" | "qkv" => (slots.normed, &layer.qkv, layer.qkv_bias, slots.qkv),
@@ -411,7 +410,19 @@ impl Interpreter<'_, '_> {
         // Queries come first in a fused row; keys and values of a layer that reads another's cache are not needed.
         let queries = (self.model.heads * self.model.head_dim) as usize;
         let columns = if name == "query" { queries } else { w.n };
-        Ok(w.multiply(self.device, (x, rows), columns, bias, accumulate, y)?)
+        Ok(w.multiply(self.device, (x, rows), columns, bias, adds, y)?)
+    }
+
+    /// The parts of a block's output that the devices of a layer have: in the residual, or where the norm behind the block
+    /// takes them from.
+    fn all_reduce(&mut self, rows: usize) -> Result<(), ExecError> {
+        if self.device.rank().1 < 2 {
+            let part = "layers that several devices share on one".to_owned();
+            return Err(ExecError::NotExecutable { model: self.model.name.clone(), part });
+        }
+        let slots = &self.slots;
+        let out = if self.model.post_norms { slots.normed } else { slots.residual };
+        Ok(self.device.all_reduce(out, rows)?)
     }
 
     fn gated(&mut self, rows: usize) -> Result<(), ExecError> {

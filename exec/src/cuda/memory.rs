@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use batchmax_kernels::cuda::{
-    Address, Arg, CudaError, Driver, Event, Launch, Pinned, Product, Stream,
+    Address, Arg, CudaError, Driver, Element, Event, Launch, Pinned, Product, Stream,
 };
 
 use super::recorded::{Recordings, Work};
@@ -223,6 +223,26 @@ impl<'d> Device<'d> {
         self.work(Work::Multiply(*product))
     }
 
+    /// Which of the devices that share layers it is, and how many they are.
+    pub(super) fn rank(&self) -> (u32, u32) {
+        self.driver.rank()
+    }
+
+    /// Adds rows up over those devices. Never in a stretch: whether a sum is part of a recording has to be the same for all of
+    /// them, and what else a stretch holds may depend on a device's own heads.
+    pub(super) fn all_reduce(&mut self, rows: Rows, count: usize) -> Result<(), CudaError> {
+        if count == 0 {
+            return Ok(());
+        }
+        let numbers = count as u64 * u64::from(rows.width);
+        self.driver()?.all_reduce(MAIN, rows.at, numbers, rows.kind.element())
+    }
+
+    /// Tells them not to wait for this one.
+    pub(super) fn leave(&mut self) {
+        self.driver.leave();
+    }
+
     fn work(&mut self, work: Work) -> Result<(), CudaError> {
         self.recordings.add(self.driver, work)
     }
@@ -289,6 +309,15 @@ impl Kind {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
             Self::Fp8 => 1,
+        }
+    }
+
+    pub(super) fn element(self) -> Element {
+        match self {
+            Self::F32 => Element::F32,
+            Self::F16 => Element::F16,
+            Self::Bf16 => Element::Bf16,
+            Self::Fp8 => Element::Fp8,
         }
     }
 }

@@ -2,6 +2,7 @@
 //! [`batchmax_kernels::cuda::Driver`] there is.
 //!
 //! - [`engine`]: whole runs;
+//! - `group`: the same on several devices that share each layer;
 //! - `step`, `interpreter` and the files beside it, by the stems of the CPU's: which kernels make up an op;
 //! - `kv`, `pool`: the caches under their hard budget, with counts and tables on the host;
 //! - `weights`: what is uploaded;
@@ -16,6 +17,7 @@ mod copy;
 pub mod engine;
 mod evict;
 mod forward;
+mod group;
 mod interpreter;
 mod kv;
 mod memory;
@@ -29,3 +31,4 @@ mod step;
 mod weights;
 
 pub use engine::CudaEngine;
+pub use group::CudaGroup;

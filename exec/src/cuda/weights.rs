@@ -1,7 +1,7 @@
 //! A model's weights on a device, from those that the CPU has (or maps): the same numbers, rounded to the type of the
 //! activations where they are not codes.
 
-use batchmax_kernels::cuda::{Address, Arg, CudaError, Element, Product};
+use batchmax_kernels::cuda::{Address, Arg, CudaError, Product};
 use batchmax_kernels::gemm::{CodeRow, Packed};
 use batchmax_kernels::rope::RopeLayout;
 use half::{bf16, f16};
@@ -173,23 +173,14 @@ impl Matrix {
             x: x.at,
             x_stride: x.width,
             w,
-            element: element(x.kind),
+            element: x.kind.element(),
             scale: 1.0,
             bias,
             y: y.at,
             y_stride: y.width,
-            out: element(y.kind),
+            out: y.kind.element(),
             accumulate,
         })
-    }
-}
-
-fn element(kind: Kind) -> Element {
-    match kind {
-        Kind::F32 => Element::F32,
-        Kind::F16 => Element::F16,
-        Kind::Bf16 => Element::Bf16,
-        Kind::Fp8 => Element::Fp8,
     }
 }
 

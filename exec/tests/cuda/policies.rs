@@ -10,7 +10,74 @@ use super::{Case, Logits, compare, device, engines, on_cpu, on_device, tiny};
 /// The same numbers in another order differ by a few units in the last place of single precision; where that tips a rounding
 /// to a half, a key or a value changes by 2^-11 of itself, and a logit, which is a sum over 64 channels of size one behind
 /// three layers of such, by some thousandths.
-const HALVES: f32 = 0.01;
+pub(super) const HALVES: f32 = 0.01;
+
+const WHOLE: &[&str] = &["full"];
+const BY_TOKEN: &[&str] = &[
+    "streaming-llm:budget=40,chunk=32,slack=2",
+    "streaming-llm:budget=40,chunk=32,slack=2,rerotate=true",
+    "batch-max:budget=40,chunk=32,recent=8,slack=2",
+    "knorm:budget=50%,recent=8",
+    "keydiff:budget=40,chunk=32,recent=8",
+    "random:budget=50%",
+    "lagkv:budget=50%,lag=16",
+    "duoattention:sinks=8,recent=24",
+];
+const BY_ATTENTION: &[&str] = &[
+    "snapkv:budget=50%,window=8",
+    "snapkv-after-prefill:budget=50%,window=8",
+    "pyramidkv:budget=50%,window=8,pyramid=2",
+    "adakv:budget=50%,window=8",
+    "h2o:budget=50%,slack=2",
+    "h2o:budget=50%,slack=2,mean=true",
+    "tova:budget=50%,slack=2",
+    "expected-attention:budget=50%,future=32",
+    "dbudgetkv",
+];
+const PACKED: &[&str] =
+    &["kivi:residual=32", "kivi:residual=32,bits=2", "kv-int8", "kv-int4", "kv-int2"];
+const CHANNELS: &[&str] = &["think:window=8,recent=16", "think:window=8,recent=16,drop=0.3"];
+const CHOSEN: &[&str] = &[
+    "quest:budget=50%,page=8",
+    "quest:budget=50%,page=8,per_head=true",
+    "rocketkv:budget=50%,window=8,pool=7",
+    "clusterkv:budget=100%,sinks=4,per_cluster=8",
+];
+const PARTIAL: &[&str] =
+    &["refreshkv:budget=25%,every=2", "refreshkv:budget=90%,every=3,similarity=0.2"];
+const AHEAD: &[&str] = &["specache:residual=32,fetch=8"];
+const CHUNKS: &[&str] = &["cacheblend:chunk=16,suffix=16,recompute=0.3"];
+const FORWARD: &[&str] = &["fastkv:retain=0.4,forward=0.5"];
+const STATE: &[&str] = &["less:budget=50%,rank=4,hidden=16,slack=2"];
+const SHARED: &[&str] = &["kvsharer:layers=1"];
+const COMBINED: &[&str] = &[
+    "snapkv:budget=50%,window=8+kivi:residual=32",
+    "snapkv:budget=50%,window=8+think:window=8,recent=16",
+    "snapkv:budget=50%,window=8+think:window=8,recent=16+kivi:residual=32",
+    "cacheblend:chunk=16,suffix=16+snapkv:budget=50%,window=8",
+    "kvsharer:layers=1+snapkv:budget=50%,window=8",
+    "fastkv:retain=0.6,forward=0.7+kivi:residual=32",
+    "cacheblend:chunk=16,suffix=16+kivi:residual=32",
+    "less:budget=50%,rank=4,hidden=16,slack=2+kivi:residual=32",
+    "h2o:budget=50%,slack=2+kv-int4",
+];
+
+/// All of them.
+pub(super) const EVERY: &[&[&str]] = &[
+    WHOLE,
+    BY_TOKEN,
+    BY_ATTENTION,
+    PACKED,
+    CHANNELS,
+    CHOSEN,
+    PARTIAL,
+    AHEAD,
+    CHUNKS,
+    FORWARD,
+    STATE,
+    SHARED,
+    COMBINED,
+];
 
 fn all(policies: &[&str]) {
     all_within(policies, HALVES);
@@ -38,56 +105,32 @@ fn all_over(policies: &[&str], prompts: &[usize], tolerance: f32) {
 
 #[test]
 fn all_tokens_stay() {
-    all(&["full"]);
+    all(WHOLE);
 }
 
 #[test]
 fn tokens_go_by_what_is_known_of_each() {
-    all(&[
-        "streaming-llm:budget=40,chunk=32,slack=2",
-        "streaming-llm:budget=40,chunk=32,slack=2,rerotate=true",
-        "batch-max:budget=40,chunk=32,recent=8,slack=2",
-        "knorm:budget=50%,recent=8",
-        "keydiff:budget=40,chunk=32,recent=8",
-        "random:budget=50%",
-        "lagkv:budget=50%,lag=16",
-        "duoattention:sinks=8,recent=24",
-    ]);
+    all(BY_TOKEN);
 }
 
 #[test]
 fn tokens_go_by_attention() {
-    all(&[
-        "snapkv:budget=50%,window=8",
-        "snapkv-after-prefill:budget=50%,window=8",
-        "pyramidkv:budget=50%,window=8,pyramid=2",
-        "adakv:budget=50%,window=8",
-        "h2o:budget=50%,slack=2",
-        "h2o:budget=50%,slack=2,mean=true",
-        "tova:budget=50%,slack=2",
-        "expected-attention:budget=50%,future=32",
-        "dbudgetkv",
-    ]);
+    all(BY_ATTENTION);
 }
 
 #[test]
 fn old_tokens_are_packed() {
-    all(&["kivi:residual=32", "kivi:residual=32,bits=2", "kv-int8", "kv-int4", "kv-int2"]);
+    all(PACKED);
 }
 
 #[test]
 fn channels_are_dropped() {
-    all(&["think:window=8,recent=16", "think:window=8,recent=16,drop=0.3"]);
+    all(CHANNELS);
 }
 
 #[test]
 fn steps_read_a_choice() {
-    all(&[
-        "quest:budget=50%,page=8",
-        "quest:budget=50%,page=8,per_head=true",
-        "rocketkv:budget=50%,window=8,pool=7",
-        "clusterkv:budget=100%,sinks=4,per_cluster=8",
-    ]);
+    all(CHOSEN);
     all_over(&[CLUSTERS], &[61, 97], HALVES);
 }
 
@@ -135,45 +178,35 @@ fn apart(a: &Logits, b: &Logits) -> f32 {
 
 #[test]
 fn partial_caches_stand_beside() {
-    all(&["refreshkv:budget=25%,every=2", "refreshkv:budget=90%,every=3,similarity=0.2"]);
+    all(PARTIAL);
 }
 
 #[test]
 fn rows_look_ahead() {
-    all(&["specache:residual=32,fetch=8"]);
+    all(AHEAD);
 }
 
 #[test]
 fn chunks_are_taken_over() {
-    all(&["cacheblend:chunk=16,suffix=16,recompute=0.3"]);
+    all(CHUNKS);
 }
 
 #[test]
 fn some_rows_go_on() {
-    all(&["fastkv:retain=0.4,forward=0.5"]);
+    all(FORWARD);
 }
 
 #[test]
 fn dropped_tokens_leave_a_state() {
-    all(&["less:budget=50%,rank=4,hidden=16,slack=2"]);
+    all(STATE);
 }
 
 #[test]
 fn layers_share_caches() {
-    all(&["kvsharer:layers=1"]);
+    all(SHARED);
 }
 
 #[test]
 fn policies_go_together() {
-    all(&[
-        "snapkv:budget=50%,window=8+kivi:residual=32",
-        "snapkv:budget=50%,window=8+think:window=8,recent=16",
-        "snapkv:budget=50%,window=8+think:window=8,recent=16+kivi:residual=32",
-        "cacheblend:chunk=16,suffix=16+snapkv:budget=50%,window=8",
-        "kvsharer:layers=1+snapkv:budget=50%,window=8",
-        "fastkv:retain=0.6,forward=0.7+kivi:residual=32",
-        "cacheblend:chunk=16,suffix=16+kivi:residual=32",
-        "less:budget=50%,rank=4,hidden=16,slack=2+kivi:residual=32",
-        "h2o:budget=50%,slack=2+kv-int4",
-    ]);
+    all(COMBINED);
 }

@@ -276,9 +276,14 @@ impl std::error::Error for CudaError {}
 ///
 /// Everything that takes a stream is put into that queue and may not have happened yet when the call returns, except
 /// `download`, which waits for it. Errors of earlier work may show up in later calls.
-pub trait Driver {
+pub trait Driver: Send {
     /// The device.
     fn device(&self) -> &DeviceInfo;
+
+    /// Which it is of the devices that were opened together, and how many they are.
+    fn rank(&self) -> (u32, u32) {
+        (0, 1)
+    }
 
     /// Its memory now.
     ///
@@ -377,6 +382,23 @@ pub trait Driver {
     /// # Errors
     /// What the library said, or that it has no such product.
     fn multiply(&mut self, stream: Stream, product: &Product) -> Result<(), CudaError>;
+
+    /// Adds numbers up over all devices that were opened together: each gets the sums in place of its own, the same bits
+    /// everywhere. Every one of them has to ask for it, with as many numbers of the same type, in the same order as for
+    /// other sums. Not while work is recorded.
+    ///
+    /// # Errors
+    /// What the library said, or that one of the others left.
+    fn all_reduce(
+        &mut self,
+        stream: Stream,
+        at: Address,
+        count: u64,
+        element: Element,
+    ) -> Result<(), CudaError>;
+
+    /// Tells the others not to wait for this device: sums that they ask for end with an error from here on.
+    fn leave(&mut self) {}
 
     /// A second queue beside stream 0.
     ///

@@ -1,5 +1,6 @@
 //! Weights in panels of 32 output columns.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
@@ -382,6 +383,36 @@ impl Packed {
             let half = |at: usize| u16::from_ne_bytes([panels[at], panels[at + 1]]);
             (out.scales[block], out.minima[block]) = (half(place.scale), half(place.minimum));
         }
+    }
+
+    /// Some columns of some rows, in that order, as a matrix of its own; `None` where blocks of codes would be torn.
+    ///
+    /// # Panics
+    /// If there are no such rows or columns.
+    #[must_use]
+    pub fn part(&self, rows: &[Range<usize>], columns: Range<usize>) -> Option<Self> {
+        assert!(columns.end <= self.k, "columns up to {} of {}", columns.end, self.k);
+        let of: Vec<usize> = rows.iter().flat_map(Clone::clone).collect();
+        let (n, k) = (of.len(), columns.len());
+        if self.format.code_bits().is_none() {
+            let mut row = vec![0.0; self.k];
+            return Some(Self::pack(n, k, self.format, |i, out| {
+                self.row(of[i], &mut row);
+                out.copy_from_slice(&row[columns.clone()]);
+            }));
+        }
+        let whole = |at: usize| at.is_multiple_of(BLOCK) || at == self.k;
+        if !whole(columns.start) || !whole(columns.end) {
+            return None;
+        }
+        let blocks = columns.start / BLOCK..columns.end.div_ceil(BLOCK);
+        let mut row = CodeRow::zero(self.k);
+        Some(Self::pack_codes(n, k, self.format, |i, out| {
+            self.code_row(of[i], &mut row);
+            out.codes.copy_from_slice(&row.codes[blocks.start * BLOCK..blocks.end * BLOCK]);
+            out.scales.copy_from_slice(&row.scales[blocks.clone()]);
+            out.minima.copy_from_slice(&row.minima[blocks.clone()]);
+        }))
     }
 
     pub(super) fn as_ptr(&self) -> *const u8 {

@@ -263,3 +263,22 @@ fn the_first_columns_are_those_of_the_whole_product() {
         }
     }
 }
+
+#[test]
+fn parts_are_those_numbers() {
+    let number = |i: usize, at: usize| ((i * 7 + at * 3) % 16) as f32 - 8.0;
+    for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Q8, WeightFormat::Q4] {
+        let whole = Packed::pack(70, 96, format, |i, out| {
+            out.iter_mut().zip(0..).for_each(|(x, at)| *x = number(i, at));
+        });
+        let part = whole.part(&[60..70, 3..5], 32..96).expect("whole blocks");
+        assert_eq!((part.n(), part.k(), part.format()), (12, 64, format));
+        let (mut of, mut from) = (vec![0.0; 64], vec![0.0; 96]);
+        for (i, row) in (60..70).chain(3..5).enumerate() {
+            part.row(i, &mut of);
+            whole.row(row, &mut from);
+            assert_eq!(of, from[32..], "{format:?}, row {i}");
+        }
+        assert_eq!(whole.part(&[0..70, 0..0], 0..48).is_none(), format.code_bits().is_some());
+    }
+}

@@ -275,3 +275,45 @@ fn products_add_bias_and_what_was_there() {
     };
     assert!(why(gpu.multiply(FIRST, &fp8)).contains("multiples of 16"));
 }
+
+#[test]
+fn devices_add_up() {
+    if !available() {
+        return;
+    }
+    let devices = Emulated::together(Settings::default(), 3).expect("there is a compiler");
+    // 1 + 2 + 4, and in brain floats 256 + 1 + 1 is 258, which has eight bits.
+    let added = std::thread::scope(|scope| {
+        let run = |mut gpu: Emulated| {
+            let (rank, of) = gpu.rank();
+            assert_eq!(of, 3);
+            let at = put(&mut gpu, &[(1 << rank) as f32, 0.5]);
+            gpu.all_reduce(FIRST, at, 2, Element::F32).expect("a sum");
+            let sums = get(&mut gpu, at, 2);
+            let bits: u16 = if rank == 0 { 0x4380 } else { 0x3f80 };
+            gpu.upload(FIRST, at, &bits.to_ne_bytes()).expect("uploaded");
+            gpu.all_reduce(FIRST, at, 1, Element::Bf16).expect("a sum");
+            let mut bytes = [0; 2];
+            gpu.download(FIRST, at, &mut bytes).expect("downloaded");
+            gpu.begin_capture(FIRST).expect("a recording");
+            let recorded = why(gpu.all_reduce(FIRST, at, 1, Element::F32));
+            assert!(recorded.contains("recorded"), "{recorded}");
+            gpu.end_capture(FIRST).expect("its end");
+            (sums, u16::from_ne_bytes(bytes), gpu)
+        };
+        let threads: Vec<_> =
+            devices.into_iter().map(|gpu| scope.spawn(move || run(gpu))).collect();
+        threads.into_iter().map(|t| t.join().expect("no panic")).collect::<Vec<_>>()
+    });
+    let mut gpus = Vec::new();
+    for (sums, brain, gpu) in added {
+        assert_eq!((&sums[..], brain), (&[7.0, 1.5][..], 0x4381));
+        gpus.push(gpu);
+    }
+    // Who leaves holds up none.
+    gpus.pop().expect("three").leave();
+    let at = put(&mut gpus[0], &[1.0]);
+    let left = why(gpus[0].all_reduce(FIRST, at, 1, Element::F32));
+    assert!(left.contains("another device left"), "{left}");
+    assert_eq!(why(gpus[0].memory()), left, "as on a device, a fault stays");
+}

@@ -226,7 +226,7 @@ impl Model {
     /// repeated where there are fewer than devices.
     ///
     /// # Errors
-    /// When `tp` does not divide the query heads.
+    /// When `tp` does not divide the query heads, or neither divides the KV heads nor is a multiple of them.
     pub fn shard(&self, tp: u32) -> Result<Self, String> {
         if tp <= 1 {
             return Ok(self.clone());
@@ -237,6 +237,12 @@ impl Model {
                 self.heads, self.name
             ));
         }
+        if !self.kv_heads.is_multiple_of(tp) && !tp.is_multiple_of(self.kv_heads) {
+            return Err(format!(
+                "{tp} devices can't share the {0} KV heads of {1}; hint: a number that divides {0}, or a multiple of it",
+                self.kv_heads, self.name
+            ));
+        }
         Ok(Self {
             heads: self.heads / tp,
             kv_heads: (self.kv_heads / tp).max(1),
@@ -244,6 +250,21 @@ impl Model {
             vocab: self.vocab.div_ceil(tp),
             ..self.clone()
         })
+    }
+
+    /// [`Self::shard`] with the whole vocabulary on each device, so that each knows the next token by itself: what this
+    /// project's executor runs.
+    ///
+    /// # Errors
+    /// As there; also when `tp` does not divide the feed-forward width.
+    pub fn shard_layers(&self, tp: u32) -> Result<Self, String> {
+        if tp > 1 && !self.ffn.is_multiple_of(tp) {
+            return Err(format!(
+                "{tp} devices can't share the feed-forward width {0} of {1}; hint: a number that divides {0}",
+                self.ffn, self.name
+            ));
+        }
+        Ok(Self { vocab: self.vocab, ..self.shard(tp)? })
     }
 
     /// Query heads per KV head.
@@ -293,5 +314,31 @@ impl Model {
     #[must_use]
     pub fn attention_scale(&self) -> f64 {
         self.attention_scale.unwrap_or_else(|| f64::from(self.head_dim).sqrt().recip())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::profile::Catalog;
+
+    #[test]
+    fn devices_share_heads_they_can_divide() {
+        let mut model = Catalog::built_in().model("llama-3.1-8b").expect("built in");
+        // 32 query heads, 8 KV heads, feed-forward width 14,336, vocabulary 128,256.
+        let part = model.shard(4).expect("it divides");
+        assert_eq!((part.heads, part.kv_heads, part.ffn, part.vocab), (8, 2, 3584, 32_064));
+        let part = model.shard(16).expect("two devices to a KV head");
+        assert_eq!((part.heads, part.kv_heads), (2, 1));
+        let part = model.shard_layers(4).expect("it divides");
+        assert_eq!((part.heads, part.ffn, part.vocab), (8, 3584, 128_256));
+        let refused = model.shard(3).expect_err("32 heads");
+        assert!(refused.contains("32 heads"), "{refused}");
+        (model.heads, model.kv_heads) = (12, 4);
+        // Three devices would have four query heads each, but those of one and a third KV heads.
+        let refused = model.shard(3).expect_err("4 KV heads");
+        assert!(refused.contains("4 KV heads"), "{refused}");
+        (model.heads, model.kv_heads, model.ffn) = (12, 6, 100);
+        let refused = model.shard_layers(3).expect_err("100 / 3");
+        assert!(refused.contains("feed-forward width 100"), "{refused}");
     }
 }

@@ -10,9 +10,11 @@ mod found;
 mod modules;
 mod product;
 mod staging;
+mod together;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
@@ -21,6 +23,7 @@ pub use self::found::devices;
 use self::modules::Modules;
 use self::product::{Products, WORKSPACE};
 use self::staging::Staging;
+use self::together::Together;
 use super::{
     Address, Arg, CudaError, DeviceInfo, DeviceMemory, Driver, Element, Event, Graph, Launch,
     Pinned, Product, Stream,
@@ -85,7 +88,12 @@ pub struct Device {
     events: Vec<sys::CUevent>,
     graphs: Vec<Option<sys::CUgraphExec>>,
     capturing: bool,
+    /// Those that were opened with it, and which of them it is.
+    together: Option<(Arc<Together>, u32)>,
 }
+
+// SAFETY: handles of the driver belong to a process, not to a thread; every call makes the context that of its thread.
+unsafe impl Send for Device {}
 
 impl Device {
     /// Opens a device of [`devices`].
@@ -111,6 +119,7 @@ impl Device {
             events: Vec::new(),
             graphs: Vec::new(),
             capturing: false,
+            together: None,
         };
         own.stream()?;
         own.staging = Some(Staging::new()?);
@@ -118,6 +127,20 @@ impl Device {
         // Here and not with the first product, so that `memory` already tells of it.
         own.workspace(Stream(0))?;
         Ok(own)
+    }
+
+    /// Opens several devices of one kind that add up ([`Driver::all_reduce`]), each to be called from a thread of its own.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; `Unavailable` where NCCL is missing or the devices differ.
+    pub fn open_together(indices: &[u32]) -> Result<Vec<Self>, CudaError> {
+        let mut devices = indices.iter().map(|i| Self::open(*i)).collect::<Result<Vec<_>, _>>()?;
+        together::alike(devices.iter().map(|device| &device.info))?;
+        let together = Arc::new(Together::new(indices)?);
+        for (device, rank) in devices.iter_mut().zip(0..) {
+            device.together = Some((Arc::clone(&together), rank));
+        }
+        Ok(devices)
     }
 
     /// Whether products of single precision may round their operands to TF32, which is faster. Not so at first.
@@ -396,6 +419,33 @@ impl Driver for Device {
         self.products()?.multiply(queue.cast(), workspace, product, accumulate)
     }
 
+    fn rank(&self) -> (u32, u32) {
+        self.together.as_ref().map_or((0, 1), |(all, rank)| (*rank, all.devices()))
+    }
+
+    fn all_reduce(
+        &mut self,
+        stream: Stream,
+        at: Address,
+        count: u64,
+        element: Element,
+    ) -> Result<(), CudaError> {
+        self.enter()?;
+        self.not_in_capture(together::CALL)?;
+        self.memory.check(together::CALL, at.0, count * element.bytes())?;
+        let queue = self.queue(stream)?;
+        match &self.together {
+            Some((all, rank)) => all.add(*rank, queue.cast(), at, count, element),
+            None => Ok(()),
+        }
+    }
+
+    fn leave(&mut self) {
+        if let Some((all, _)) = &self.together {
+            all.abort();
+        }
+    }
+
     fn stream(&mut self) -> Result<Stream, CudaError> {
         self.enter()?;
         self.not_in_capture("a new stream")?;
@@ -502,6 +552,9 @@ impl Driver for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        if let Some((all, rank)) = self.together.take() {
+            all.close(rank);
+        }
         // A device that was lost answers each of these with the same error, which has nobody to go to.
         if self.enter().is_ok() {
             let _ = result::ctx::synchronize();

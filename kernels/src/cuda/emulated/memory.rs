@@ -17,6 +17,9 @@ struct Piece {
     bytes: usize,
 }
 
+// SAFETY: a piece is the only owner of its memory, as a box is.
+unsafe impl Send for Piece {}
+
 impl Piece {
     fn layout(bytes: usize) -> Option<Layout> {
         Layout::from_size_align(bytes.checked_add(2 * GUARD)?, ALIGN).ok()

@@ -5,22 +5,24 @@
 //! is as on a device: all later calls fail with it.
 
 mod ledger;
+mod meeting;
 mod memory;
 mod product;
 pub mod shim;
 mod work;
 
 use std::collections::VecDeque;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 pub use self::ledger::{Ledger, Live};
+use self::meeting::{ALL_REDUCE, Meeting};
 use self::memory::Pieces;
 use self::shim::{Library, Moved};
 use self::work::{Capture, Mark, Work};
 use super::{
-    Address, Arg, CudaError, DeviceInfo, DeviceMemory, Driver, Event, Graph, Launch, Pinned,
-    Product, Stream,
+    Address, Arg, CudaError, DeviceInfo, DeviceMemory, Driver, Element, Event, Graph, Launch,
+    Pinned, Product, Stream,
 };
 
 /// What the device pretends to be.
@@ -54,11 +56,13 @@ pub struct Emulated {
     pinned: Pieces,
     queues: Vec<VecDeque<Work>>,
     marks: Vec<Mark>,
-    graphs: Vec<Option<Rc<Vec<Work>>>>,
+    graphs: Vec<Option<Arc<Vec<Work>>>>,
     capture: Option<Capture>,
     captures: usize,
     fault: Option<CudaError>,
     ledger: Ledger,
+    /// Where devices that were opened together add up, and which of them this is.
+    meeting: (Arc<Meeting>, u32),
 }
 
 fn failed<T>(call: impl Into<String>, why: impl Into<String>) -> Result<T, CudaError> {
@@ -114,7 +118,23 @@ impl Emulated {
             captures: 0,
             fault: None,
             ledger,
+            meeting: (Arc::new(Meeting::new(1)), 0),
         })
+    }
+
+    /// Devices that add up, each to be called from a thread of its own.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn together(settings: Settings, devices: u32) -> Result<Vec<Self>, CudaError> {
+        let meeting = Arc::new(Meeting::new(devices));
+        let one = |rank| {
+            let mut device = Self::new(settings)?;
+            device.info.index = rank;
+            device.meeting = (Arc::clone(&meeting), rank);
+            Ok(device)
+        };
+        (0..devices).map(one).collect()
     }
 
     /// Changes the order in which threads and blocks of later kernels run.
@@ -216,6 +236,14 @@ impl Emulated {
             }
             Work::Wait { event, ticket, source } => return self.reach(*event, *ticket, *source),
             Work::Graph(graph) => return graph.iter().try_for_each(|work| self.perform(work)),
+            Work::AllReduce { at, count, element } => {
+                let (meeting, rank) = &self.meeting;
+                let part = self.memory.read(at.0, count * element.bytes()).map(<[u8]>::to_vec);
+                let sum = part.and_then(|part| meeting.add(*rank, *element, part));
+                sum.and_then(|sum| {
+                    self.memory.write(at.0, sum.len() as u64).map(|at| at.copy_from_slice(&sum))
+                })
+            }
         };
         done.map_err(|why| {
             let fault = CudaError::Failed { call: work.to_string(), why };
@@ -431,6 +459,26 @@ impl Driver for Emulated {
         self.push(stream, Work::Multiply(*product))
     }
 
+    fn rank(&self) -> (u32, u32) {
+        (self.meeting.1, self.meeting.0.devices())
+    }
+
+    fn all_reduce(
+        &mut self,
+        stream: Stream,
+        at: Address,
+        count: u64,
+        element: Element,
+    ) -> Result<(), CudaError> {
+        self.not_in_capture(ALL_REDUCE)?;
+        self.inside(ALL_REDUCE, at, count * element.bytes())?;
+        self.push(stream, Work::AllReduce { at, count, element })
+    }
+
+    fn leave(&mut self) {
+        self.meeting.0.leave();
+    }
+
     fn stream(&mut self) -> Result<Stream, CudaError> {
         self.not_in_capture("a new stream")?;
         self.queues.push(VecDeque::new());
@@ -511,7 +559,7 @@ impl Driver for Emulated {
             return failed("the end of a recording", "none was begun");
         };
         let works = capture.end(stream)?;
-        self.graphs.push(Some(Rc::new(works)));
+        self.graphs.push(Some(Arc::new(works)));
         self.ledger.change(|live| live.graphs += 1);
         Ok(Graph(self.graphs.len() as u32 - 1))
     }
@@ -520,7 +568,7 @@ impl Driver for Emulated {
         self.not_in_capture("a recording in a recording")?;
         match self.graphs.get(graph.0 as usize) {
             Some(Some(works)) => {
-                let works = Rc::clone(works);
+                let works = Arc::clone(works);
                 self.push(stream, Work::Graph(works))
             }
             _ => failed("a recording", format!("there is no graph {}", graph.0)),

@@ -26,7 +26,7 @@ impl Matrix {
     }
 }
 
-fn decode(element: Element, bytes: &[u8]) -> Vec<f32> {
+pub(super) fn decode(element: Element, bytes: &[u8]) -> Vec<f32> {
     let word = |b: &[u8]| u16::from_ne_bytes([b[0], b[1]]);
     match element {
         Element::F32 => {
@@ -38,7 +38,7 @@ fn decode(element: Element, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-fn encode(element: Element, x: f32, out: &mut [u8]) {
+pub(super) fn encode(element: Element, x: f32, out: &mut [u8]) {
     match element {
         Element::F32 => out.copy_from_slice(&x.to_ne_bytes()),
         Element::F16 => out.copy_from_slice(&f16::from_f32(x).to_ne_bytes()),

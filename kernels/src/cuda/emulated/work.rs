@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::failed;
-use crate::cuda::{Address, CudaError, Event, Launch, Product, Stream};
+use super::meeting::ALL_REDUCE;
+use crate::cuda::{Address, CudaError, Element, Event, Launch, Product, Stream};
 
 /// A piece of work.
 pub(super) enum Work {
@@ -19,7 +20,8 @@ pub(super) enum Work {
     Multiply(Product),
     Record { event: Event, ticket: u64 },
     Wait { event: Event, ticket: u64, source: Stream },
-    Graph(Rc<Vec<Work>>),
+    Graph(Arc<Vec<Work>>),
+    AllReduce { at: Address, count: u64, element: Element },
 }
 
 impl fmt::Display for Work {
@@ -34,6 +36,7 @@ impl fmt::Display for Work {
             Self::Multiply(Product { m, n, k, .. }) => return write!(f, "product {m} x {n} x {k}"),
             Self::Record { .. } | Self::Wait { .. } => "a mark",
             Self::Graph(_) => "a recording",
+            Self::AllReduce { .. } => ALL_REDUCE,
         })
     }
 }

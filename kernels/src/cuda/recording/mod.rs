@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use self::null::Null;
 use super::{
-    Address, CudaError, DeviceInfo, DeviceMemory, Driver, Event, Graph, Launch, Pinned, Product,
-    Stream,
+    Address, CudaError, DeviceInfo, DeviceMemory, Driver, Element, Event, Graph, Launch, Pinned,
+    Product, Stream,
 };
 
 /// A call of a driver. Bytes are counted, not kept.
@@ -28,6 +28,7 @@ pub enum Call {
     Fill { stream: Stream, at: Address, byte: u8, bytes: u64 },
     Launch { stream: Stream, launch: Launch },
     Multiply { stream: Stream, product: Product },
+    AllReduce { stream: Stream, at: Address, count: u64, element: Element },
     Stream,
     Synchronize { stream: Stream },
     Event,
@@ -284,6 +285,25 @@ impl<D: Driver> Driver for Recording<D> {
 
     fn multiply(&mut self, stream: Stream, product: &Product) -> Result<(), CudaError> {
         self.call(Call::Multiply { stream, product: *product }, |d| d.multiply(stream, product))
+    }
+
+    fn rank(&self) -> (u32, u32) {
+        self.inner.rank()
+    }
+
+    fn all_reduce(
+        &mut self,
+        stream: Stream,
+        at: Address,
+        count: u64,
+        element: Element,
+    ) -> Result<(), CudaError> {
+        let call = Call::AllReduce { stream, at, count, element };
+        self.call(call, |d| d.all_reduce(stream, at, count, element))
+    }
+
+    fn leave(&mut self) {
+        self.inner.leave();
     }
 
     fn stream(&mut self) -> Result<Stream, CudaError> {
