@@ -36,6 +36,18 @@ pub trait Executor {
     /// # Errors
     /// As [`Self::run`].
     fn probe(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError>;
+
+    /// The same where each op finds the device's cache full of something else; `None` where that is not to be had.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    fn probe_cold(
+        &mut self,
+        _program: &Program,
+        _resident: Tokens,
+    ) -> Result<Option<Clock>, ExecError> {
+        Ok(None)
+    }
 }
 
 impl Executor for Engine {

@@ -14,6 +14,7 @@ use batchmax_sim::timeline::Timeline;
 use batchmax_sim::units::{Bytes, Seconds};
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Clock;
 use crate::devices::Conditions;
 use crate::error::ExecError;
 use crate::executor::Executor;
@@ -67,8 +68,11 @@ pub struct Measurements {
     pub conditions: Vec<Condition>,
     /// Seconds of each timed step beyond its ops.
     pub overheads_s: Vec<f64>,
-    /// The points.
+    /// The points: ops where they run, with what the ops before them left in the caches.
     pub points: Vec<(Family, Point)>,
+    /// Those of a GPU's shorter passes once more, each with the device's cache full of something else.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cold: Vec<(Family, Point)>,
 }
 
 impl Measurements {
@@ -83,6 +87,7 @@ impl Measurements {
             conditions: Vec::new(),
             overheads_s: Vec::new(),
             points: Vec::new(),
+            cold: Vec::new(),
         }
     }
 
@@ -126,31 +131,36 @@ impl Measurements {
                 self.overheads_s.push(overhead);
             }
         }
-        probe.program.visit_passes(|index, pass, _| self.take(index, pass, &clock));
+        probe.program.visit_passes(|index, pass, _| take(&mut self.points, index, pass, &clock));
+        // Long passes sweep the cache by themselves.
+        if short && let Some(clock) = executor.probe_cold(&probe.program, probe.resident)? {
+            probe.program.visit_passes(|index, pass, _| take(&mut self.cold, index, pass, &clock));
+        }
         Ok(())
     }
+}
 
-    fn take(&mut self, pass_index: u32, pass: &Pass, clock: &crate::clock::Clock) {
-        for (block_index, block) in pass.blocks() {
-            for (op_index, op) in block.ops.iter().enumerate() {
-                let samples = clock.samples(pass_index, block_index, op_index as u32);
-                let features = features(op, 0);
-                let (Some((seconds, spread)), Some((at, _))) =
-                    (median_and_spread(samples), features.parts.first())
-                else {
-                    continue;
-                };
-                let work = op.work(0);
-                let point = Point {
-                    key: features.key,
-                    at: *at,
-                    flops: work.flops.0,
-                    bytes: work.bytes().0 as f64,
-                    seconds,
-                    spread,
-                };
-                self.points.push((op.family(pass.phase), point));
-            }
+/// Adds the points of a pass.
+fn take(points: &mut Vec<(Family, Point)>, pass_index: u32, pass: &Pass, clock: &Clock) {
+    for (block_index, block) in pass.blocks() {
+        for (op_index, op) in block.ops.iter().enumerate() {
+            let samples = clock.samples(pass_index, block_index, op_index as u32);
+            let features = features(op, 0);
+            let (Some((seconds, spread)), Some((at, _))) =
+                (median_and_spread(samples), features.parts.first())
+            else {
+                continue;
+            };
+            let work = op.work(0);
+            let point = Point {
+                key: features.key,
+                at: *at,
+                flops: work.flops.0,
+                bytes: work.bytes().0 as f64,
+                seconds,
+                spread,
+            };
+            points.push((op.family(pass.phase), point));
         }
     }
 }

@@ -87,6 +87,7 @@ mod tests {
             capability: (9, 0),
             memory: 80 << 30,
             multiprocessors: 132,
+            l2: 50 << 20,
             driver: 12_040,
         };
         let found = Ok(vec![device]);

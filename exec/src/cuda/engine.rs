@@ -32,6 +32,9 @@ use crate::kv_store::kv_format;
 use crate::tier::TierUse;
 use crate::weights::Weights;
 
+/// So many times a cache's size is written to fill it with something else.
+const SWEEP: u64 = 2;
+
 /// Who wants to see logits.
 type Watch<'w> = &'w mut dyn FnMut(Chosen<'_>);
 
@@ -105,11 +108,18 @@ impl<'d> CudaEngine<'d> {
         self.run_in_memory(&Run { program, prompts, options, stop }, progress, Some(watch))
     }
 
-    fn probe_in_memory(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
+    /// Between ops `sweep` bytes are written.
+    fn probe_in_memory(
+        &mut self,
+        program: &Program,
+        resident: Tokens,
+        sweep: u64,
+    ) -> Result<Clock, ExecError> {
         let ((prompts, options), never) = (probed(program), AtomicBool::new(false));
         let run = Run { program, prompts: &prompts, options: &options, stop: &never };
         let mut interpreter = self.interpreter(&run, resident)?;
         interpreter.fill(layer_count(program) as usize, resident as usize)?;
+        interpreter.sweep = sweep;
         probe(&mut interpreter, program, resident)
     }
 
@@ -235,6 +245,7 @@ impl<'d> CudaEngine<'d> {
             slower: Slower::new(options.tier_place.clone()),
             advanced: Vec::new(),
             timed: Timed::default(),
+            sweep: 0,
         })
     }
 }
@@ -342,9 +353,24 @@ impl Executor for CudaEngine<'_> {
 
     fn probe(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
         let mark = self.device.mark();
-        let clock = self.probe_in_memory(program, resident);
+        let clock = self.probe_in_memory(program, resident, 0);
         self.device.release(mark);
         clock
+    }
+
+    fn probe_cold(
+        &mut self,
+        program: &Program,
+        resident: Tokens,
+    ) -> Result<Option<Clock>, ExecError> {
+        let cache = self.device.driver()?.device().l2;
+        if cache == 0 {
+            return Ok(None);
+        }
+        let mark = self.device.mark();
+        let clock = self.probe_in_memory(program, resident, SWEEP * cache);
+        self.device.release(mark);
+        clock.map(Some)
     }
 }
 

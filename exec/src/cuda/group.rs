@@ -193,4 +193,14 @@ impl Executor for CudaGroup<'_> {
         let clocks = self.together(program, probe, probe)?;
         clocks.into_iter().next().ok_or(ExecError::DevicesDisagree)
     }
+
+    fn probe_cold(
+        &mut self,
+        program: &Program,
+        resident: Tokens,
+    ) -> Result<Option<Clock>, ExecError> {
+        let probe = |engine: &mut CudaEngine<'_>| engine.probe_cold(program, resident);
+        let clocks = self.together(program, probe, probe)?;
+        Ok(clocks.into_iter().next().flatten())
+    }
 }

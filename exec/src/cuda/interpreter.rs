@@ -169,6 +169,8 @@ pub(super) struct Interpreter<'a, 'd> {
     /// Layers whose heads the device has counted this step's rows in already.
     pub(super) advanced: Vec<bool>,
     pub(super) timed: super::step::Timed,
+    /// Bytes to write before each op, so that it finds nothing of what it needs in the cache of the device.
+    pub(super) sweep: u64,
 }
 
 /// Largest numbers of a program.

@@ -141,6 +141,7 @@ mod tests {
             capability: (8, 0),
             memory: 1 << 20,
             multiprocessors: 1,
+            l2: 0,
             driver: 0,
         }));
         let log = driver.log();

@@ -81,9 +81,10 @@ impl Interpreter<'_, '_> {
         self.advance(view.pass, &lanes)?;
         view.pass.visit(|block, index, layer, op| {
             op.move_lanes(view.step, view.shift, &mut lanes);
+            let began = if self.sweep > 0 { Some(self.swept()?) } else { None };
             self.run(view.pass, op, &lanes, layer)?;
             if times_ops {
-                marks.push((block, index, self.mark()?));
+                marks.push((block, index, began, self.mark()?));
             }
             Ok::<(), ExecError>(())
         })?;
@@ -97,7 +98,10 @@ impl Interpreter<'_, '_> {
         clock.add_step(view.pass.phase, self.device.driver()?.elapsed(start, end)?);
         let mut last = start;
         let mut ops = Vec::with_capacity(marks.len());
-        for (block, index, mark) in marks {
+        for (block, index, began, mark) in marks {
+            if let Some(began) = began {
+                self.device.give_event(std::mem::replace(&mut last, began));
+            }
             ops.push((block, index, self.device.driver()?.elapsed(last, mark)?));
             self.device.give_event(std::mem::replace(&mut last, mark));
         }
@@ -110,6 +114,13 @@ impl Interpreter<'_, '_> {
             clock.add(view.pass_index, *block, *index, *seconds);
         }
         self.count_copies()
+    }
+
+    /// Fills the device's cache with something else; a mark behind that.
+    fn swept(&mut self) -> Result<Event, ExecError> {
+        let at = self.device.scratch("sweep", self.sweep)?;
+        self.device.fill(at, 0, self.sweep)?;
+        self.mark()
     }
 
     fn mark(&mut self) -> Result<Event, ExecError> {

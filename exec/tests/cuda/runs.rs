@@ -13,6 +13,7 @@ use batchmax_sim::load::{Group, Load, Schedule};
 use batchmax_sim::lower::lower_pass;
 use batchmax_sim::op::{DType, Phase};
 use batchmax_sim::policy::Full;
+use batchmax_sim::timeline::Timeline;
 
 use super::common::setup;
 use super::{
@@ -237,7 +238,40 @@ fn probes_run_over_caches_that_nobody_read() {
         let attention = attention.expect("a layer attends");
         assert!(attention.launches >= f64::from(model.layers) && attention.time.0 > 0.0);
         assert!(timeline.phase(phase).0 > 0.0);
+        // Once more with the cache full of something else: the same ops as often.
+        let cold = cuda.probe_cold(&program, resident).expect("a probe").expect("a cache");
+        let cold = cold.timeline(&program);
+        let launches = |t: &Timeline| t.spans.iter().map(|s| s.launches).collect::<Vec<_>>();
+        assert_eq!(launches(&cold), launches(&timeline));
+        assert!(cold.spans.iter().all(|s| s.launches == 0.0 || s.time.0 >= 0.0));
     }
+    // Each op of a swept pass stands between two marks of its own, behind as many bytes as fill the cache twice.
+    let mut driver = null();
+    driver.inner().set_l2(1 << 20);
+    let log = driver.log();
+    let weights = Weights::synthetic(&model, DType::F32).expect("executable");
+    let mut cuda = CudaEngine::new(&mut driver, model.clone(), weights, DType::F32).expect("room");
+    let load = Load::new(vec![Group { sequences: 1, isl: 33, osl: 2, hit: 0 }], Schedule::Static);
+    let (policy, setup) = (Full::default(), setup(DType::F16));
+    let program = lower_pass(&model, &policy, &load, setup, Phase::Decode, 1, 32);
+    log.clear();
+    cuda.probe_cold(&program, 32).expect("a probe").expect("a cache");
+    let calls = log.calls();
+    let sweeps: Vec<usize> = (0..calls.len())
+        .filter(|i| matches!(calls[*i], Call::Fill { bytes, .. } if bytes == 2 << 20))
+        .collect();
+    let mut ops = 0;
+    program
+        .visit_steps(|view| {
+            view.pass.visit(|_, _, _, _| {
+                ops += 1;
+                Ok::<(), ()>(())
+            })
+        })
+        .expect("no error");
+    assert_eq!(sweeps.len(), ops);
+    let next = |i: &usize| calls[i + 1..].iter().find(|call| **call != Call::Event);
+    assert!(sweeps.iter().all(|i| matches!(next(i), Some(Call::Record { .. }))));
 }
 
 pub(super) fn null() -> Recording<Null> {
@@ -247,6 +281,7 @@ pub(super) fn null() -> Recording<Null> {
         capability: (8, 0),
         memory: 1 << 32,
         multiprocessors: 1,
+        l2: 0,
         driver: 0,
     }))
 }

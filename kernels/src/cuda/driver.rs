@@ -43,6 +43,8 @@ pub struct DeviceInfo {
     pub memory: u64,
     /// Multiprocessors.
     pub multiprocessors: u32,
+    /// Bytes of the cache that they share; 0 where that is not known.
+    pub l2: u64,
     /// The newest CUDA that the driver serves, 12040 for 12.4.
     pub driver: u32,
 }

@@ -79,6 +79,7 @@ fn describe(index: u32, driver: u32) -> Result<(sys::CUdevice, DeviceInfo), Cuda
         // SAFETY: the same.
         memory: unsafe { result::device::total_mem(device) }.map_err(asking)? as u64,
         multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        l2: u64::from(number(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?),
         driver,
     };
     Ok((device, info))

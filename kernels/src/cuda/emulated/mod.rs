@@ -65,6 +65,9 @@ pub struct Emulated {
     meeting: (Arc<Meeting>, u32),
 }
 
+/// Bytes of the cache that it says it has.
+const L2: u64 = 64 << 10;
+
 fn failed<T>(call: impl Into<String>, why: impl Into<String>) -> Result<T, CudaError> {
     Err(CudaError::Failed { call: call.into(), why: why.into() })
 }
@@ -101,6 +104,7 @@ impl Emulated {
             capability: settings.capability,
             memory: settings.memory,
             multiprocessors: settings.multiprocessors,
+            l2: L2,
             driver: 0,
         };
         let ledger = Ledger::default();

@@ -26,6 +26,11 @@ impl Null {
         Self { info, next: 256, sizes, pinned: 1, streams: 0, events: 0, graphs: 0 }
     }
 
+    /// Gives the device a cache of so many bytes.
+    pub fn set_l2(&mut self, bytes: u64) {
+        self.info.l2 = bytes;
+    }
+
     /// Bytes that are taken.
     #[must_use]
     pub fn used(&self) -> u64 {
