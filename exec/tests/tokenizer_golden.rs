@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use batchmax_exec::fetch::fetch_default;
+use batchmax_exec::fetch::{Stage, fetch_default};
 use batchmax_exec::load::{Checkpoint, Role};
 use serde::Deserialize;
 
@@ -28,7 +28,12 @@ fn checkpoint() -> Option<Checkpoint> {
     let path = match std::env::var_os("BATCHMAX_TEST_MODEL") {
         Some(path) => Ok(PathBuf::from(path)),
         None => data_dir().ok_or_else(|| "no home directory".to_owned()).and_then(|data| {
-            fetch_default(&data, &mut |line| eprintln!("{line}")).map_err(|e| e.to_string())
+            fetch_default(&data, &mut |stage| {
+                if let Stage::Line(line) = stage {
+                    eprintln!("{line}");
+                }
+            })
+            .map_err(|e| e.to_string())
         }),
     };
     match path {

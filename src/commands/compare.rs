@@ -4,7 +4,6 @@
 
 use anyhow::{Result, bail};
 use batchmax_exec::RunOptions;
-use batchmax_exec::fetch;
 use batchmax_exec::weights::check_executable;
 use batchmax_sim::load::{Hit, Schedule, Spread};
 use batchmax_sim::metrics::Metrics;
@@ -98,8 +97,7 @@ fn prepare(
 ) -> Result<()> {
     let known = local::checkpoint_path(places, &args.model).is_some();
     if !known && args.weights.weights != "synthetic" && args.model == "smollm2-135m" {
-        let fetched =
-            fetch::fetch_default(&places.data_dir, &mut |line| remark(global.quiet, line));
+        let fetched = local::fetch_default(places, global);
         if let Err(error) = fetched {
             remark(global.quiet, &format!("{error}; going on with synthetic weights"));
         }

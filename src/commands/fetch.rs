@@ -13,13 +13,11 @@ const DEFAULT: &str = "smollm2-135m";
 /// Fetches or registers.
 #[cfg(feature = "exec")]
 pub fn run(places: &Places, args: &FetchArgs, global: &Global) -> Result<Outcome> {
-    use crate::report::{answer, json, remark};
+    use crate::report::{answer, json};
     use std::path::Path;
 
     let path = if args.what == DEFAULT {
-        batchmax_exec::fetch::fetch_default(&places.data_dir, &mut |line| {
-            remark(global.quiet, line);
-        })?
+        crate::commands::local::fetch_default(places, global)?
     } else if Path::new(&args.what).exists() {
         batchmax_exec::fetch::register(
             &places.data_dir,

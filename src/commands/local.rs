@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
+use batchmax_exec::fetch::{FetchError, Stage};
 use batchmax_exec::load::Checkpoint;
 use batchmax_exec::weights::{Keeping, Weights};
 use batchmax_exec::{Engine, Executor, RunOptions, RunResult, fetch};
@@ -91,6 +92,20 @@ pub fn checkpoint(places: &Places, name: &str, wanted: &str) -> Result<Option<Ch
         ),
         _ => Ok(None),
     }
+}
+
+/// Brings the default model here, with a bar while it comes.
+pub fn fetch_default(places: &Places, global: &Global) -> Result<PathBuf, FetchError> {
+    let mut bar = None;
+    fetch::fetch_default(&places.data_dir, &mut |stage| match stage {
+        Stage::Line(line) => {
+            bar = None::<progress::Bytes>;
+            remark(global.quiet, line);
+        }
+        Stage::Bytes { done, total } => {
+            bar.get_or_insert_with(|| progress::Bytes::new(global, total, "downloading")).at(done);
+        }
+    })
 }
 
 /// The weights of a checkpoint, packed now or before; without one those that `--weights` asks for instead.

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use crate::cli::{Global, MemoryArgs, WhatIfArgs};
 use crate::commands::Outcome;
+use crate::report::progress::Late;
 use crate::report::{answer, json};
 use crate::setting::{self, Hosts, Places, Wanted};
 
@@ -77,13 +78,17 @@ pub fn run(places: &Places, file: &Path, args: &WhatIfArgs, global: &Global) -> 
     }
     let mut hosts = Hosts::default();
     let mut rows = Vec::new();
-    for (index, record) in reader.records().enumerate() {
+    let records: Vec<_> = reader.records().collect();
+    let mut bar = Late::new(global, records.len() as u64, "predicting");
+    for (index, record) in records.into_iter().enumerate() {
         let at = || format!("{}:{}", file.display(), index + 2);
         let record = record.with_context(at)?;
         let scenario: Scenario = record.deserialize(Some(&header)).with_context(at)?;
         let found = predict(places, &scenario, args, &mut hosts);
+        bar.step();
         rows.push((record, scenario, found.map_err(|refusal| format!("{refusal:#}"))));
     }
+    drop(bar);
     if rows.is_empty() {
         bail!("{}: no scenario below the header", file.display());
     }

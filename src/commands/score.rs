@@ -44,7 +44,10 @@ pub fn run(places: &Places, args: &ScoreArgs, global: &Global) -> Result<Outcome
     let mut predictor = Predictor::new(&places.catalog, &library);
     let understood = understand(places, &rows, &without);
     let generations = if args.cross_validate {
-        Some(cross_validated(&rows, &understood, &mut predictor, &tiers))
+        let mut bar = progress::Late::new(global, rows.len() as u64, "fitting engines");
+        let observed =
+            observe(&rows, &understood, &mut predictor, &tiers, None, &mut || bar.step());
+        Some(leave_clusters_out(&observed))
     } else {
         None
     };
@@ -183,27 +186,19 @@ fn read_ids(path: &Path) -> Result<HashSet<String>> {
     Ok(ids)
 }
 
-type Fitted = BTreeMap<(String, String, u32), Generation>;
-
-fn cross_validated(
-    rows: &[Row],
-    understood: &[Result<Question, String>],
-    predictor: &mut Predictor<'_>,
-    tiers: &HashMap<String, String>,
-) -> Fitted {
-    leave_clusters_out(&observe(rows, understood, predictor, tiers, None))
-}
-
-/// The rows that a fit may use: tiers A and B (all where no tier is given), with what their time is made of.
+/// The rows that a fit may use: tiers A and B (all where no tier is given), with what their time is made of. `step` is called
+/// once per row.
 pub fn observe(
     rows: &[Row],
     understood: &[Result<Question, String>],
     predictor: &mut Predictor<'_>,
     tiers: &HashMap<String, String>,
     generations: Option<&BTreeMap<(String, u32), Generation>>,
+    step: &mut dyn FnMut(),
 ) -> Vec<Observed> {
     let mut observed = Vec::new();
     for (row, question) in rows.iter().zip(understood) {
+        step();
         let sound =
             tiers.is_empty() || matches!(tiers.get(&row.id).map(String::as_str), Some("A" | "B"));
         let Ok(q) = question else { continue };

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::cli::{Global, WhatIfArgs};
 use crate::commands::{Outcome, scenarios};
+use crate::report::progress::Late;
 use crate::report::{answer, json, table, typed};
 use crate::setting::{self, Hosts, Places, Wanted};
 
@@ -44,7 +45,7 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
     if let Some(file) = &args.scenarios {
         return scenarios::run(places, file, args, global);
     }
-    let lines = sweep(places, args)?;
+    let lines = sweep(places, args, global)?;
     let any = lines.iter().any(|l| l.answer.as_ref().is_ok_and(|(a, _)| a.over.is_none()));
     let page = args.output.wants_report().then(|| report(&lines, typed()));
     if let Some(page) = &page {
@@ -83,7 +84,7 @@ pub fn run(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Outcom
     Ok(if any { Outcome::Answered } else { Outcome::No })
 }
 
-fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
+fn sweep(places: &Places, args: &WhatIfArgs, global: &Global) -> Result<Vec<Line>> {
     let presets: Vec<Preset> = setting::policies(&args.policy)
         .iter()
         .map(|p| Preset::parse(&places.catalog, p))
@@ -99,6 +100,9 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
         (setting::tp_list(args.placement.tp.as_ref())?, setting::kv_types(&args.memory)?);
     let mut hosts = Hosts::default();
     let mut lines = Vec::new();
+    let places_asked = combinations(&args.gpu, &tps, &kvs, &presets, &schedules).count();
+    let asked = args.model.split(',').count() * places_asked * isls.len() * osls.len();
+    let mut bar = Late::new(global, (asked * batches.len()) as u64, "predicting");
     for model_name in args.model.split(',') {
         let model = setting::model(places, model_name)?;
         for (gpu, &tp, &kv, preset, &schedule) in
@@ -122,6 +126,7 @@ fn sweep(places: &Places, args: &WhatIfArgs) -> Result<Vec<Line>> {
                     for &batch in &batches {
                         let (answer, moments) =
                             one(&case, batch, host, args.output.wants_report())?;
+                        bar.step();
                         lines.push(Line {
                             model: model.name.clone(),
                             gpu: placement.gpu.name.clone(),

