@@ -458,6 +458,10 @@ pub struct ValidateArgs {
     /// Largest acceptable error of the total time; beyond it the exit code is 1
     #[arg(long, default_value = "25%")]
     pub tolerance: String,
+    /// Also write the result as JSON: device, versions and numbers, nothing of who ran it; to be sent to others, who read it with
+    /// `batchmax import batchmax-validate`
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
     #[command(flatten)]
     pub output: OutputArgs,
 }

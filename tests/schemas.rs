@@ -96,6 +96,13 @@ fn documents_of_profiles_are_those_of_the_schemas() {
     holds("validate", &place, &format!("validate {TINY} --isl 64 --osl 8 --batch 2"));
     holds("validate", &place, &format!("validate {TINY} --isl 64 --osl 8 --policy dbudgetkv"));
     holds("import", &place, "import batchmax-profile timings.json");
+    let ran = place.run(
+        &format!("validate {TINY} --isl 64 --osl 8 --batch 2 --out r.json")
+            .split_whitespace()
+            .collect::<Vec<_>>(),
+    );
+    assert!(matches!(ran.code, Some(0 | 1)), "{}", ran.err);
+    holds("import", &place, "import batchmax-validate r.json --out .");
 }
 
 #[test]
@@ -115,6 +122,7 @@ fn documents_about_timings_are_those_of_the_schemas() {
          b,x,2025,h900,1,1,1,llama-3.1-8b,bf16,bf16,vllm,1,static-batch,8,1024,128,none,output_tok_s,900,\n",
     );
     holds("score", &place, "score --runs runs.csv");
+    holds("calibrate-engines", &place, "calibrate engines --runs runs.csv --out engines");
 }
 
 #[test]

@@ -213,6 +213,9 @@ fn weight_type(name: &str) -> Result<DType, String> {
         "int8" | "int8_sq" | "w8a16" | "w8a8" => DType::Int8,
         "int4" | "w4a16" | "q4_k_m" | "q4_0" | "awq" | "gptq" | "nvfp4" | "fp4" => DType::Int4,
         "fp32" | "f32" => DType::F32,
+        // Codes of this project's executor, with their scales.
+        "q4" => DType::Q4,
+        "q8" => DType::Q8,
         other => return Err(format!("weight type \"{other}\" is unknown")),
     })
 }

@@ -55,6 +55,7 @@ const EXAMPLES: &[(&str, &[&str])] = &[
         &["batchmax import vllm-bench result.json --gpu h100 --tp 2 --weight-dtype bf16"],
     ),
     ("import batchmax-profile", &["batchmax import batchmax-profile profile.json"]),
+    ("import batchmax-validate", &["batchmax import batchmax-validate result.json --gpu h100-sxm"]),
     ("profile", &["batchmax profile", "batchmax profile --threads 2 --weight-dtype f32"]),
     ("calibrate", &["batchmax calibrate", "batchmax calibrate --points gemm.csv attn_decode.csv"]),
     ("calibrate check", &["batchmax calibrate check --points gemm.csv --hold-out keys"]),

@@ -30,6 +30,8 @@ pub enum ImportFrom {
     VllmBench(VllmBenchArgs),
     /// Measurements of batchmax profile -> points
     BatchmaxProfile(BatchmaxProfileArgs),
+    /// Results of batchmax validate --out -> runs
+    BatchmaxValidate(BatchmaxValidateArgs),
 }
 
 impl ImportFrom {
@@ -42,6 +44,7 @@ impl ImportFrom {
             Self::VllmLog(_) => "vllm-log",
             Self::VllmBench(_) => "vllm-bench",
             Self::BatchmaxProfile(_) => "batchmax-profile",
+            Self::BatchmaxValidate(_) => "batchmax-validate",
         }
     }
 }
@@ -138,4 +141,15 @@ pub struct BatchmaxProfileArgs {
     /// Name of the machine
     #[arg(long, short, default_value = "cpu")]
     pub gpu: String,
+}
+
+/// `import batchmax-validate`.
+#[derive(Args, Clone, Debug)]
+pub struct BatchmaxValidateArgs {
+    /// JSON of batchmax validate --out
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// What the device is called here [default: as there]
+    #[arg(long, short)]
+    pub gpu: Option<String>,
 }

@@ -5,6 +5,7 @@ use batchmax_exec::RunOptions;
 use batchmax_exec::machine;
 use batchmax_exec::profile::Pace;
 use batchmax_exec::weights::check_executable;
+use batchmax_sim::cost::calibrated::Provenance;
 use batchmax_sim::cost::predict;
 use batchmax_sim::memory::{Footprint, kv_shortfall};
 use batchmax_sim::metrics::Metrics;
@@ -14,13 +15,14 @@ use batchmax_sim::probe::yardsticks;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::{Comparison, compare, relative_error};
 use batchmax_sim::units::{Bytes, Seconds};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cli::{ConfigArgs, Global, ValidateArgs};
 use crate::commands::Outcome;
 use crate::commands::local::{self, Prose, Trial};
 use crate::commands::run::figures;
 use crate::commands::target::Target;
+use crate::paths::write_whole;
 use crate::report::output::csv;
 use crate::report::{answer, json, remark, table, typed};
 use crate::setting::{self, Configuration, Places};
@@ -65,6 +67,8 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     drop(checkpoint);
     let activations = configuration.host.placement.setup.activations;
     let place = target.label();
+    let setup = configuration.host.placement.setup;
+    let provenance = target.provenance(&model.name, threads, setup.weights);
     let mut executor = target.executor(&model, weights, activations, threads)?;
     let options = RunOptions {
         kv_budget: configuration.host.placement.limits.kv_memory,
@@ -100,8 +104,13 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     if args.output.html.is_some() || args.output.svg.is_some() {
         args.output.write(&report(&trial, &comparison, &said, &place, typed()))?;
     }
+    let ran = Ran { configuration: &configuration, provenance, synthetic };
+    let result = || document(&trial, &comparison, &verdict, drift.as_ref(), &ran);
+    if let Some(path) = &args.out {
+        write_whole(path, result())?;
+    }
     if global.json {
-        answer(&document(&trial, &comparison, &verdict, drift.as_ref(), synthetic));
+        answer(&result());
     } else if args.output.csv {
         answer(&csv(&TIMES, &times(&trial, &comparison))?);
     } else {
@@ -213,10 +222,11 @@ fn document(
     comparison: &Comparison,
     verdict: &Verdict,
     drift: Option<&Drift>,
-    synthetic: bool,
+    ran: &Ran<'_>,
 ) -> String {
     let predicted = Metrics::of(&trial.program, &trial.predicted);
     let body = json!({
+        "run": ran.document(),
         "predicted": { "metrics": json::metrics(&predicted), "memory": json::footprint(&trial.footprint) },
         "measured": figures(&trial.program, &trial.result),
         "comparison": json::comparison(comparison),
@@ -232,9 +242,41 @@ fn document(
         })),
         "tolerance": verdict.tolerance,
         "within_tolerance": verdict.within,
-        "synthetic": synthetic,
+        "synthetic": ran.synthetic,
     });
     json::document("validate", body)
+}
+
+/// What ran, and on what.
+struct Ran<'a> {
+    configuration: &'a Configuration,
+    provenance: Provenance,
+    synthetic: bool,
+}
+
+impl Ran<'_> {
+    fn document(&self) -> Value {
+        let Configuration { host, preset, isl, osl, hit, schedule, .. } = self.configuration;
+        let (placement, on) = (&host.placement, &self.provenance);
+        json!({
+            "date": on.date,
+            "version": on.version,
+            "device": placement.gpu.name,
+            "devices": placement.setup.tp,
+            "processor": on.processor,
+            "isa": on.isa,
+            "threads": on.threads,
+            "model": on.model,
+            "preset": preset.name,
+            "schedule": schedule.to_string(),
+            "isl": isl,
+            "osl": osl,
+            "prefix_hit": hit.of(*isl),
+            "weight_dtype": placement.setup.weights,
+            "kv_dtype": placement.setup.kv.dtype,
+            "synthetic": self.synthetic,
+        })
+    }
 }
 
 /// Heads of [`times`].

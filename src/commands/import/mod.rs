@@ -10,6 +10,7 @@ mod aiconfigurator_runs;
 #[cfg(feature = "import-parquet")]
 mod aiconfigurator_tables;
 mod batchmax_profile;
+mod batchmax_validate;
 mod output;
 mod package;
 #[cfg(feature = "import-parquet")]
@@ -56,6 +57,9 @@ pub fn run(places: &Places, args: &ImportArgs, global: &Global) -> Result<Outcom
         ImportFrom::VllmBench(from) => vllm_bench::import(catalog, from, &dir, &mut summary)?,
         ImportFrom::BatchmaxProfile(from) => {
             batchmax_profile::import(catalog, from, &dir, &mut summary)?;
+        }
+        ImportFrom::BatchmaxValidate(from) => {
+            batchmax_validate::import(catalog, from, &dir, &mut summary)?;
         }
     }
     drop(turning);
