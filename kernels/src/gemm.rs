@@ -105,7 +105,7 @@ fn columns_with(
     let out = Disjoint::new(out);
     if let Some(bits) = w.format().code_bits() {
         let mut scratch = codes::scratch(m, k);
-        let x = codes::quantise(isa, threads, x, m, k, scratch.floats());
+        let x = codes::quantise(isa, threads, x, (m, k), bits, scratch.floats());
         let job = codes::Job { x, w, bits, bias, accumulate, out: &out };
         codes::run(isa, threads, &split, &job);
         return;

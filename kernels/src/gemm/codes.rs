@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::Split;
 use super::packed::{BLOCK, Packed, block_bytes};
 use crate::buffer::{Scratch, lines};
-use crate::simd::dot::Dot;
+use crate::simd::dot::{Dot, in_pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, dot::Vnni};
 use crate::simd::{Isa, LANES, Portable, Simd, multiversion};
@@ -28,15 +28,29 @@ const WHOLE: f32 = 12_582_912.0;
 /// Rows of x as bytes, and the scale and the scaled sum of each block.
 pub(super) struct Quantised<'a> {
     codes: &'a [i8],
+    /// Bytes of a code: [`Dot::FOUR`] of whoever multiplies it.
+    bytes: usize,
     /// `(d, d x sum of codes)` per row and block.
     scales: &'a [f32],
     blocks: usize,
 }
 
+/// Bytes of a row's number where weights have so many bits.
+fn code_bytes(isa: Isa, bits: usize) -> usize {
+    match (isa, bits) {
+        (_, 4) => 1,
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, _) if Vnni::is_available() => Vnni::FOUR,
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512 | Isa::Avx2, _) => Avx2::FOUR,
+        _ => Portable::FOUR,
+    }
+}
+
 /// Floats of scratch space for `m` rows of `k`.
 pub(super) fn scratch_floats(m: usize, k: usize) -> usize {
     let blocks = k.div_ceil(BLOCK);
-    lines(m * blocks * BLOCK / 4) + lines(m * blocks * 2)
+    lines(m * blocks * BLOCK / 2) + lines(m * blocks * 2)
 }
 
 /// Turns `m` rows of `k` into bytes.
@@ -44,18 +58,19 @@ pub(super) fn quantise<'a>(
     isa: Isa,
     threads: &Threads,
     x: &[f32],
-    m: usize,
-    k: usize,
+    (m, k): (usize, usize),
+    bits: usize,
     scratch: &'a mut [f32],
 ) -> Quantised<'a> {
     /// Numbers that are worth a task, some ten microseconds.
     const WORTH: usize = 1 << 14;
     let blocks = k.div_ceil(BLOCK);
-    let (codes, scales) = scratch.split_at_mut(lines(m * blocks * BLOCK / 4));
+    let bytes = code_bytes(isa, bits);
+    let (codes, scales) = scratch.split_at_mut(lines(m * blocks * BLOCK / 2));
     let scales = &mut scales[..m * blocks * 2];
     // SAFETY: floats have room and alignment for four times as many bytes, of which every pattern is one.
     let codes: &mut [i8] = unsafe {
-        std::slice::from_raw_parts_mut(codes.as_mut_ptr().cast::<i8>(), m * blocks * BLOCK)
+        std::slice::from_raw_parts_mut(codes.as_mut_ptr().cast::<i8>(), m * blocks * BLOCK * bytes)
     };
     let share = m.div_ceil(threads.count() * 4).max(WORTH.div_ceil(k.max(1))).max(1);
     let (all_codes, all_scales) = (Disjoint::new(codes), Disjoint::new(scales));
@@ -63,30 +78,40 @@ pub(super) fn quantise<'a>(
         let rows = task * share..((task + 1) * share).min(m);
         // SAFETY: tasks have rows of their own; the caller's `isa` is available.
         unsafe {
-            let codes = all_codes.slice_mut(rows.start * blocks * BLOCK..rows.end * blocks * BLOCK);
+            let row = blocks * BLOCK * bytes;
+            let codes = all_codes.slice_mut(rows.start * row..rows.end * row);
             let scales = all_scales.slice_mut(rows.start * blocks * 2..rows.end * blocks * 2);
-            quantise_rows(isa, &x[rows.start * k..rows.end * k], k, codes, scales);
+            quantise_rows(isa, &x[rows.start * k..rows.end * k], k, (codes, bytes), scales);
         }
     });
     // SAFETY: the tasks are done; the slices are those of `scratch` that were cut off above.
     let (codes, scales) = unsafe {
-        (all_codes.slice_mut(0..m * blocks * BLOCK), all_scales.slice_mut(0..m * blocks * 2))
+        (
+            all_codes.slice_mut(0..m * blocks * BLOCK * bytes),
+            all_scales.slice_mut(0..m * blocks * 2),
+        )
     };
-    Quantised { codes, scales, blocks }
+    Quantised { codes, bytes, scales, blocks }
 }
 
 multiversion! {
     /// # Safety
     /// The instruction set is there.
-    unsafe fn quantise_rows(x: &[f32], k: usize, codes: &mut [i8], scales: &mut [f32]) = quantise_body
+    unsafe fn quantise_rows(x: &[f32], k: usize, codes: (&mut [i8], usize), scales: &mut [f32]) = quantise_body
 }
 
 #[inline(always)]
-unsafe fn quantise_body<S: Simd>(s: S, x: &[f32], k: usize, codes: &mut [i8], scales: &mut [f32]) {
+unsafe fn quantise_body<S: Simd>(
+    s: S,
+    x: &[f32],
+    k: usize,
+    (codes, bytes): (&mut [i8], usize),
+    scales: &mut [f32],
+) {
     let blocks = k.div_ceil(BLOCK);
     let rows = x.chunks_exact(k.max(1));
     for ((x, codes), scales) in rows
-        .zip(codes.chunks_exact_mut((blocks * BLOCK).max(1)))
+        .zip(codes.chunks_exact_mut((blocks * BLOCK * bytes).max(1)))
         .zip(scales.chunks_exact_mut((blocks * 2).max(1)))
     {
         for block in 0..blocks {
@@ -110,9 +135,16 @@ unsafe fn quantise_body<S: Simd>(s: S, x: &[f32], k: usize, codes: &mut [i8], sc
                 let whole = s.splat(WHOLE);
                 let round = |v| s.sub(s.add(s.mul(v, by), whole), whole);
                 let (a, b) = (round(a), round(b));
-                let out = codes[block * BLOCK..].as_mut_ptr();
-                s.store_i8(out, a);
-                s.store_i8(out.add(LANES), b);
+                let out = &mut codes[block * BLOCK * bytes..][..BLOCK * bytes];
+                if bytes == 1 {
+                    s.store_i8(out.as_mut_ptr(), a);
+                    s.store_i8(out.as_mut_ptr().add(LANES), b);
+                } else {
+                    let mut narrow = [0; BLOCK];
+                    s.store_i8(narrow.as_mut_ptr(), a);
+                    s.store_i8(narrow.as_mut_ptr().add(LANES), b);
+                    in_pairs(&narrow, out);
+                }
                 scales[block * 2] = scale;
                 // Whole numbers: exact in any order.
                 scales[block * 2 + 1] = scale * s.sum(s.add(a, b));
@@ -245,7 +277,7 @@ unsafe fn multiply<D: Dot, const BITS: usize>(
     let tile = unsafe {
         Tile {
             blocks,
-            x: job.x.codes.as_ptr().add(rows.start * blocks * BLOCK),
+            x: job.x.codes.as_ptr().add(rows.start * blocks * BLOCK * job.x.bytes),
             scales: job.x.scales.as_ptr().add(rows.start * blocks * 2),
             w,
             next,
@@ -318,7 +350,8 @@ unsafe fn fixed<D: Dot, const BITS: usize, const R: usize, const V: usize>(d: D,
                 let panel = tile.w.add((column / PANEL * tile.blocks + block) * bytes);
                 (column % PANEL, panel)
             };
-            let x = |r: usize| tile.x.add((r * tile.blocks + block) * BLOCK);
+            let x_bytes = const { if BITS == 4 { 1 } else { D::FOUR } };
+            let x = |r: usize| tile.x.add((r * tile.blocks + block) * BLOCK * x_bytes);
             let mut sums = [[d.zero(); V]; R];
             for group in 0..BITS {
                 let mut codes = [d.none(); V];
@@ -348,15 +381,19 @@ unsafe fn fixed<D: Dot, const BITS: usize, const R: usize, const V: usize>(d: D,
                         let first = d.quad(x(r).add(group * 8));
                         let second = d.quad(x(r).add(group * 8 + 4));
                         for v in 0..V {
-                            sums[r][v] = d.dot::<true>(sums[r][v], low[v], first);
-                            sums[r][v] = d.dot::<true>(sums[r][v], high[v], second);
+                            sums[r][v] = d.dot(sums[r][v], low[v], first);
+                            sums[r][v] = d.dot(sums[r][v], high[v], second);
                         }
                     }
                 } else {
+                    let mut wide = [d.wide(codes[0]); V];
+                    for v in 1..V {
+                        wide[v] = d.wide(codes[v]);
+                    }
                     for r in 0..R {
-                        let quad = d.quad(x(r).add(group * 4));
+                        let four = d.four(x(r).add(group * 4 * x_bytes));
                         for v in 0..V {
-                            sums[r][v] = d.dot::<false>(sums[r][v], codes[v], quad);
+                            sums[r][v] = d.dot_wide(sums[r][v], wide[v], four);
                         }
                     }
                 }

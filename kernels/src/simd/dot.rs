@@ -23,6 +23,12 @@ pub(crate) trait Dot: Copy {
     type Sums: Copy;
     /// Four signed bytes that meet the codes of every column.
     type Quad: Copy;
+    /// A group of wide codes, made ready for many rows.
+    type Wide: Copy;
+    /// Four signed numbers that meet wide codes.
+    type Four: Copy;
+    /// Bytes of such a number: two where [`in_pairs`] puts them so.
+    const FOUR: usize;
     /// A float for each column.
     type F: Copy;
 
@@ -38,15 +44,15 @@ pub(crate) trait Dot: Copy {
     /// # Safety
     /// Four bytes are readable at `p`.
     unsafe fn quad(self, p: *const i8) -> Self::Quad;
-    /// Adds the products of each column's four codes with `quad`: of all eight groups of a block at most. `NARROW`: the codes
-    /// are below 16.
-    fn dot<const NARROW: bool>(
-        self,
-        sums: Self::Sums,
-        codes: Self::Group,
-        quad: Self::Quad,
-    ) -> Self::Sums;
-    /// The sums of a block.
+    /// Adds the products of each column's four codes below 16 with `quad`: of all eight groups of a block at most.
+    fn dot(self, sums: Self::Sums, codes: Self::Group, quad: Self::Quad) -> Self::Sums;
+    fn wide(self, group: Self::Group) -> Self::Wide;
+    /// # Safety
+    /// `4 * FOUR` bytes are readable at `p`.
+    unsafe fn four(self, p: *const i8) -> Self::Four;
+    /// The same as `dot`, of whole bytes.
+    fn dot_wide(self, sums: Self::Sums, codes: Self::Wide, four: Self::Four) -> Self::Sums;
+    /// The sums of a block. `NARROW`: those of `dot`.
     fn finish<const NARROW: bool>(self, sums: Self::Sums) -> Self::F;
 
     fn splat(self, x: f32) -> Self::F;
@@ -66,6 +72,17 @@ pub(crate) trait Dot: Copy {
     /// Asks for the cache line at `p`.
     #[inline(always)]
     fn prefetch(self, _p: *const u8) {}
+}
+
+/// Puts bytes into 16 bits each, four by four, the even ones first: as [`Dot::four`] reads them where a number has two bytes.
+/// `wide` has twice as many bytes as `bytes`, whose number is a multiple of four.
+pub(crate) fn in_pairs(bytes: &[i8], wide: &mut [i8]) {
+    for (four, out) in bytes.as_chunks::<4>().0.iter().zip(wide.as_chunks_mut::<8>().0) {
+        for (x, out) in [four[0], four[2], four[1], four[3]].iter().zip(out.as_chunks_mut::<2>().0)
+        {
+            *out = i16::from(*x).to_ne_bytes().map(u8::cast_signed);
+        }
+    }
 }
 
 /// AVX-512 with VNNI: four products a lane in one instruction.
@@ -109,6 +126,9 @@ impl Dot for Vnni {
     type Group = __m512i;
     type Sums = __m512i;
     type Quad = __m512i;
+    type Wide = __m512i;
+    type Four = __m512i;
+    const FOUR: usize = 1;
     type F = __m512;
 
     safe! {
@@ -136,9 +156,25 @@ impl Dot for Vnni {
     }
 
     #[inline(always)]
-    fn dot<const NARROW: bool>(self, sums: __m512i, codes: __m512i, quad: __m512i) -> __m512i {
+    fn dot(self, sums: __m512i, codes: __m512i, quad: __m512i) -> __m512i {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_dpbusd_epi32(sums, codes, quad) }
+    }
+
+    #[inline(always)]
+    fn wide(self, group: __m512i) -> __m512i {
+        group
+    }
+
+    #[inline(always)]
+    unsafe fn four(self, p: *const i8) -> __m512i {
+        // SAFETY: the same contract.
+        unsafe { self.quad(p) }
+    }
+
+    #[inline(always)]
+    fn dot_wide(self, sums: __m512i, codes: __m512i, four: __m512i) -> __m512i {
+        self.dot(sums, codes, four)
     }
 
     #[inline(always)]
@@ -185,20 +221,24 @@ fn in_order(mut sum: __m256i) -> __m256i {
     sum
 }
 
-/// Sums in 16 bits: eight groups of two products of at most 15 x 127 fit. Codes of whole bytes are two such codes each.
+/// Codes below 16 are summed in 16 bits: eight groups of two products of at most 15 x 127 fit. Of wide codes already two products
+/// don't: the even and the odd ones become 16 bits wide, once for many rows, and meet pairs of numbers in 32 bits.
 #[cfg(target_arch = "x86_64")]
 impl Dot for Avx2 {
     const LANES: usize = 8;
-    const ROWS: [[usize; 3]; 2] = [[4, 2, 1], [4, 4, 1]];
-    const MANY: [usize; 2] = [1, 2];
+    const ROWS: [[usize; 3]; 2] = [[4, 4, 1], [4, 4, 1]];
+    const MANY: [usize; 2] = [2, 2];
     type Group = __m256i;
-    type Sums = (__m256i, __m256i);
+    type Sums = __m256i;
     type Quad = __m256i;
+    type Wide = (__m256i, __m256i);
+    type Four = (__m256i, __m256i);
+    const FOUR: usize = 2;
     type F = __m256;
 
     safe! {
         none() -> __m256i = _mm256_setzero_si256();
-        zero() -> (__m256i, __m256i) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+        zero() -> __m256i = _mm256_setzero_si256();
         low(group: __m256i) -> __m256i = _mm256_and_si256(group, _mm256_set1_epi8(15));
         high(group: __m256i) -> __m256i =
             _mm256_and_si256(_mm256_srli_epi16::<4>(group), _mm256_set1_epi8(15));
@@ -221,37 +261,46 @@ impl Dot for Avx2 {
     }
 
     #[inline(always)]
-    fn dot<const NARROW: bool>(
-        self,
-        sums: Self::Sums,
-        codes: __m256i,
-        quad: __m256i,
-    ) -> Self::Sums {
+    fn dot(self, sums: __m256i, codes: __m256i, quad: __m256i) -> __m256i {
         // SAFETY: `self` proves the feature.
+        unsafe { in_order(_mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, quad))) }
+    }
+
+    #[inline(always)]
+    fn wide(self, group: __m256i) -> (__m256i, __m256i) {
+        // SAFETY: `self` proves the feature.
+        unsafe { (_mm256_and_si256(group, _mm256_set1_epi16(255)), _mm256_srli_epi16::<8>(group)) }
+    }
+
+    #[inline(always)]
+    unsafe fn four(self, p: *const i8) -> (__m256i, __m256i) {
+        let p = p.cast::<i32>();
+        // SAFETY: readable by the contract; `self` proves the feature.
         unsafe {
-            if NARROW {
-                return (
-                    in_order(_mm256_add_epi16(sums.0, _mm256_maddubs_epi16(codes, quad))),
-                    sums.1,
-                );
-            }
-            let low = _mm256_maddubs_epi16(self.low(codes), quad);
-            let high = _mm256_maddubs_epi16(self.high(codes), quad);
-            (in_order(_mm256_add_epi16(sums.0, low)), in_order(_mm256_add_epi16(sums.1, high)))
+            (_mm256_set1_epi32(p.read_unaligned()), _mm256_set1_epi32(p.add(1).read_unaligned()))
         }
     }
 
     #[inline(always)]
-    fn finish<const NARROW: bool>(self, sums: Self::Sums) -> __m256 {
+    fn dot_wide(
+        self,
+        sums: __m256i,
+        codes: (__m256i, __m256i),
+        four: (__m256i, __m256i),
+    ) -> __m256i {
         // SAFETY: `self` proves the feature.
         unsafe {
-            let ones = _mm256_set1_epi16(1);
-            let mut sum = _mm256_madd_epi16(sums.0, ones);
-            if !NARROW {
-                let upper = _mm256_madd_epi16(sums.1, ones);
-                sum = _mm256_add_epi32(sum, _mm256_slli_epi32::<4>(upper));
-            }
-            _mm256_cvtepi32_ps(sum)
+            let even = in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(codes.0, four.0)));
+            in_order(_mm256_add_epi32(even, _mm256_madd_epi16(codes.1, four.1)))
+        }
+    }
+
+    #[inline(always)]
+    fn finish<const NARROW: bool>(self, sums: __m256i) -> __m256 {
+        // SAFETY: `self` proves the feature.
+        unsafe {
+            let whole = if NARROW { _mm256_madd_epi16(sums, _mm256_set1_epi16(1)) } else { sums };
+            _mm256_cvtepi32_ps(whole)
         }
     }
 
@@ -289,6 +338,9 @@ impl Dot for Portable {
     type Group = [u8; 32];
     type Sums = [i32; 8];
     type Quad = [i8; 4];
+    type Wide = [u8; 32];
+    type Four = [i8; 4];
+    const FOUR: usize = 1;
     type F = Eight;
 
     #[inline(always)]
@@ -324,18 +376,29 @@ impl Dot for Portable {
     }
 
     #[inline(always)]
-    fn dot<const NARROW: bool>(
-        self,
-        mut sums: [i32; 8],
-        codes: [u8; 32],
-        quad: [i8; 4],
-    ) -> [i32; 8] {
+    fn dot(self, mut sums: [i32; 8], codes: [u8; 32], quad: [i8; 4]) -> [i32; 8] {
         for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<4>().0) {
             for (code, x) in codes.iter().zip(quad) {
                 *sum += i32::from(*code) * i32::from(x);
             }
         }
         sums
+    }
+
+    #[inline(always)]
+    fn wide(self, group: [u8; 32]) -> [u8; 32] {
+        group
+    }
+
+    #[inline(always)]
+    unsafe fn four(self, p: *const i8) -> [i8; 4] {
+        // SAFETY: the same contract.
+        unsafe { self.quad(p) }
+    }
+
+    #[inline(always)]
+    fn dot_wide(self, sums: [i32; 8], codes: [u8; 32], four: [i8; 4]) -> [i32; 8] {
+        self.dot(sums, codes, four)
     }
 
     #[inline(always)]
