@@ -351,6 +351,12 @@ fn descriptions_of_the_user_come_first_and_are_named_with_their_line() {
     // The last key stands inside the table of the peaks, where there is one.
     assert!(error.contains(&format!("own/gpus/mine.toml:{}: unknown field", lines + 1)), "{error}");
 
+    place.write("own/models/odd.toml", "name = \"odd\"\nsource = \"x\"\nlayers = \"2 layers\"\n");
+    assert_eq!(
+        at(&["models", "odd"]).refused(),
+        "error: own/models/odd.toml:3: invalid type: string \"2 layers\", expected a whole number from 0 on\n\
+         hint: without quotes and units, in bytes, seconds and their like\n"
+    );
     place.write("own/models/odd.toml", "name = \"odd\"\nsource = \"x\"\nlayers = 2\nhiden = 4\n");
     let error = at(&["models", "odd"]).refused();
     assert_eq!(

@@ -288,9 +288,27 @@ pub(crate) fn explained(message: &str) -> String {
     if let Some(field) = problem.strip_prefix("missing field ") {
         return format!("{problem}; hint: add {field}");
     }
+    if let Some((found, number)) = problem.split_once(", expected ").and_then(number) {
+        let hint = if found.contains("string") {
+            "; hint: without quotes and units, in bytes, seconds and their like"
+        } else {
+            ""
+        };
+        return format!("{found}, expected {number}{hint}");
+    }
     match (suggestion(&problem), problem.split_once(", expected")) {
         (Some(meant), Some((unknown, _))) => format!("{unknown}; did you mean `{meant}`?"),
         _ => problem,
+    }
+}
+
+/// What was found, and in words the type that was expected, where it is one of numbers.
+fn number<'a>((found, expected): (&'a str, &str)) -> Option<(&'a str, &'static str)> {
+    match expected {
+        "u8" | "u16" | "u32" | "u64" | "usize" => Some((found, "a whole number from 0 on")),
+        "i32" | "i64" => Some((found, "a whole number")),
+        "f32" | "f64" => Some((found, "a number")),
+        _ => None,
     }
 }
 
