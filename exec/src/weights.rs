@@ -54,7 +54,12 @@ pub struct Weights {
     pub rope_layout: RopeLayout,
     /// Whether the values mean anything.
     pub synthetic: bool,
+    /// Whether a device holds the layers' matrices as e4m3, and multiplies in it. A CPU does not look at it.
+    pub narrow: bool,
 }
+
+/// The type in which a host holds weights that a device has as e4m3.
+pub const NARROWED_FROM: DType = DType::Bf16;
 
 /// The packed format of a weight type.
 pub fn format_of(dtype: DType) -> Option<WeightFormat> {
@@ -144,6 +149,7 @@ impl Weights {
             rope: rope_table(model, None),
             rope_layout: RopeLayout::Half,
             synthetic: true,
+            narrow: false,
         })
     }
 
@@ -205,6 +211,7 @@ fn assemble(
         rope: rope_table(model, checkpoint.rope_factors().as_deref()),
         rope_layout: if interleaved { RopeLayout::Interleaved } else { RopeLayout::Half },
         synthetic: false,
+        narrow: false,
     })
 }
 

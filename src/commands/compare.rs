@@ -4,7 +4,6 @@
 
 use anyhow::{Result, bail};
 use batchmax_exec::RunOptions;
-use batchmax_exec::weights::check_executable;
 use batchmax_sim::load::{Hit, Schedule, Spread};
 use batchmax_sim::metrics::Metrics;
 use batchmax_sim::plan::LARGEST_BATCH;
@@ -40,7 +39,7 @@ pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outco
         ..args.memory.clone()
     };
     let model = setting::model(places, &args.model)?;
-    check_executable(&model, setting::setup_here(places, target.name(), &model, &memory)?.weights)?;
+    target.check(&model, setting::setup_here(places, target.name(), &model, &memory)?.weights)?;
     prepare(places, &mut target, args, &memory, global)?;
     let (configurations, chosen) = choose(places, target.name(), args, &memory)?;
     let first = &configurations[0];

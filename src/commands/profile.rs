@@ -5,7 +5,6 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use batchmax_exec::devices;
 use batchmax_exec::profile::{Condition, Measurements, calibrate};
-use batchmax_exec::weights::{Weights, check_executable};
 use batchmax_sim::cost::calibrated::KernelProfile;
 use batchmax_sim::policy::Preset;
 use batchmax_sim::probe::{GridLimits, Probe, grid};
@@ -78,7 +77,7 @@ pub fn measure(
         .map(|name| Ok(Preset::parse(&places.catalog, name)?.policy))
         .collect::<Result<Vec<_>>>()?;
     let setup = setting::setup_here(places, target.name(), &model, memory)?;
-    check_executable(&model, setup.weights)?;
+    target.check(&model, setup.weights)?;
     let runtime = target.in_use()?;
     model.layers = model.layers.min(LAYERS);
     let part = setting::part(target.name(), &model)?;
@@ -107,7 +106,7 @@ pub fn measure(
         _ => Measurements::new(provenance, probes.len(), runtime),
     };
     let index = target.index();
-    let weights = Weights::synthetic_with_head(&model, setup.weights, setup.head)?;
+    let weights = local::synthetic(&model, setup)?;
     let label = format!("profiling {}", target.label());
     let mut executor = target.executor(&model, weights, setup.activations, threads)?;
     let total: f64 = probes.iter().map(|p| p.weight).sum();

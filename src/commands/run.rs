@@ -5,7 +5,6 @@ use std::path::Path;
 use anyhow::{Result, anyhow, bail};
 use batchmax_exec::load::Tokenizer;
 use batchmax_exec::tier::TierPlace;
-use batchmax_exec::weights::check_executable;
 use batchmax_exec::{Executor, RunOptions, RunResult, Sampling, load_of};
 use batchmax_sim::load::{Admission, Load};
 use batchmax_sim::lower::{lower, lower_prefix};
@@ -37,7 +36,7 @@ pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> 
     let wanted = args.weights.weights.as_str();
     let checkpoint = local::checkpoint(places, &config.model, wanted)?;
     let setup = setting::setup_here(places, target.name(), &model, &config.memory)?;
-    check_executable(&model, setup.weights)?;
+    target.check(&model, setup.weights)?;
     let part = setting::part(target.name(), &model)?;
     check_sampling(args)?;
     let most = target.memory()?;

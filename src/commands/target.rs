@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use batchmax_exec::cuda::{CudaEngine, CudaGroup};
 use batchmax_exec::devices::{self, DeviceInfo, DeviceMemory, Driver};
-use batchmax_exec::weights::Weights;
+use batchmax_exec::weights::{NARROWED_FROM, Weights, check_executable};
 use batchmax_exec::{Engine, Executor, machine};
 use batchmax_sim::cost::calibrated::{KernelProfile, Point, Provenance};
 use batchmax_sim::op::{DType, Family};
@@ -74,6 +74,13 @@ impl Target {
             "--gpu {gpu}: this runs on {}; hint: --device chooses a device of this machine, what-if predicts others",
             self.name
         )
+    }
+
+    /// Says what of a model can't run there with weights of a type, if anything.
+    pub fn check(&self, model: &Model, weights: DType) -> Result<()> {
+        // A device makes these itself.
+        let held = if self.gpu().is_some() { host_type(weights) } else { weights };
+        Ok(check_executable(model, held)?)
     }
 
     /// What a run may take where no limit is given, on each device: most of the memory.
@@ -151,6 +158,11 @@ impl Target {
             weights,
         }
     }
+}
+
+/// The type in which weights are read and packed here.
+pub fn host_type(weights: DType) -> DType {
+    if weights == DType::Fp8 { NARROWED_FROM } else { weights }
 }
 
 /// The device that measurements are of.

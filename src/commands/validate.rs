@@ -4,7 +4,6 @@ use anyhow::{Result, anyhow};
 use batchmax_exec::RunOptions;
 use batchmax_exec::machine;
 use batchmax_exec::profile::Pace;
-use batchmax_exec::weights::check_executable;
 use batchmax_sim::cost::calibrated::Provenance;
 use batchmax_sim::cost::predict;
 use batchmax_sim::memory::{Footprint, kv_shortfall};
@@ -39,7 +38,7 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     let tolerance = tolerance(&args.tolerance)?;
     // Nobody should profile the machine for a model that it can't run.
     let model = setting::model(places, &args.config.model)?;
-    check_executable(
+    target.check(
         &model,
         setting::setup_here(places, target.name(), &model, &args.config.memory)?.weights,
     )?;

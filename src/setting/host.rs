@@ -70,7 +70,12 @@ fn cuda_setup(model: &Model, memory: &MemoryArgs) -> Result<Setup> {
         kv: KvLayout { dtype: kv, block_tokens: BLOCK_TOKENS, shares_prefix: false },
         weights,
         activations,
-        head: if weights == DType::Q4 { DType::Q8 } else { weights },
+        // As engines have it: codes of 8 bits, and numbers of 16, are enough for the embedding and the head.
+        head: match weights {
+            DType::Q4 => DType::Q8,
+            DType::Fp8 => DType::Bf16,
+            other => other,
+        },
         tp: 1,
     })
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 
 use batchmax_kernels::blend::StoredRows;
-use batchmax_kernels::cuda::Driver;
+use batchmax_kernels::cuda::{DeviceInfo, Driver};
 use batchmax_kernels::kv::KvFormat;
 use batchmax_kernels::rope::RopeTable;
 use batchmax_sim::memory::Buffers;
@@ -75,8 +75,14 @@ impl<'d> CudaEngine<'d> {
                 return Err(ExecError::NotExecutable { model: model.name, part });
             }
         }
+        if weights.narrow {
+            let widths = [model.hidden, model.ffn, model.heads * model.head_dim];
+            check_narrow(driver.device(), &model, widths)?;
+        }
         let mut device = Device::new(driver);
         let uploaded = DeviceWeights::of(&mut device, &weights, kind)?;
+        // What was used on the way.
+        device.release(device.mark());
         let Weights { rope, synthetic, .. } = weights;
         Ok(Self { model, device, weights: uploaded, rope, synthetic })
     }
@@ -248,6 +254,19 @@ impl<'d> CudaEngine<'d> {
             sweep: 0,
         })
     }
+}
+
+/// Whether a device multiplies e4m3, in matrices of these widths.
+fn check_narrow(device: &DeviceInfo, model: &Model, widths: [u32; 3]) -> Result<(), ExecError> {
+    let (major, minor) = device.capability;
+    let part = if device.capability < (8, 9) {
+        format!("weights in fp8 on compute capability {major}.{minor} (8.9 is needed)")
+    } else if let Some(width) = widths.into_iter().find(|width| !width.is_multiple_of(16)) {
+        format!("weights in fp8 with rows of {width} (multiples of 16 work)")
+    } else {
+        return Ok(());
+    };
+    Err(ExecError::NotExecutable { model: model.name.clone(), part })
 }
 
 /// What programs need beside what their headers say.

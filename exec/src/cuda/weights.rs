@@ -1,7 +1,7 @@
 //! A model's weights on a device, from those that the CPU has (or maps): the same numbers, rounded to the type of the
 //! activations where they are not codes.
 
-use batchmax_kernels::cuda::{Address, Arg, CudaError, Product};
+use batchmax_kernels::cuda::{Address, Arg, CudaError, Element, Product};
 use batchmax_kernels::gemm::{CodeRow, Packed};
 use batchmax_kernels::rope::RopeLayout;
 use half::{bf16, f16};
@@ -15,6 +15,9 @@ const BAND_BYTES: usize = 16 << 20;
 /// Rows up to which codes are multiplied where they are; with more it is cheaper to write numbers once.
 const FEW_ROWS: usize = 8;
 
+/// Rows that are multiplied in e4m3 at once: sums of 4 bytes by the columns of a layer fit the caches of devices that have it.
+const NARROW_ROWS: usize = 512;
+
 /// A matrix of weights, row by row.
 pub(super) struct Matrix {
     pub(super) n: usize,
@@ -25,6 +28,8 @@ pub(super) struct Matrix {
 enum Stored {
     /// Numbers of the activations' type.
     Numbers(Address),
+    /// e4m3 with a scale for each row.
+    Narrow { numbers: Address, scales: Address },
     /// Codes with a scale and a minimum per 32.
     Codes { codes: Address, levels: Address, bits: u32 },
 }
@@ -74,28 +79,73 @@ pub(super) fn put_numbers(kind: Kind, numbers: &[f32], out: &mut Vec<u8>) {
 }
 
 impl Matrix {
-    fn of(device: &mut Device<'_>, from: &Packed, kind: Kind) -> Result<Self, CudaError> {
+    fn of(
+        device: &mut Device<'_>,
+        from: &Packed,
+        kind: Kind,
+        narrow: bool,
+    ) -> Result<Self, CudaError> {
         let (n, k) = (from.n(), from.k());
         let stored = match from.format().code_bits() {
             Some(bits) => coded(device, from, bits)?,
+            None if narrow => narrowed(device, from, kind)?,
             None => {
-                let row_bytes = k * kind.bytes() as usize;
-                let at = device.alloc((n * row_bytes) as u64)?;
-                let (mut row, mut bytes) = (vec![0.0; k], Vec::new());
-                let mut first = 0;
-                for i in 0..n {
-                    from.row(i, &mut row);
-                    put_numbers(kind, &row, &mut bytes);
-                    if bytes.len() >= BAND_BYTES || i + 1 == n {
-                        device.upload(at.plus((first * row_bytes) as u64), &bytes)?;
-                        first = i + 1;
-                        bytes.clear();
-                    }
-                }
+                let row_bytes = k as u64 * kind.bytes();
+                let at = device.alloc(n as u64 * row_bytes)?;
+                bands(from, kind, |first, _, bytes| {
+                    device.upload(at.plus(first as u64 * row_bytes), bytes)
+                })?;
                 Stored::Numbers(at)
             }
         };
         Ok(Self { n, k, stored })
+    }
+
+    /// `y = x W^T (+ bias)`, or `y += ...`, in e4m3: so many rows at once that their sums stay in a device's cache.
+    fn multiply_narrow(
+        &self,
+        device: &mut Device<'_>,
+        (numbers, scales): (Address, Address),
+        (x, rows): (Rows, usize),
+        (columns, bias, accumulate): (usize, Address, bool),
+        y: Rows,
+    ) -> Result<(), CudaError> {
+        for first in (0..rows).step_by(NARROW_ROWS) {
+            let count = NARROW_ROWS.min(rows - first);
+            let [x, y] = [x, y].map(|r| Rows { at: r.at.plus(r.bytes(first)), ..r });
+            let bytes = device.scratch("narrow", (count * self.k) as u64)?;
+            let of_rows = device.scratch("narrow-scales", 4 * count as u64)?;
+            let sums = device.scratch("narrow-sums", 4 * (count * columns) as u64)?;
+            narrow_rows(device, x, count, (bytes, of_rows))?;
+            device.multiply(&Product {
+                m: count as u32,
+                n: columns as u32,
+                k: self.k as u32,
+                x: bytes,
+                x_stride: self.k as u32,
+                w: numbers,
+                element: Element::Fp8,
+                scale: 1.0,
+                bias: Address::default(),
+                y: sums,
+                y_stride: columns as u32,
+                out: Element::F32,
+                accumulate: false,
+            })?;
+            let args = vec![
+                Arg::At(sums),
+                Arg::At(of_rows),
+                Arg::At(scales),
+                Arg::U32(count as u32),
+                Arg::U32(columns as u32),
+                Arg::At(bias),
+                Arg::U32(accumulate.into()),
+                y.arg(),
+            ];
+            let grid = [(count * columns / 8).div_ceil(256), 1, 1];
+            device.launch("scale_rows", grid, (256, 0), args)?;
+        }
+        Ok(())
     }
 
     /// Rows `ids` times `scale`.
@@ -113,6 +163,8 @@ impl Matrix {
                 let table = Rows { at, kind, width: self.k as u32 };
                 ("embed", vec![table.arg()])
             }
+            // The embedding is never one of these.
+            Stored::Narrow { .. } => return Err(no_embedding()),
             Stored::Codes { codes, levels, bits } => {
                 ("embed_codes", vec![Arg::At(codes), Arg::At(levels), Arg::U32(bits)])
             }
@@ -133,6 +185,10 @@ impl Matrix {
     ) -> Result<(), CudaError> {
         let w = match self.stored {
             Stored::Numbers(at) => at,
+            Stored::Narrow { numbers, scales } => {
+                let how = (columns, bias, accumulate);
+                return self.multiply_narrow(device, (numbers, scales), (x, rows), how, y);
+            }
             Stored::Codes { codes, levels, bits }
                 if rows <= FEW_ROWS && self.k.is_multiple_of(32) =>
             {
@@ -184,6 +240,55 @@ impl Matrix {
     }
 }
 
+fn no_embedding() -> CudaError {
+    CudaError::Failed { call: "an embedding".into(), why: "its numbers are e4m3".into() }
+}
+
+/// Hands the rows of a matrix out as bytes of a type, band after band: the first row, how many, and their bytes.
+fn bands(
+    from: &Packed,
+    kind: Kind,
+    mut take: impl FnMut(usize, usize, &[u8]) -> Result<(), CudaError>,
+) -> Result<(), CudaError> {
+    let (mut row, mut bytes, mut first) = (vec![0.0; from.k()], Vec::new(), 0);
+    for i in 0..from.n() {
+        from.row(i, &mut row);
+        put_numbers(kind, &row, &mut bytes);
+        if bytes.len() >= BAND_BYTES || i + 1 == from.n() {
+            take(first, i + 1 - first, &bytes)?;
+            first = i + 1;
+            bytes.clear();
+        }
+    }
+    Ok(())
+}
+
+/// Rows as e4m3, each with a scale.
+fn narrow_rows(
+    device: &mut Device<'_>,
+    rows: Rows,
+    count: usize,
+    (bytes, scales): (Address, Address),
+) -> Result<(), CudaError> {
+    let threads = if rows.width > 4096 { 256 } else { 128 };
+    let args = vec![rows.arg(), Arg::At(bytes), Arg::At(scales)];
+    device.launch("narrow_rows", [count, 1, 1], (threads, 64), args)
+}
+
+/// A matrix of numbers as e4m3, made on the device by the kernel that makes activations so.
+fn narrowed(device: &mut Device<'_>, from: &Packed, kind: Kind) -> Result<Stored, CudaError> {
+    let (n, k) = (from.n() as u64, from.k() as u64);
+    let (numbers, scales) = (device.alloc(n * k)?, device.alloc(4 * n)?);
+    bands(from, kind, |first, count, bytes| {
+        let at = device.scratch("wide", bytes.len() as u64)?;
+        device.upload(at, bytes)?;
+        let (first, width) = (first as u64, k as u32);
+        let to = (numbers.plus(first * k), scales.plus(4 * first));
+        narrow_rows(device, Rows { at, kind, width }, count, to)
+    })?;
+    Ok(Stored::Narrow { numbers, scales })
+}
+
 /// Codes row by row, the first in the lowest bits, and their scales and minima.
 fn coded(device: &mut Device<'_>, from: &Packed, bits: usize) -> Result<Stored, CudaError> {
     let (n, k) = (from.n(), from.k());
@@ -205,20 +310,28 @@ fn coded(device: &mut Device<'_>, from: &Packed, bits: usize) -> Result<Stored, 
 }
 
 impl DeviceLayer {
-    fn of(device: &mut Device<'_>, from: &LayerWeights, kind: Kind) -> Result<Self, CudaError> {
+    fn of(
+        device: &mut Device<'_>,
+        from: &LayerWeights,
+        kind: Kind,
+        narrow: bool,
+    ) -> Result<Self, CudaError> {
+        let mut matrix = |of: &Packed| Matrix::of(device, of, kind, narrow);
+        let (qkv, output) = (matrix(&from.qkv)?, matrix(&from.output)?);
+        let (gate_up, down) = (matrix(&from.gate_up)?, matrix(&from.down)?);
         Ok(Self {
             attention_norm: vector(device, &from.attention_norm)?,
-            qkv: Matrix::of(device, &from.qkv, kind)?,
+            qkv,
             qkv_bias: optional(device, from.qkv_bias.as_deref())?,
             qk_norm: match &from.qk_norm {
                 Some((query, key)) => Some((vector(device, query)?, vector(device, key)?)),
                 None => None,
             },
-            output: Matrix::of(device, &from.output, kind)?,
+            output,
             post_attention_norm: optional(device, from.post_attention_norm.as_deref())?,
             ffn_norm: vector(device, &from.ffn_norm)?,
-            gate_up: Matrix::of(device, &from.gate_up, kind)?,
-            down: Matrix::of(device, &from.down, kind)?,
+            gate_up,
+            down,
             post_ffn_norm: optional(device, from.post_ffn_norm.as_deref())?,
         })
     }
@@ -233,14 +346,14 @@ impl DeviceWeights {
     ) -> Result<Self, CudaError> {
         Ok(Self {
             kind,
-            embedding: Matrix::of(device, &from.embedding, kind)?,
+            embedding: Matrix::of(device, &from.embedding, kind, false)?,
             head: match &from.head {
-                Some(head) => Some(Matrix::of(device, head, kind)?),
+                Some(head) => Some(Matrix::of(device, head, kind, false)?),
                 None => None,
             },
             final_norm: vector(device, &from.final_norm)?,
             layers: (from.layers.iter())
-                .map(|layer| DeviceLayer::of(device, layer, kind))
+                .map(|layer| DeviceLayer::of(device, layer, kind, from.narrow))
                 .collect::<Result<_, _>>()?,
             interleaved: from.rope_layout == RopeLayout::Interleaved,
         })

@@ -62,6 +62,7 @@ impl Weights {
             rope: self.rope.clone(),
             rope_layout: self.rope_layout,
             synthetic: self.synthetic,
+            narrow: self.narrow,
         })
     }
 }

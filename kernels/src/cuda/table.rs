@@ -30,6 +30,7 @@ pub(super) const MODULES: &[Module] = &[
     Module { name: "forward", ptx: include_bytes!("../../cuda/ptx/forward.ptx.z"), kernels: &["compare", "forward_choose", "forward_rows"] },
     Module { name: "gemm-bias", ptx: include_bytes!("../../cuda/ptx/gemm-bias.ptx.z"), kernels: &["bias_rows"] },
     Module { name: "gemm-codes", ptx: include_bytes!("../../cuda/ptx/gemm-codes.ptx.z"), kernels: &["dequantise", "gemv_codes"] },
+    Module { name: "gemm-fp8", ptx: include_bytes!("../../cuda/ptx/gemm-fp8.ptx.z"), kernels: &["narrow_rows", "scale_rows"] },
     Module { name: "kv-rows", ptx: include_bytes!("../../cuda/ptx/kv-rows.ptx.z"), kernels: &["rows_in", "rows_out"] },
     Module { name: "norm", ptx: include_bytes!("../../cuda/ptx/norm.ptx.z"), kernels: &["qk_norm", "rms_norm"] },
     Module { name: "pack", ptx: include_bytes!("../../cuda/ptx/pack.ptx.z"), kernels: &["pack_channels", "pack_tokens"] },

@@ -377,3 +377,82 @@ fn biases_stand_in_every_row_or_are_added() {
         assert_eq!(moved.bytes(), (passes * count * n * format.bytes() + 4 * n) as f64);
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 6, ..ProptestConfig::default() })]
+
+    /// Each row by its own largest number; 448 steps of it at most are what a byte holds.
+    #[test]
+    fn rows_become_bytes_with_a_scale(width in 1usize..400, count in 1usize..4, format in 0usize..3) {
+        if !available() {
+            return Ok(());
+        }
+        let (format, width) = ([F32, F16, Bf16][format], 16 * width);
+        let mut gpu = Gpu::default();
+        let mut values = noise(1, count * width);
+        values[..width].fill(0.0);
+        let (x, input) = numbers(&mut gpu, format, &values);
+        let (out, scales) = (gpu.output(count * width), gpu.output(4 * count));
+        let threads = if width > 4096 { 256 } else { 128 };
+        let arguments = [rows(&gpu, input, format, width), Arg::At(out), Arg::At(scales)];
+        let moved = gpu.launch("narrow_rows", [count, 1, 1], threads, 64, &arguments);
+        let (bytes, scales) = (decoded(KvFormat::Fp8, gpu.bytes(out)), floats(&gpu, F32, scales));
+        for ((x, bytes), scale) in x.chunks(width).zip(bytes.chunks(width)).zip(&scales) {
+            let most = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+            prop_assert_eq!(*scale, most / 448.0);
+            let by = if most > 0.0 { 448.0 / most } else { 0.0 };
+            let expected: Vec<f32> = x.iter().map(|x| x * by).collect();
+            prop_assert_eq!(bytes, &decoded(KvFormat::Fp8, &encoded(KvFormat::Fp8, &expected))[..]);
+        }
+        // Rows that are longer than what registers hold are read again.
+        if width <= 4 * 8 * threads {
+            let each = format.bytes() + 1;
+            prop_assert_eq!(moved.bytes(), (count * (width * each + 4)) as f64);
+        }
+    }
+
+    #[test]
+    fn sums_get_their_scales(
+        columns in 1usize..30,
+        count in 1usize..6,
+        format in 0usize..3,
+        biased: bool,
+        add: bool,
+    ) {
+        if !available() {
+            return Ok(());
+        }
+        let (format, n, width) = ([F32, F16, Bf16][format], 16 * columns, 16 * columns + 8);
+        let mut gpu = Gpu::default();
+        let (sums, scales) = (noise(1, count * n), noise(2, count));
+        let (of_columns, bias) = (noise(3, n), noise(4, n));
+        let (before, y) = numbers(&mut gpu, format, &noise(5, count * width));
+        let [sums_at, scales_at, columns_at, bias_at] =
+            [&sums, &scales, &of_columns, &bias].map(|of| gpu.input(of));
+        let arguments = [
+            Arg::At(sums_at),
+            Arg::At(scales_at),
+            Arg::At(columns_at),
+            Arg::U32(count as u32),
+            Arg::U32(n as u32),
+            if biased { Arg::At(bias_at) } else { Arg::Null },
+            Arg::U32(add.into()),
+            rows(&gpu, y, format, width),
+        ];
+        let grid = [(count * n / 8).div_ceil(256), 1, 1];
+        let moved = gpu.launch("scale_rows", grid, 256, 0, &arguments);
+        let found = floats(&gpu, format, y);
+        let mut expected = exact(&before);
+        for (r, row) in expected.chunks_mut(width).enumerate() {
+            for (c, y) in row[..n].iter_mut().enumerate() {
+                let sum = f64::from(sums[r * n + c]) * f64::from(scales[r]) * f64::from(of_columns[c]);
+                let bias = if biased { f64::from(bias[c]) } else { 0.0 };
+                *y = if add { *y } else { 0.0 } + sum + bias;
+            }
+        }
+        assert_close(&found, &expected, step(format), "scaled");
+        let passes = if add { 2 } else { 1 };
+        let bytes = count * n * (4 + passes * format.bytes()) + 4 * (count + n * (1 + usize::from(biased)));
+        prop_assert_eq!(moved.bytes(), bytes as f64);
+    }
+}

@@ -174,6 +174,8 @@ impl Shapes<'_> {
             32 => Ok("fp32"),
             16 if self.computed == "bf16" => Ok("bf16"),
             16 => Ok("fp16"),
+            // Products of a GPU; of caches it may be codes.
+            8 if self.computed == "bf16" => Ok("fp8"),
             8 => Ok("int8"),
             4 => Ok("int4"),
             // Codes with their scales.
