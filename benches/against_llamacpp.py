@@ -38,7 +38,7 @@ def call(command):
 
 
 def ours(batch, isl, osl, *more):
-    whole = [args.binary, "run", "--json", "--quiet", "--isl", str(isl), "--osl", str(osl), "--batch", str(batch), *more]
+    whole = [args.binary, "run", "--device", "cpu", "--json", "--quiet", "--isl", str(isl), "--osl", str(osl), "--batch", str(batch), *more]
     done = subprocess.run(whole, capture_output=True, text=True)
     return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-300:]}
 

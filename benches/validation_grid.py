@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Validates every preset on loads that the calibration has not seen, and prints a table of the errors, by policy.
 
-    benches/validation_grid.py [--binary PATH] [--policy NAME]... [--load BATCHxISL+OSL[@SCHEDULE][~SPREAD]]... [--threads N] [--less FILE] [--out FILE]
+    benches/validation_grid.py [--binary PATH] [--policy NAME]... [--load BATCHxISL+OSL[@SCHEDULE][~SPREAD]]... [--device DEVICE] [--threads N] [--less FILE] [--out FILE]
     benches/validation_grid.py --table FILE...       # only the table, of runs that --out wrote
 
 Needs the default model, a profile of this machine (`batchmax profile`) and a quiet machine. Loads are the outer loop, so that
@@ -78,7 +78,8 @@ def batchmax(*arguments):
 
 def validated(policies):
     out = open(options.out, "a") if options.out else None
-    types = ["--weight-dtype", options.weight_dtype] if options.weight_dtype else []
+    types = ["--device", options.device]
+    types += ["--weight-dtype", options.weight_dtype] if options.weight_dtype else []
     types += ["--threads", options.threads] if options.threads else []
     for load in options.load or LOADS:
         batch, isl, osl, schedule, spread = re.fullmatch(r"(\d+)x(\d+)\+(\d+)(?:@([^~]+))?(?:~(.+))?", load).groups()
@@ -98,6 +99,7 @@ options.add_argument("--binary", default="target/release/batchmax")
 options.add_argument("--policy", action="append")
 options.add_argument("--load", action="append")
 options.add_argument("--weight-dtype", help="type of the weights; it needs a profile of its own")
+options.add_argument("--device", default="cpu", help="what of this machine runs")
 options.add_argument("--threads", help="CPU threads; their number needs a profile of its own")
 options.add_argument("--less", metavar="FILE", help="the preset that `prepare less` wrote; without it LESS is passed over")
 options.add_argument("--out", help="file to which the runs are added, one JSON object a line")

@@ -56,7 +56,7 @@ SYSTEMS = [
 ]
 NAMES = {"output_tok_s": "tokens/s", "decode_tok_s": "decode tokens/s", "tpot_s": "time per token", "ttft_s": "time to first token",
          "total_s": "whole run", "batch": "largest batch"}
-HERE = ["--isl", "1k", "--osl", "64"]
+HERE = ["--device", "cpu", "--isl", "1k", "--osl", "64"]
 MEMORY = ["--kv-memory", "32MB"]
 
 options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

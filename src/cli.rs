@@ -372,9 +372,9 @@ pub struct WeightArgs {
 #[cfg(feature = "exec")]
 #[derive(Args, Clone, Debug)]
 pub struct DeviceArgs {
-    /// What of this machine runs: cpu, cuda (its first GPU), cuda:N as `batchmax devices` lists them, or cuda:N,M, which share
-    /// each layer
-    #[arg(long, value_name = "cpu|cuda|cuda:N,M", default_value = "cpu")]
+    /// What of this machine runs: auto (its first GPU that can, else its CPU), cpu, cuda (the first GPU), cuda:N as `batchmax
+    /// devices` lists them, or cuda:N,M, which share each layer
+    #[arg(long, value_name = "auto|cpu|cuda|cuda:N,M", default_value = "auto")]
     pub device: String,
 }
 

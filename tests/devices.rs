@@ -28,7 +28,7 @@ fn devices_are_listed() {
 #[test]
 fn a_device_that_can_not_be_meant_is_refused() {
     for command in ["run", "validate", "profile", "compare"] {
-        let wanted = "--device cuda:x: expected cpu, cuda, cuda:N or cuda:N,M";
+        let wanted = "--device cuda:x: expected auto, cpu, cuda, cuda:N or cuda:N,M";
         refuses(&format!("{command} --device cuda:x"), &[wanted, "hint: batchmax devices"]);
     }
 }

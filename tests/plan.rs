@@ -302,7 +302,7 @@ fn engines_run_what_they_can_and_say_what_they_can_not() {
     let text = run(&format!("plan {args} --engine vllm")).answered();
     assert!(text.contains("left out: vllm can't run "), "{text}");
     refuses("plan --engine vllm", &["this machine runs batchmax only"]);
-    refuses("explain --tp 2", &["this machine runs on one device"]);
+    refuses("explain --tp 2", &["this machine shares layers over what --device names"]);
     // An engine with copies of its caches holds fewer sequences.
     let batch = |engine: &str| {
         let json = run(&format!("what-if {args} --engine {engine} --json")).answered();

@@ -33,7 +33,7 @@ struct Row {
 
 /// Fetches, profiles, plans, runs, compares.
 pub fn run(places: &Places, args: &CompareArgs, global: &Global) -> Result<Outcome> {
-    let mut target = Target::of(&args.device)?;
+    let mut target = Target::of(&args.device, global)?;
     let memory = MemoryArgs {
         kv_memory: Some(args.memory.kv_memory.clone().unwrap_or_else(|| KV_MEMORY.to_owned())),
         ..args.memory.clone()

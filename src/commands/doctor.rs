@@ -162,8 +162,9 @@ fn this_machine(places: &Places, args: &DoctorArgs) -> Result<Vec<Check>> {
     let threads = setting::threads(&memory)?;
     let dtype = setting::setup_here(places, LOCAL, &model, &memory)?.weights;
     let path = places.kernel_profile_path(LOCAL, threads, dtype);
-    let mend =
-        format!("batchmax profile --threads {threads} --weight-dtype {dtype} (some minutes)");
+    let mend = format!(
+        "batchmax profile --threads {threads} --weight-dtype {dtype} --device cpu (some minutes)"
+    );
     checks.push(if path.is_file() && places.catalog.gpu(LOCAL).is_ok() {
         Check::ok("profile", path.display().to_string())
     } else {

@@ -24,7 +24,7 @@ const CONDITIONS: usize = 16;
 
 /// Profiles and calibrates.
 pub fn run(places: &Places, args: &ProfileArgs, global: &Global) -> Result<Outcome> {
-    let mut target = Target::of(&args.device)?;
+    let mut target = Target::of(&args.device, global)?;
     let threads = setting::threads_on(target.name(), &args.memory)?;
     let model = setting::model(places, &args.model)?;
     let weights = setting::setup_here(places, target.name(), &model, &args.memory)?.weights;

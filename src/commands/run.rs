@@ -27,7 +27,7 @@ const DUMPED_LOGITS: usize = 50;
 
 /// Runs and prints.
 pub fn run(places: &Places, args: &RunArgs, global: &Global) -> Result<Outcome> {
-    let mut target = Target::of(&args.device)?;
+    let mut target = Target::of(&args.device, global)?;
     let config = &args.config;
     target.check_gpu(&config.gpu)?;
     setting::refuse_devices(&config.placement)?;

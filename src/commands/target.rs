@@ -10,9 +10,13 @@ use batchmax_sim::op::{DType, Family};
 use batchmax_sim::profile::{Gpu, Model, Peaks};
 use batchmax_sim::units::Bytes;
 
-use crate::cli::{DeviceArgs, MemoryArgs};
+use crate::cli::{DeviceArgs, Global, MemoryArgs};
 use crate::commands::local;
+use crate::report::remark;
 use crate::setting::{self, Device, LOCAL};
+
+/// Compute capability from which on kernels run.
+const OLDEST: (u32, u32) = (8, 0);
 
 /// A device that is ready.
 pub struct Target {
@@ -28,22 +32,47 @@ impl Target {
         Self { name: LOCAL.to_owned(), drivers: Vec::new() }
     }
 
-    /// Opens the device of `--device`. One that fails ends with exit code 3, what can't be meant with 2.
-    pub fn of(args: &DeviceArgs) -> Result<Self> {
+    /// Opens the device of `--device`. One that fails ends with exit code 3, what can't be meant with 2; where the best is
+    /// asked for, a GPU that can't run leaves the work to the CPU and says why.
+    pub fn of(args: &DeviceArgs, global: &Global) -> Result<Self> {
         let text = &args.device;
         match setting::device(text)? {
             Device::Cpu => Ok(Self::cpu()),
+            Device::Auto => {
+                let Some(index) = best(devices::cuda().unwrap_or_default()) else {
+                    return Ok(Self::cpu());
+                };
+                match devices::open(&[index]) {
+                    Ok(drivers) => {
+                        let target = Self::of_drivers(drivers);
+                        let text = format!(
+                            "on cuda:{index}, {}; --device cpu runs on the processor",
+                            target.label()
+                        );
+                        remark(global.quiet, &text);
+                        Ok(target)
+                    }
+                    Err(why) => {
+                        remark(global.quiet, &format!("on the processor: {why}"));
+                        Ok(Self::cpu())
+                    }
+                }
+            }
             Device::Cuda(_) if !devices::WITH_CUDA => bail!(
                 "--device {text}: this batchmax was built without CUDA; hint: cargo build --release --features cuda"
             ),
             Device::Cuda(indices) => {
                 let drivers =
                     devices::open(&indices).with_context(|| format!("--device {text}"))?;
-                let mut target = Self { name: String::new(), drivers };
-                target.name = setting::cuda_name(&target.label());
-                Ok(target)
+                Ok(Self::of_drivers(drivers))
             }
         }
+    }
+
+    fn of_drivers(drivers: Vec<Box<dyn Driver>>) -> Self {
+        let mut target = Self { name: String::new(), drivers };
+        target.name = setting::cuda_name(&target.label());
+        target
     }
 
     /// The GPU, or the first of several: they are alike.
@@ -160,6 +189,11 @@ impl Target {
     }
 }
 
+/// The first GPU that kernels can run on.
+fn best(found: Vec<DeviceInfo>) -> Option<u32> {
+    found.into_iter().find(|device| device.capability >= OLDEST).map(|device| device.index)
+}
+
 /// The type in which weights are read and packed here.
 pub fn host_type(weights: DType) -> DType {
     if weights == DType::Fp8 { NARROWED_FROM } else { weights }
@@ -211,4 +245,25 @@ pub fn described(profile: &KernelProfile, target: &Target) -> Gpu {
         }
     }
     gpu
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_is_the_first_gpu_that_can() {
+        let gpu = |index, capability| DeviceInfo {
+            name: "a card".into(),
+            index,
+            capability,
+            memory: 1 << 30,
+            multiprocessors: 1,
+            l2: 0,
+            driver: 12040,
+        };
+        assert_eq!(best(Vec::new()), None);
+        assert_eq!(best(vec![gpu(0, (7, 5))]), None);
+        assert_eq!(best(vec![gpu(0, (7, 5)), gpu(1, (8, 6)), gpu(2, (9, 0))]), Some(1));
+    }
 }

@@ -32,7 +32,7 @@ use report::report;
 
 /// Predicts, runs, compares.
 pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outcome> {
-    let mut target = Target::of(&args.device)?;
+    let mut target = Target::of(&args.device, global)?;
     target.check_gpu(&args.config.gpu)?;
     let config = ConfigArgs { gpu: target.name().to_owned(), ..args.config.clone() };
     let tolerance = tolerance(&args.tolerance)?;

@@ -38,6 +38,17 @@ pub fn devices_of(device: &str) -> u32 {
     count.and_then(|(count, _)| count.parse().ok()).unwrap_or(1)
 }
 
+/// What `--device` calls a device of this machine; of GPUs the first ones.
+pub fn device_flag(device: &str) -> String {
+    match devices_of(device) {
+        _ if device == LOCAL => LOCAL.to_owned(),
+        1 => "cuda".to_owned(),
+        count => {
+            format!("cuda:{}", (0..count).map(|i| i.to_string()).collect::<Vec<_>>().join(","))
+        }
+    }
+}
+
 /// The part of a model that each device of a name has.
 pub fn part(device: &str, model: &Model) -> Result<Model> {
     model.shard_layers(devices_of(device)).map_err(|why| anyhow!("--device: {why}"))
@@ -170,16 +181,19 @@ pub fn refuse_devices(placement: &PlacementArgs) -> Result<()> {
 #[cfg(feature = "exec")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Device {
+    /// The best there is.
+    Auto,
     /// Its processor.
     Cpu,
     /// GPUs, by their indices; several share each layer.
     Cuda(Vec<u32>),
 }
 
-/// `cpu`, `cuda`, `cuda:1` or `cuda:0,1`.
+/// `auto`, `cpu`, `cuda`, `cuda:1` or `cuda:0,1`.
 #[cfg(feature = "exec")]
 pub fn device(text: &str) -> Result<Device> {
     let indices = match text.split_once(':') {
+        None if text == "auto" => return Ok(Device::Auto),
         None if text == LOCAL => return Ok(Device::Cpu),
         None if text == "cuda" => Some(vec![0]),
         Some(("cuda", indices)) => indices.split(',').map(|i| i.parse().ok()).collect(),
@@ -187,7 +201,7 @@ pub fn device(text: &str) -> Result<Device> {
     };
     let Some(indices) = indices else {
         bail!(
-            "--device {text}: expected cpu, cuda, cuda:N or cuda:N,M; hint: batchmax devices lists what there is"
+            "--device {text}: expected auto, cpu, cuda, cuda:N or cuda:N,M; hint: batchmax devices lists what there is"
         )
     };
     let mut sorted = indices.clone();
@@ -356,6 +370,12 @@ mod tests {
         assert_eq!(devices_of(&cuda_name("2x NVIDIA H100 80GB HBM3")), 2);
         assert_eq!(devices_of(&cuda_name("NVIDIA H100 80GB HBM3")), 1);
         assert_eq!(devices_of(LOCAL), 1);
+        let flags = [LOCAL, "cuda-nvidia-l4", "cuda-3x-nvidia-l4"].map(device_flag);
+        assert_eq!(flags, ["cpu", "cuda", "cuda:0,1,2"]);
+        for flag in flags {
+            device(&flag).expect("one that is understood");
+        }
+        assert_eq!(device("auto").expect("a choice"), Device::Auto);
         let twice = device("cuda:3,1,3").expect_err("twice").to_string();
         assert!(twice.contains("cuda:3 is named twice"), "{twice}");
         for wrong in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "h100-sxm"] {

@@ -10,7 +10,7 @@ use batchmax_sim::op::DType;
 use batchmax_sim::profile::Catalog;
 use batchmax_sim::surface::{Library, Surface};
 
-use super::{LOCAL, is_local};
+use super::{LOCAL, device_flag, is_local};
 use crate::cli::Global;
 use crate::paths;
 
@@ -124,12 +124,13 @@ impl Places {
             if device != LOCAL {
                 return anyhow!(
                     "no kernel profile of {device} with weights in {weights}; \
-                     hint: batchmax profile --device cuda --weight-dtype {weights} (some minutes)"
+                     hint: batchmax profile --device {} --weight-dtype {weights} (some minutes)",
+                    device_flag(device)
                 );
             }
             anyhow!(
                 "no kernel profile of this machine with {threads} threads and weights in {weights}; \
-                 hint: batchmax profile --threads {threads} --weight-dtype {weights} (some minutes)"
+                 hint: batchmax profile --threads {threads} --weight-dtype {weights} --device cpu (some minutes)"
             )
         })?;
         let profile =

@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::app::{App, Effect, Screen};
 use super::trial::{Going, Trial};
+use crate::setting::{LOCAL, device_flag};
 
 /// Flags of a search that one configuration does not have, or has with one value.
 const SEARCHED: [&str; 14] = [
@@ -60,10 +61,10 @@ fn one(app: &App, verb: &str) -> Option<Vec<String>> {
     if !app.values.of_flag("kv-dtype").is_empty() {
         flag("kv-dtype", host.kv.to_string());
     }
-    if crate::setting::is_local(&host.gpu) {
-        if host.gpu != crate::setting::LOCAL {
-            flag("device", "cuda".to_owned());
-        }
+    if verb == "validate" && crate::setting::is_local(&host.gpu) {
+        flag("device", device_flag(&host.gpu));
+    } else if crate::setting::is_local(&host.gpu) {
+        flag("gpu", host.gpu.clone());
     } else {
         flag("gpu", host.gpu.clone());
         flag("engine", host.engine.clone());
@@ -126,6 +127,9 @@ impl App {
             return Vec::new();
         }
         let mut args = words(&["profile", "--restart", "--model", self.values.of_flag("model")]);
+        // What was run is what drifted.
+        let gpu = self.candidate().map_or(LOCAL, |(found, c)| found.host(c).gpu.as_str());
+        args.extend(["--device".to_owned(), device_flag(gpu)]);
         for flag in ["threads", "weight-dtype"] {
             let value = self.values.of_flag(flag);
             if !value.is_empty() {
