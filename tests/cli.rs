@@ -354,8 +354,8 @@ fn descriptions_of_the_user_come_first_and_are_named_with_their_line() {
     place.write("own/models/odd.toml", "name = \"odd\"\nsource = \"x\"\nlayers = \"2 layers\"\n");
     assert_eq!(
         at(&["models", "odd"]).refused(),
-        "error: own/models/odd.toml:3: invalid type: string \"2 layers\", expected a whole number from 0 on\n\
-         hint: without quotes and units, in bytes, seconds and their like\n"
+        "error: own/models/odd.toml:3: invalid type: string \"2 layers\", expected a whole number from 0 to 4294967295\n\
+         hint: a bare number, without quotes or units\n"
     );
     place.write("own/models/odd.toml", "name = \"odd\"\nsource = \"x\"\nlayers = 2\nhiden = 4\n");
     let error = at(&["models", "odd"]).refused();

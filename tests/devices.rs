@@ -31,15 +31,17 @@ fn a_device_that_can_not_be_meant_is_refused() {
         let wanted = "--device cuda:x: expected auto, cpu, cuda, cuda:N or cuda:N,M";
         refuses(&format!("{command} --device cuda:x"), &[wanted, "hint: batchmax devices"]);
     }
+    refuses("run --device cuda:1,0,1", &["--device cuda:1,0,1: cuda:1 is named twice"]);
 }
 
 /// Exit code 3 with the feature, for the device is missing; 2 without, for the program can't.
 #[test]
 fn a_device_that_is_not_there_is_said_to_be_missing() {
     let there_is_none = list()["no_cuda"].is_string();
-    for command in ["run", "validate", "profile", "compare"] {
-        let ran = Place::new().run(&[command, "--device", "cuda:99"]);
-        assert!(ran.err.starts_with("error: --device cuda:99: "), "{}", ran.err);
+    let commands = ["run", "validate", "profile", "compare"].map(|command| (command, "cuda:99"));
+    for (command, device) in commands.into_iter().chain([("run", "cuda:98,99")]) {
+        let ran = Place::new().run(&[command, "--device", device]);
+        assert!(ran.err.starts_with(&format!("error: --device {device}: ")), "{}", ran.err);
         assert!(ran.err.lines().count() == 2 && ran.err.contains("\nhint: "), "{}", ran.err);
         if cfg!(feature = "cuda") {
             assert_eq!(ran.code, Some(3), "{command}: {}", ran.err);

@@ -290,7 +290,7 @@ pub(crate) fn explained(message: &str) -> String {
     }
     if let Some((found, number)) = problem.split_once(", expected ").and_then(number) {
         let hint = if found.contains("string") {
-            "; hint: without quotes and units, in bytes, seconds and their like"
+            "; hint: a bare number, without quotes or units"
         } else {
             ""
         };
@@ -305,7 +305,8 @@ pub(crate) fn explained(message: &str) -> String {
 /// What was found, and in words the type that was expected, where it is one of numbers.
 fn number<'a>((found, expected): (&'a str, &str)) -> Option<(&'a str, &'static str)> {
     match expected {
-        "u8" | "u16" | "u32" | "u64" | "usize" => Some((found, "a whole number from 0 on")),
+        "u32" => Some((found, "a whole number from 0 to 4294967295")),
+        "u64" | "usize" => Some((found, "a whole number from 0 on")),
         "i32" | "i64" => Some((found, "a whole number")),
         "f32" | "f64" => Some((found, "a number")),
         _ => None,
