@@ -54,12 +54,15 @@ pub struct Weights {
     pub rope_layout: RopeLayout,
     /// Whether the values mean anything.
     pub synthetic: bool,
-    /// Whether a device holds the layers' matrices as e4m3, and multiplies in it. A CPU does not look at it.
+    /// Whether a device holds the layers' matrices as e4m3, and multiplies in it (weights in fp8). A CPU refuses such weights.
     pub narrow: bool,
 }
 
-/// The type in which a host holds weights that a device has as e4m3.
-pub const NARROWED_FROM: DType = DType::Bf16;
+/// The type in which a host holds weights of a type: what a device has as e4m3 it makes itself, from brain floats.
+#[must_use]
+pub fn host_type(weights: DType) -> DType {
+    if weights == DType::Fp8 { DType::Bf16 } else { weights }
+}
 
 /// The packed format of a weight type.
 pub fn format_of(dtype: DType) -> Option<WeightFormat> {
@@ -93,7 +96,9 @@ pub fn check_executable(model: &Model, weights: DType) -> Result<(), ExecError> 
 impl Weights {
     /// Reads and packs a checkpoint. `dtype` is the type of the layers, `head` that of the embedding and the head.
     pub fn load(checkpoint: &Checkpoint, dtype: DType, head: DType) -> Result<Self, ExecError> {
-        assemble(checkpoint, dtype, head, &mut Reading(checkpoint))
+        let held = host_type(dtype);
+        let weights = assemble(checkpoint, held, head, &mut Reading(checkpoint))?;
+        Ok(Self { narrow: dtype == DType::Fp8, ..weights })
     }
 
     /// Small pseudo-random weights of the model's shape: they take the time and the memory of real ones.
@@ -107,6 +112,7 @@ impl Weights {
         dtype: DType,
         head: DType,
     ) -> Result<Self, ExecError> {
+        let (narrow, dtype) = (dtype == DType::Fp8, host_type(dtype));
         check_executable(model, dtype)?;
         check_executable(model, head)?;
         let format = format_of(dtype).unwrap_or(WeightFormat::F32);
@@ -149,7 +155,7 @@ impl Weights {
             rope: rope_table(model, None),
             rope_layout: RopeLayout::Half,
             synthetic: true,
-            narrow: false,
+            narrow,
         })
     }
 

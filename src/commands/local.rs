@@ -17,7 +17,6 @@ use batchmax_sim::cost::predict;
 use batchmax_sim::load::Load;
 use batchmax_sim::lower::Setup;
 use batchmax_sim::memory::{Footprint, kv_peaks, kv_spread};
-use batchmax_sim::op::DType;
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::timeline::Timeline;
@@ -25,7 +24,6 @@ use batchmax_sim::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{Global, MemoryArgs};
-use crate::commands::target::host_type;
 use crate::paths::write_whole;
 use crate::report::{progress, remark};
 use crate::setting::{self, Configuration, Places};
@@ -96,13 +94,6 @@ pub fn checkpoint(places: &Places, name: &str, wanted: &str) -> Result<Option<Ch
     }
 }
 
-/// Made-up weights of a model's shape.
-pub fn synthetic(model: &Model, setup: Setup) -> Result<Weights> {
-    let mut weights = Weights::synthetic_with_head(model, host_type(setup.weights), setup.head)?;
-    weights.narrow = setup.weights == DType::Fp8;
-    Ok(weights)
-}
-
 /// Brings the default model here, with a bar while it comes.
 pub fn fetch_default(places: &Places, global: &Global) -> Result<PathBuf, FetchError> {
     let mut bar = None;
@@ -136,12 +127,10 @@ pub fn weights(
                 ),
             );
         }
-        return synthetic(model, setup);
+        return Ok(Weights::synthetic_with_head(model, setup.weights, setup.head)?);
     };
     let directory = places.data_dir.join("packed");
-    let (mut weights, keeping) =
-        Weights::load_kept(checkpoint, host_type(setup.weights), setup.head, &directory)?;
-    weights.narrow = setup.weights == DType::Fp8;
+    let (weights, keeping) = Weights::load_kept(checkpoint, setup.weights, setup.head, &directory)?;
     match keeping {
         Keeping::Found => {}
         Keeping::Written { path, bytes, instead } => {

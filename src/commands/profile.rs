@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use batchmax_exec::devices;
 use batchmax_exec::profile::{Condition, Measurements, calibrate};
+use batchmax_exec::weights::Weights;
 use batchmax_sim::cost::calibrated::KernelProfile;
 use batchmax_sim::policy::Preset;
 use batchmax_sim::probe::{GridLimits, Probe, grid};
@@ -106,7 +107,7 @@ pub fn measure(
         _ => Measurements::new(provenance, probes.len(), runtime),
     };
     let index = target.index();
-    let weights = local::synthetic(&model, setup)?;
+    let weights = Weights::synthetic_with_head(&model, setup.weights, setup.head)?;
     let label = format!("profiling {}", target.label());
     let mut executor = target.executor(&model, weights, setup.activations, threads)?;
     let total: f64 = probes.iter().map(|p| p.weight).sum();

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use batchmax_exec::cuda::{CudaEngine, CudaGroup};
 use batchmax_exec::devices::{self, DeviceInfo, DeviceMemory, Driver};
-use batchmax_exec::weights::{NARROWED_FROM, Weights, check_executable};
+use batchmax_exec::weights::{Weights, check_executable, host_type};
 use batchmax_exec::{Engine, Executor, machine};
 use batchmax_sim::cost::calibrated::{KernelProfile, Point, Provenance};
 use batchmax_sim::op::{DType, Family};
@@ -14,9 +14,6 @@ use crate::cli::{DeviceArgs, Global, MemoryArgs};
 use crate::commands::local;
 use crate::report::remark;
 use crate::setting::{self, Device, LOCAL};
-
-/// Compute capability from which on kernels run.
-const OLDEST: (u32, u32) = (8, 0);
 
 /// A device that is ready.
 pub struct Target {
@@ -94,7 +91,7 @@ impl Target {
         }
     }
 
-    /// Holds --gpu to what --device says: the CPU is the default of both.
+    /// Holds --gpu to what --device says. The CPU is the default of --gpu, which so says nothing.
     pub fn check_gpu(&self, gpu: &str) -> Result<()> {
         if gpu == LOCAL || gpu == self.name {
             return Ok(());
@@ -107,7 +104,6 @@ impl Target {
 
     /// Says what of a model can't run there with weights of a type, if anything.
     pub fn check(&self, model: &Model, weights: DType) -> Result<()> {
-        // A device makes these itself.
         let held = if self.gpu().is_some() { host_type(weights) } else { weights };
         Ok(check_executable(model, held)?)
     }
@@ -191,12 +187,7 @@ impl Target {
 
 /// The first GPU that kernels can run on.
 fn best(found: Vec<DeviceInfo>) -> Option<u32> {
-    found.into_iter().find(|device| device.capability >= OLDEST).map(|device| device.index)
-}
-
-/// The type in which weights are read and packed here.
-pub fn host_type(weights: DType) -> DType {
-    if weights == DType::Fp8 { NARROWED_FROM } else { weights }
+    found.into_iter().find(DeviceInfo::runs_kernels).map(|device| device.index)
 }
 
 /// The device that measurements are of.

@@ -66,8 +66,8 @@ pub fn run(places: &Places, args: &ValidateArgs, global: &Global) -> Result<Outc
     drop(checkpoint);
     let activations = configuration.host.placement.setup.activations;
     let place = target.label();
-    let setup = configuration.host.placement.setup;
-    let provenance = target.provenance(&model.name, threads, setup.weights);
+    let held = configuration.host.placement.setup.weights;
+    let provenance = target.provenance(&model.name, threads, held);
     let mut executor = target.executor(&model, weights, activations, threads)?;
     let options = RunOptions {
         kv_budget: configuration.host.placement.limits.kv_memory,
@@ -273,7 +273,6 @@ impl Ran<'_> {
             "prefix_hit": hit.of(*isl),
             "weight_dtype": placement.setup.weights,
             "kv_dtype": placement.setup.kv.dtype,
-            "synthetic": self.synthetic,
         })
     }
 }

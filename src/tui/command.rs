@@ -61,12 +61,13 @@ fn one(app: &App, verb: &str) -> Option<Vec<String>> {
     if !app.values.of_flag("kv-dtype").is_empty() {
         flag("kv-dtype", host.kv.to_string());
     }
-    if verb == "validate" && crate::setting::is_local(&host.gpu) {
+    let local = crate::setting::is_local(&host.gpu);
+    if local && verb == "validate" {
         flag("device", device_flag(&host.gpu));
-    } else if crate::setting::is_local(&host.gpu) {
-        flag("gpu", host.gpu.clone());
     } else {
         flag("gpu", host.gpu.clone());
+    }
+    if !local {
         flag("engine", host.engine.clone());
         if host.tp > 1 {
             flag("tp", host.tp.to_string());

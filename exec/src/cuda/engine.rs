@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 
 use batchmax_kernels::blend::StoredRows;
-use batchmax_kernels::cuda::{DeviceInfo, Driver};
+use batchmax_kernels::cuda::{DeviceInfo, Driver, Element};
 use batchmax_kernels::kv::KvFormat;
 use batchmax_kernels::rope::RopeTable;
 use batchmax_sim::memory::Buffers;
@@ -36,7 +36,7 @@ use crate::weights::Weights;
 const SWEEP: u64 = 2;
 
 /// Who wants to see logits.
-type Watch<'w> = &'w mut dyn FnMut(Chosen<'_>);
+pub(super) type Watch<'w> = &'w mut dyn FnMut(Chosen<'_>);
 
 /// A model and its weights on a device.
 pub struct CudaEngine<'d> {
@@ -129,7 +129,7 @@ impl<'d> CudaEngine<'d> {
         probe(&mut interpreter, program, resident)
     }
 
-    fn run_in_memory(
+    pub(super) fn run_in_memory(
         &mut self,
         run: &Run<'_>,
         progress: &mut dyn FnMut(u64, u64),
@@ -258,9 +258,10 @@ impl<'d> CudaEngine<'d> {
 
 /// Whether a device multiplies e4m3, in matrices of these widths.
 fn check_narrow(device: &DeviceInfo, model: &Model, widths: [u32; 3]) -> Result<(), ExecError> {
-    let (major, minor) = device.capability;
-    let part = if device.capability < (8, 9) {
-        format!("weights in fp8 on compute capability {major}.{minor} (8.9 is needed)")
+    let ((major, minor), oldest) = (device.capability, Element::Fp8.multiplied_from());
+    let part = if device.capability < oldest {
+        let (from, on) = oldest;
+        format!("weights in fp8 on compute capability {major}.{minor} ({from}.{on} is needed)")
     } else if let Some(width) = widths.into_iter().find(|width| !width.is_multiple_of(16)) {
         format!("weights in fp8 with rows of {width} (multiples of 16 work)")
     } else {

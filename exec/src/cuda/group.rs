@@ -3,19 +3,19 @@
 //! A thread per device replays the program; they meet in its sums only. All of them have the whole embedding and head and
 //! the same bits in front of it, so each knows the next tokens by itself.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::resume_unwind;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, PoisonError};
 
 use batchmax_kernels::cuda::Driver;
-use batchmax_sim::op::{DType, OpKind};
+use batchmax_sim::op::{DType, OpKind, Score};
 use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 use batchmax_sim::units::Tokens;
 
-use super::engine::CudaEngine;
+use super::engine::{CudaEngine, Watch};
 use crate::clock::Clock;
-use crate::engine::{Chosen, RunOptions, RunResult};
+use crate::engine::{Chosen, Run, RunOptions, RunResult};
 use crate::error::ExecError;
 use crate::executor::Executor;
 use crate::weights::{Rank, Weights};
@@ -26,7 +26,41 @@ pub struct CudaGroup<'d> {
     part: Model,
     /// KV heads of the whole model.
     kv_heads: u32,
-    engines: Vec<CudaEngine<'d>>,
+    first: CudaEngine<'d>,
+    others: Vec<CudaEngine<'d>>,
+}
+
+/// A device at work: however that ends, unless it is done, the others are told not to wait for it.
+struct Working<'e, 'd> {
+    engine: &'e mut CudaEngine<'d>,
+    done: bool,
+}
+
+impl Drop for Working<'_, '_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.engine.leave();
+        }
+    }
+}
+
+/// Lets a device work; `None` where that failed, and why in `failed`, if it is the first.
+fn worked<'d, T>(
+    engine: &mut CudaEngine<'d>,
+    failed: &Mutex<Option<ExecError>>,
+    work: impl FnOnce(&mut CudaEngine<'d>) -> Result<T, ExecError>,
+) -> Option<T> {
+    let mut working = Working { engine, done: false };
+    match work(working.engine) {
+        Ok(done) => {
+            working.done = true;
+            Some(done)
+        }
+        Err(why) => {
+            failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+            None
+        }
+    }
 }
 
 impl<'d> CudaGroup<'d> {
@@ -48,8 +82,12 @@ impl<'d> CudaGroup<'d> {
             let weights = weights.part(model, Rank { index, of })?;
             CudaEngine::new(driver, part.clone(), weights, activations)
         });
-        let engines = engines.collect::<Result<_, ExecError>>()?;
-        Ok(Self { part, kv_heads: model.kv_heads, engines })
+        let mut others = engines.collect::<Result<Vec<_>, ExecError>>()?;
+        if others.is_empty() {
+            return Err(ExecError::NotShared("no devices to share layers".to_owned()));
+        }
+        let first = others.remove(0);
+        Ok(Self { part, kv_heads: model.kv_heads, first, others })
     }
 
     /// [`Executor::run`], and `watch` sees the logits of every token that is chosen or forced.
@@ -65,57 +103,59 @@ impl<'d> CudaGroup<'d> {
         progress: &mut dyn FnMut(u64, u64),
         watch: &mut dyn FnMut(Chosen<'_>),
     ) -> Result<RunResult, ExecError> {
-        let results = self.together(
-            program,
-            |first| first.run_watched(program, prompts, options, stop, progress, watch),
-            |other| other.run(program, prompts, options, stop, &mut |_, _| {}),
-        )?;
-        self.joined(results)
+        self.run_together(&Run { program, prompts, options, stop }, progress, Some(watch))
     }
 
-    /// Lets the first device work in this thread and the others in threads of their own. One that fails leaves, so that
-    /// none waits for it; the first error counts.
+    /// The first device's result, with the heads of all.
+    fn run_together(
+        &mut self,
+        run: &Run<'_>,
+        progress: &mut dyn FnMut(u64, u64),
+        watch: Option<Watch<'_>>,
+    ) -> Result<RunResult, ExecError> {
+        let (mut joined, others) = self.together(
+            run.program,
+            |first| first.run_in_memory(run, progress, watch),
+            |other| other.run_in_memory(run, &mut |_, _| {}, None),
+        )?;
+        // Neighbours have the same head where there are fewer than devices.
+        let repeated = ((self.others.len() + 1) / self.kv_heads as usize).max(1);
+        for (result, rank) in others.into_iter().zip(1..) {
+            joined.peak_rss = joined.peak_rss.max(result.peak_rss);
+            for (own, other) in joined.sequences.iter_mut().zip(result.sequences) {
+                if own.generated != other.generated {
+                    return Err(ExecError::DevicesDisagree);
+                }
+                if let (Some(own), Some(other), 0) = (&mut own.kept, other.kept, rank % repeated) {
+                    own.iter_mut().zip(other).for_each(|(own, other)| own.extend(other));
+                }
+            }
+        }
+        Ok(joined)
+    }
+
+    /// Lets the first device work in this thread and the others in threads of their own; what came of each. One that fails
+    /// holds up none, and the first error counts.
     fn together<T: Send>(
         &mut self,
         program: &Program,
         first: impl FnOnce(&mut CudaEngine<'d>) -> Result<T, ExecError>,
         other: impl Fn(&mut CudaEngine<'d>) -> Result<T, ExecError> + Sync,
-    ) -> Result<Vec<T>, ExecError> {
+    ) -> Result<(T, Vec<T>), ExecError> {
         self.check(program)?;
         let failed = Mutex::new(None);
-        let guarded = |engine: &mut CudaEngine<'d>, went: std::thread::Result<_>| match went {
-            Ok(Ok(done)) => Some(done),
-            Ok(Err(why)) => {
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
-                engine.leave();
-                None
-            }
-            Err(panic) => {
-                engine.leave();
-                resume_unwind(panic)
-            }
-        };
-        let Some((one, others)) = self.engines.split_first_mut() else { return Ok(Vec::new()) };
-        let done: Vec<Option<T>> = std::thread::scope(|scope| {
-            let (other, guarded) = (&other, &guarded);
-            let threads: Vec<_> = (others.iter_mut())
-                .map(|engine| {
-                    scope.spawn(move || {
-                        let went = catch_unwind(AssertUnwindSafe(|| other(engine)));
-                        guarded(engine, went)
-                    })
-                })
-                .collect();
-            let went = catch_unwind(AssertUnwindSafe(|| first(one)));
-            let mut done = vec![guarded(one, went)];
+        let done: Option<(T, Vec<T>)> = std::thread::scope(|scope| {
+            let (other, failed) = (&other, &failed);
+            let others = self.others.iter_mut();
+            let threads: Vec<_> =
+                others.map(|engine| scope.spawn(move || worked(engine, failed, other))).collect();
+            let one = worked(&mut self.first, failed, first);
             let joined = threads.into_iter().map(|t| t.join().unwrap_or_else(|p| resume_unwind(p)));
-            done.extend(joined);
-            done
+            let rest: Option<Vec<T>> = joined.collect::<Vec<_>>().into_iter().collect();
+            one.zip(rest)
         });
-        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(why) => Err(why),
-            None => Ok(done.into_iter().flatten().collect()),
-        }
+        let why = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        done.ok_or_else(|| why.unwrap_or(ExecError::DevicesDisagree))
     }
 
     /// Refuses programs of one device, and what a device would decide that it can't know: what is chosen over all heads of a
@@ -127,7 +167,12 @@ impl<'d> CudaGroup<'d> {
         program.visit_passes(|_, pass, _| {
             for op in pass.blocks().flat_map(|(_, block)| &block.ops) {
                 sums |= matches!(op.kind, OpKind::AllReduce { .. });
-                over_heads |= matches!(op.kind, OpKind::Forward { .. } | OpKind::Compare { .. });
+                over_heads |= matches!(
+                    op.kind,
+                    OpKind::Forward { .. }
+                        | OpKind::Compare { .. }
+                        | OpKind::Rank { by: Score::LastAttention, .. }
+                );
             }
         });
         let part = if !sums {
@@ -141,26 +186,6 @@ impl<'d> CudaGroup<'d> {
         };
         Err(ExecError::NotExecutable { model: self.part.name.clone(), part: part.to_owned() })
     }
-
-    /// The first device's result, with the heads of all.
-    fn joined(&self, results: Vec<RunResult>) -> Result<RunResult, ExecError> {
-        let mut results = results.into_iter();
-        let Some(mut joined) = results.next() else { return Err(ExecError::DevicesDisagree) };
-        // Neighbours have the same head where there are fewer than devices.
-        let repeated = (self.engines.len() as u32 / self.kv_heads).max(1) as usize;
-        for (result, rank) in results.zip(1..) {
-            joined.peak_rss = joined.peak_rss.max(result.peak_rss);
-            for (own, other) in joined.sequences.iter_mut().zip(result.sequences) {
-                if own.generated != other.generated {
-                    return Err(ExecError::DevicesDisagree);
-                }
-                if let (Some(own), Some(other), 0) = (&mut own.kept, other.kept, rank % repeated) {
-                    own.iter_mut().zip(other).for_each(|(own, other)| own.extend(other));
-                }
-            }
-        }
-        Ok(joined)
-    }
 }
 
 impl Executor for CudaGroup<'_> {
@@ -169,7 +194,7 @@ impl Executor for CudaGroup<'_> {
     }
 
     fn synthetic(&self) -> bool {
-        self.engines.iter().any(CudaEngine::synthetic)
+        self.first.synthetic()
     }
 
     fn run(
@@ -180,18 +205,12 @@ impl Executor for CudaGroup<'_> {
         stop: &AtomicBool,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<RunResult, ExecError> {
-        let results = self.together(
-            program,
-            |first| first.run(program, prompts, options, stop, progress),
-            |other| other.run(program, prompts, options, stop, &mut |_, _| {}),
-        )?;
-        self.joined(results)
+        self.run_together(&Run { program, prompts, options, stop }, progress, None)
     }
 
     fn probe(&mut self, program: &Program, resident: Tokens) -> Result<Clock, ExecError> {
         let probe = |engine: &mut CudaEngine<'_>| engine.probe(program, resident);
-        let clocks = self.together(program, probe, probe)?;
-        clocks.into_iter().next().ok_or(ExecError::DevicesDisagree)
+        Ok(self.together(program, probe, probe)?.0)
     }
 
     fn probe_cold(
@@ -200,7 +219,6 @@ impl Executor for CudaGroup<'_> {
         resident: Tokens,
     ) -> Result<Option<Clock>, ExecError> {
         let probe = |engine: &mut CudaEngine<'_>| engine.probe_cold(program, resident);
-        let clocks = self.together(program, probe, probe)?;
-        Ok(clocks.into_iter().next().flatten())
+        Ok(self.together(program, probe, probe)?.0)
     }
 }

@@ -15,7 +15,8 @@ const BAND_BYTES: usize = 16 << 20;
 /// Rows up to which codes are multiplied where they are; with more it is cheaper to write numbers once.
 const FEW_ROWS: usize = 8;
 
-/// Rows that are multiplied in e4m3 at once: sums of 4 bytes by the columns of a layer fit the caches of devices that have it.
+/// Rows that are multiplied in e4m3 at once: bounds the sums, which take 4 bytes by the columns a row (59 MB for 28,672 columns). With
+/// more of them they would come back from memory, with fewer weights are read oftener. No device has said yet what is best.
 const NARROW_ROWS: usize = 512;
 
 /// A matrix of weights, row by row.
@@ -101,7 +102,7 @@ impl Matrix {
         Ok(Self { n, k, stored })
     }
 
-    /// `y = x W^T (+ bias)`, or `y += ...`, in e4m3: so many rows at once that their sums stay in a device's cache.
+    /// `y = x W^T (+ bias)`, or `y += ...`, in e4m3, band after band of rows.
     fn multiply_narrow(
         &self,
         device: &mut Device<'_>,

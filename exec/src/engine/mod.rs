@@ -189,8 +189,12 @@ impl Engine {
         options: &RunOptions,
         stop: &AtomicBool,
     ) -> Result<Interpreter<'_>, ExecError> {
-        let budget = kv_budget(program, options)?;
         let model = &self.model;
+        if self.weights.narrow {
+            let part = "weights in fp8 on a CPU".to_owned();
+            return Err(ExecError::NotExecutable { model: model.name.clone(), part });
+        }
+        let budget = kv_budget(program, options)?;
         let format = kv_format(program.header.kv.dtype)
             .ok_or_else(|| no_such_cache(model, program.header.kv.dtype, "f32, f16 and bf16"))?;
         let mut kv = KvStore::new(

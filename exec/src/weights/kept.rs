@@ -22,7 +22,7 @@ use batchmax_sim::op::DType;
 use batchmax_sim::units::Bytes;
 use tempfile::NamedTempFile;
 
-use super::{Reading, Source, Weights, assemble, stacked};
+use super::{Reading, Source, Weights, assemble, host_type, stacked};
 use crate::error::ExecError;
 use crate::load::{Checkpoint, LoadError, Role};
 use crate::machine;
@@ -58,6 +58,18 @@ impl Weights {
     /// # Errors
     /// Those of [`Self::load`].
     pub fn load_kept(
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        head: DType,
+        directory: &Path,
+    ) -> Result<(Self, Keeping), ExecError> {
+        let (mut weights, keeping) =
+            Self::load_held(checkpoint, host_type(dtype), head, directory)?;
+        weights.narrow = dtype == DType::Fp8;
+        Ok((weights, keeping))
+    }
+
+    fn load_held(
         checkpoint: &Checkpoint,
         dtype: DType,
         head: DType,

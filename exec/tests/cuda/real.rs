@@ -46,7 +46,7 @@ fn two_gpus_do_what_one_cpu_does() {
     let (engine, weights) = engines(&model);
     let drivers = drivers.iter_mut().map(|driver| driver.as_mut() as &mut dyn Driver);
     let mut group = CudaGroup::new(drivers, &model, &weights, DType::F32).expect("room");
-    for policy in together::SHARED {
+    for policy in together::shared() {
         together::compare(&engine, &mut group, &case(policy), 2);
     }
 }

@@ -17,29 +17,26 @@ use batchmax_sim::profile::Model;
 use batchmax_sim::program::Program;
 
 use super::common::setup;
+use super::policies::EVERY;
 use super::{Case, Logits, engines, engines_of_codes, on_cpu, tiny};
 
 /// The sums of two devices are rounded where those of one are not, beside what `policies` says of one.
 const HALVES: f32 = 0.015;
 
-/// Policies by which several devices do what one does.
-pub(super) const SHARED: &[&str] = &[
-    "full",
-    "streaming-llm:budget=40,chunk=32,slack=2",
-    "batch-max:budget=40,chunk=32,recent=8,slack=2",
-    "knorm:budget=50%,recent=8",
-    "snapkv:budget=50%,window=8",
-    "pyramidkv:budget=50%,window=8,pyramid=2",
-    "h2o:budget=50%,slack=2",
-    "expected-attention:budget=50%,future=32",
-    "kivi:residual=32",
-    "think:window=8,recent=16",
-    "quest:budget=50%,page=8,per_head=true",
-    "rocketkv:budget=50%,window=8,pool=7",
-    "clusterkv:budget=100%,sinks=4,per_cluster=8",
-    "specache:residual=32,fetch=8",
-    "less:budget=50%,rank=4,hidden=16",
-];
+/// What chooses over all heads of a layer, or knows them by their numbers.
+const REFUSED: [&str; 5] = ["cacheblend", "duoattention", "fastkv", "refreshkv", "tova"];
+/// What each device does by its own heads: draws by the number of a head, or shares a budget among them.
+const OWN_WAY: [&str; 3] = ["adakv", "dbudgetkv", "random"];
+
+fn is_one_of(policy: &str, names: &[&str]) -> bool {
+    policy.split('+').any(|part| names.iter().any(|name| part.starts_with(name)))
+}
+
+/// Policies by which several devices do what one does: all others.
+pub(super) fn shared() -> impl Iterator<Item = &'static str> {
+    let all = EVERY.iter().copied().flatten().copied();
+    all.filter(|policy| !is_one_of(policy, &REFUSED) && !is_one_of(policy, &OWN_WAY))
+}
 
 fn devices(count: u32) -> Option<Vec<Emulated>> {
     devices_with(Settings::default(), count)
@@ -137,7 +134,7 @@ fn all(policies: &[&str], tp: u32) {
 
 #[test]
 fn two_devices_do_what_one_does() {
-    all(SHARED, 2);
+    all(&shared().collect::<Vec<_>>(), 2);
 }
 
 #[test]
@@ -235,13 +232,8 @@ fn what_devices_cannot_share_is_refused() {
     assert!(three.to_string().contains("heads"), "{three}");
     let mut group = group(&mut drivers, &model, &weights, DType::F32);
     let stop = AtomicBool::new(false);
-    for (policy, tp) in [
-        ("full", 1),
-        ("duoattention:sinks=8,recent=24", 2),
-        ("fastkv:window=8", 2),
-        ("refreshkv:budget=25%,every=2", 2),
-        ("cacheblend:chunk=32", 2),
-    ] {
+    let refused = EVERY.iter().copied().flatten().filter(|policy| is_one_of(policy, &REFUSED));
+    for (policy, tp) in refused.map(|policy| (*policy, 2)).chain([("full", 1)]) {
         let (kv, schedule) = (DType::F16, Schedule::Static);
         let case = Case { policy, prompts: &[70], osl: 4, schedule, kv, tolerance: 0.0 };
         let program = program(&case, &model, tp);

@@ -49,6 +49,14 @@ pub struct DeviceInfo {
     pub driver: u32,
 }
 
+impl DeviceInfo {
+    /// Whether the kernels run on it: they need compute capability 8.0.
+    #[must_use]
+    pub fn runs_kernels(&self) -> bool {
+        self.capability >= (8, 0)
+    }
+}
+
 /// What a device runs at; what is not known is none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Conditions {
@@ -108,6 +116,12 @@ pub enum Element {
 }
 
 impl Element {
+    /// Compute capability from which on devices multiply such numbers.
+    #[must_use]
+    pub fn multiplied_from(self) -> (u32, u32) {
+        if self == Self::Fp8 { (8, 9) } else { (8, 0) }
+    }
+
     /// Bytes of one.
     #[must_use]
     pub fn bytes(self) -> u64 {
@@ -166,7 +180,7 @@ impl Product {
         let narrow = self.out == self.element || self.out == Element::F32;
         match self.element {
             Element::Fp8 => {
-                if capability < (8, 9) {
+                if capability < self.element.multiplied_from() {
                     return Err("products of fp8 need compute capability 8.9".into());
                 }
                 if self.out == Element::Fp8 {

@@ -17,6 +17,7 @@ use super::summary::{Summary, tame};
 struct Document {
     run: Ran,
     measured: Measured,
+    synthetic: bool,
 }
 
 /// On what, and what of.
@@ -36,8 +37,6 @@ struct Ran {
     prefix_hit: u64,
     schedule: String,
     preset: String,
-    #[serde(default)]
-    synthetic: bool,
 }
 
 #[derive(Deserialize)]
@@ -62,8 +61,8 @@ pub fn import(
     let mut rows = Vec::new();
     for path in &args.files {
         let place = path.display().to_string();
-        let Document { run, measured } =
-            serde_json::from_slice(&read_file(path)?).map_err(|e| {
+        let Document { run, measured, synthetic } = serde_json::from_slice(&read_file(path)?)
+            .map_err(|e| {
                 anyhow::anyhow!(
                     "{place}: not a result of batchmax validate --out: {}",
                     tame(&e.to_string())
@@ -78,7 +77,7 @@ pub fn import(
             summary.leave_out("prompts that were partly cached", || place.clone());
             continue;
         }
-        let base = base(&run, &measured, gpu.clone());
+        let base = base(&run, &measured, synthetic, gpu.clone());
         let metrics = [
             ("prefill_tok_s", measured.prefill_tok_s),
             ("decode_tok_s", measured.decode_tok_s),
@@ -96,8 +95,8 @@ pub fn import(
     runs::write(dir, "batchmax-validate", rows, summary)
 }
 
-fn base(run: &Ran, measured: &Measured, gpu: Option<String>) -> Run {
-    let weights = if run.synthetic { "; synthetic weights" } else { "" };
+fn base(run: &Ran, measured: &Measured, synthetic: bool, gpu: Option<String>) -> Run {
+    let weights = if synthetic { "; synthetic weights" } else { "" };
     Run {
         source: "batchmax validate".to_owned(),
         date: tame(&run.date),
@@ -136,8 +135,9 @@ mod tests {
                 "isa": "sm_90, driver 12040", "device": "cuda-2x-nvidia-h100", "devices": 2,
                 "model": "llama-3.1-8b", "weight_dtype": "bf16", "kv_dtype": "fp8", "isl": 4096,
                 "osl": 256, "prefix_hit": 0, "schedule": "static",
-                "preset": "snapkv:budget=25%,window=32", "synthetic": true,
+                "preset": "snapkv:budget=25%,window=32",
             },
+            "synthetic": true,
             "measured": {
                 "batch": 16, "prefill_s": 2.0, "decode_s": 8.0, "prefill_tok_s": 32768.0,
                 "decode_tok_s": 510.0, "output_tok_s": 409.6, "peak_rss_bytes": 3.0e10,

@@ -109,7 +109,7 @@ pub(super) fn device(index: u32) -> Result<(sys::CUdevice, DeviceInfo), CudaErro
     }
     let (device, info) = describe(index, driver)?;
     let (major, minor) = info.capability;
-    if major < 8 {
+    if !info.runs_kernels() {
         return Err(unavailable(format!(
             "cuda:{index} ({}) has compute capability {major}.{minor}, 8.0 is needed",
             info.name

@@ -552,8 +552,8 @@ impl Driver for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if let Some((all, rank)) = self.together.take() {
-            all.close(rank);
+        if let Some((all, _)) = self.together.take() {
+            all.close();
         }
         // A device that was lost answers each of these with the same error, which has nobody to go to.
         if self.enter().is_ok() {

@@ -117,27 +117,37 @@ impl Together {
 
     /// Ends what any of them waits for.
     pub(super) fn abort(&self) {
-        for member in &self.0 {
-            let comm = member.comm.swap(null_mut(), Ordering::SeqCst);
-            if comm.is_null() {
-                continue;
-            }
-            let start = Instant::now();
-            while member.calling.load(Ordering::SeqCst) && start.elapsed() < PATIENCE {
-                std::thread::yield_now();
-            }
-            // SAFETY: taken out, so given back once; who is still in a call waits there for a device that does not come,
-            // and is let go by this.
-            unsafe { sys::ncclCommAbort(comm) };
-        }
+        self.give_back(sys::ncclCommAbort);
     }
 
-    /// Gives back what one of them holds.
-    pub(super) fn close(&self, rank: u32) {
-        let comm = self.0[rank as usize].comm.swap(null_mut(), Ordering::SeqCst);
-        if !comm.is_null() {
-            // SAFETY: taken out, so given back once; its device is not used any more.
-            unsafe { sys::ncclCommDestroy(comm) };
+    /// Gives back what all of them hold, if nobody has yet. No work is left.
+    pub(super) fn close(&self) {
+        self.give_back(sys::ncclCommDestroy);
+    }
+
+    /// In one group of calls: devices of a process may wait for each other in them, and one thread makes all.
+    fn give_back(&self, call: unsafe fn(sys::ncclComm_t) -> sys::ncclResult_t) {
+        let comms: Vec<_> = (self.0.iter())
+            .map(|member| member.comm.swap(null_mut(), Ordering::SeqCst))
+            .filter(|comm| !comm.is_null())
+            .collect();
+        if comms.is_empty() {
+            return;
+        }
+        let start = Instant::now();
+        while self.0.iter().any(|member| member.calling.load(Ordering::SeqCst))
+            && start.elapsed() < PATIENCE
+        {
+            std::thread::yield_now();
+        }
+        // SAFETY: taken out, so each is given back once; who is still in a call waits there for a device that does not come,
+        // and is let go by this. Errors have nobody to go to.
+        unsafe {
+            sys::ncclGroupStart();
+            for comm in comms {
+                call(comm);
+            }
+            sys::ncclGroupEnd();
         }
     }
 }
