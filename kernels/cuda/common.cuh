@@ -286,6 +286,39 @@ DEVICE float block_most(float x, float* scratch) {
     for (uint32_t i = 1; i < blockDim.x / 32; i++) most = fmaxf(most, scratch[i]);
     return most;
 }
+// A row that a block looks at twice, eight numbers at a time: `see(x)` of all of a thread's, then `put(chunk, x)`. Rows of up to
+// HELD x 8 x threads numbers stay in registers in between, longer ones are read again, from a cache.
+constexpr int HELD = 4;
+template <class See>
+DEVICE void row_seen(const Rows& in, size_t from, float held[HELD][8], See see) {
+    const uint32_t chunks = in.width / 8;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const uint32_t c = threadIdx.x + i * blockDim.x;
+        if (c >= chunks) continue;
+        load8(in.type, in.data, from + 8 * c, held[i]);
+        see(held[i]);
+    }
+    for (uint32_t c = threadIdx.x + HELD * blockDim.x; c < chunks; c += blockDim.x) {
+        float x[8];
+        load8(in.type, in.data, from + 8 * c, x);
+        see(x);
+    }
+}
+template <class Put>
+DEVICE void row_again(const Rows& in, size_t from, const float held[HELD][8], Put put) {
+    const uint32_t chunks = in.width / 8;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const uint32_t c = threadIdx.x + i * blockDim.x;
+        if (c < chunks) put(c, held[i]);
+    }
+    for (uint32_t c = threadIdx.x + HELD * blockDim.x; c < chunks; c += blockDim.x) {
+        float x[8];
+        load8(in.type, in.data, from + 8 * c, x);
+        put(c, x);
+    }
+}
 // The sum of what threads before this one have, and of all; counts, so exact in any order.
 DEVICE uint32_t block_before(uint32_t x, uint32_t* scratch, uint32_t* all) {
     uint32_t sum = x;

@@ -8,47 +8,24 @@
 // grid (ceil(rows * heads * lanes / 128)), 128 threads, for `lanes` 8, 16 or 32 that hold a head of 8 channels each.
 #include "cache.cuh"
 
-constexpr int HELD = 4;
-
 extern "C" __global__ void __launch_bounds__(256)
     rms_norm(Rows in, const void* weight, uint32_t weight_type, float eps, uint32_t accumulate, Rows out) {
     SHARED(float, memory);
-    const uint32_t C = in.width / 8;
     const size_t from = size_t(blockIdx.x) * in.width, to = size_t(blockIdx.x) * out.width;
-    float x[HELD][8], squares = 0.0f;
+    float held[HELD][8], squares = 0.0f;
+    row_seen(in, from, held, [&](const float* x) {
 #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const uint32_t c = threadIdx.x + i * blockDim.x;
-        if (c >= C) continue;
-        load8(in.type, in.data, from + 8 * c, x[i]);
-#pragma unroll
-        for (int j = 0; j < 8; j++) squares = fmaf(x[i][j], x[i][j], squares);
-    }
-    for (uint32_t c = threadIdx.x + HELD * blockDim.x; c < C; c += blockDim.x) {
-        float y[8];
-        load8(in.type, in.data, from + 8 * c, y);
-#pragma unroll
-        for (int j = 0; j < 8; j++) squares = fmaf(y[j], y[j], squares);
-    }
+        for (int j = 0; j < 8; j++) squares = fmaf(x[j], x[j], squares);
+    });
     const float factor = 1.0f / sqrtf(block_sum(squares, memory) / float(in.width) + eps);
-    const auto put = [&](uint32_t c, const float* x) {
+    row_again(in, from, held, [&](uint32_t c, const float* x) {
         float w[8], y[8] = {};
         load8(weight_type, weight, 8 * c, w, blockIdx.x == 0);
         if (accumulate) load8(out.type, out.data, to + 8 * c, y);
 #pragma unroll
         for (int j = 0; j < 8; j++) y[j] = accumulate ? y[j] + x[j] * factor * w[j] : x[j] * factor * w[j];
         store8(out.type, out.data, to + 8 * c, y);
-    };
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const uint32_t c = threadIdx.x + i * blockDim.x;
-        if (c < C) put(c, x[i]);
-    }
-    for (uint32_t c = threadIdx.x + HELD * blockDim.x; c < C; c += blockDim.x) {
-        float y[8];
-        load8(in.type, in.data, from + 8 * c, y);
-        put(c, y);
-    }
+    });
 }
 KERNEL(rms_norm)
 

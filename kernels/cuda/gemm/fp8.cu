@@ -11,46 +11,23 @@
 // multiples of 8. Of `scale_rows`: grid (ceil(rows n / 8 / 256)), 256 threads; n a multiple of 8.
 #include "../common.cuh"
 
-constexpr int HELD = 4;
-
 extern "C" __global__ void __launch_bounds__(256) narrow_rows(Rows in, uint8_t* out, float* scales) {
     SHARED(float, memory);
-    const uint32_t C = in.width / 8;
     const size_t row = size_t(blockIdx.x) * in.width;
-    float x[HELD][8], most = 0.0f;
+    float held[HELD][8], most = 0.0f;
+    row_seen(in, row, held, [&](const float* x) {
 #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const uint32_t c = threadIdx.x + i * blockDim.x;
-        if (c >= C) continue;
-        load8(in.type, in.data, row + 8 * c, x[i]);
-#pragma unroll
-        for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(x[i][j]));
-    }
-    for (uint32_t c = threadIdx.x + HELD * blockDim.x; c < C; c += blockDim.x) {
-        float y[8];
-        load8(in.type, in.data, row + 8 * c, y);
-#pragma unroll
-        for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(y[j]));
-    }
+        for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(x[j]));
+    });
     most = block_most(most, memory);
     const float by = most > 0.0f ? 448.0f / most : 0.0f;
     if (threadIdx.x == 0) st(scales + blockIdx.x, most / 448.0f);
-    const auto put = [&](uint32_t c, const float* x) {
+    row_again(in, row, held, [&](uint32_t c, const float* x) {
         float y[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) y[j] = x[j] * by;
         store8<FP8>(out + row + 8 * c, y);
-    };
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const uint32_t c = threadIdx.x + i * blockDim.x;
-        if (c < C) put(c, x[i]);
-    }
-    for (uint32_t c = threadIdx.x + HELD * blockDim.x; c < C; c += blockDim.x) {
-        float y[8];
-        load8(in.type, in.data, row + 8 * c, y);
-        put(c, y);
-    }
+    });
 }
 KERNEL(narrow_rows)
 
